@@ -81,7 +81,7 @@ class Config:
     """
 
     vocab_size: int  # V
-    context_size: int  # positions of a training window, and the capacity of a Cache
+    context_size: int  # positions of a training window, and the capacity of a KVCache
     num_blocks: int
     dim: int  # D
     num_heads: int  # H, query heads
@@ -101,9 +101,9 @@ class Config:
             if type(value) is int and not 1 <= value <= MAX_INT32:
                 raise ValueError(f"{name} {value} is not from 1 to {MAX_INT32}")
         if self.head_dim is None:  # imported models set it, and H * d may differ from D
-            step = 2 * self.num_heads  # a head's dimension must be even: RoPE rotates pairs
-            if self.dim % step:
-                fit = step * max(1, round(self.dim / step))
+            multiple = 2 * self.num_heads  # a head's dimension must be even: RoPE rotates pairs
+            if self.dim % multiple:
+                fit = multiple * max(1, round(self.dim / multiple))
                 raise ValueError(
                     f"dim {self.dim} is not a multiple of 2 * num_heads {self.num_heads}: try {fit}"
                 )
@@ -146,16 +146,16 @@ SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if the file is edi
 EDITED_FUNCTIONS = []  # names of functions below that were edited since fast.py was written
 
 
-def fast_version(plain, parts=()):
+def fast_version(function, dependencies=()):
     """Decorator: replaces a function with its faster namesake in fast.py, if that file exists.
 
-    parts: functions or classes that only the plain version uses. Both agree up to rounding.
-    fast.py has hashes of the code of the plain function and its parts: if you edit any of these,
-    the plain version runs, and the start screen says so.
+    Both versions agree up to rounding. dependencies: functions or classes that only the plain
+    version uses. fast.py has hashes of the code of the function and its dependencies: if you edit
+    any of these, the plain version runs, and the start screen says so.
     """
     if fast is None:
-        return plain
-    names = [part.__name__ for part in (plain, *parts)]
+        return function
+    names = [dependency.__name__ for dependency in (function, *dependencies)]
     for name in names:
         is_edited = hash_of_code(definition(name, SOURCE)) != fast.STANDS_FOR.get(name)
         if is_edited and name not in EDITED_FUNCTIONS:
@@ -164,8 +164,8 @@ def fast_version(plain, parts=()):
     # round differently.
     plain_names = EDITED_FUNCTIONS + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
     if {*names} & {*plain_names}:
-        return plain
-    return getattr(fast, plain.__name__)
+        return function
+    return getattr(fast, function.__name__)
 
 
 def dropout(hidden, noise, mask_index):
@@ -267,8 +267,8 @@ def rope_frequencies(d, base, scaling=None):
         return frequencies
     factor, low, high, original_context = scaling
     turns = original_context * frequencies / (2 * np.pi)
-    kept = np.clip((turns - low) / (high - low), 0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / factor
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return smooth * frequencies + (1 - smooth) * frequencies / factor
 
 
 class Attention(nn.Module):
@@ -290,7 +290,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(d, config.norm_eps)
             self.k_norm = RMSNorm(d, config.norm_eps)
 
-    def project(self, hidden, offset=0):
+    def project_qkv(self, hidden, offset=0):
         """Hidden [B, L, D] to queries [B, H, L, d], keys [B, K, L, d] and values [B, K, L, d].
 
         offset: the position of the first token in its text, for RoPE.
@@ -313,48 +313,48 @@ class Attention(nn.Module):
     def __call__(self, hidden, cache=None):  # [B, L, D] -> [B, L, D]
         B, L, _ = hidden.shape
         if cache is None:
-            queries, keys, values = self.project(hidden)
+            queries, keys, values = self.project_qkv(hidden)
             attended = attend(queries, keys, values)  # [B, H, L, d]
         else:
-            queries, keys, values = self.project(hidden, cache.offset)
-            keys, values = cache.append(keys, values)
+            queries, keys, values = self.project_qkv(hidden, cache.offset)
+            keys, values = cache.update_and_fetch(keys, values)
             attended = attend(queries, keys, values, cache.mask)
         joined = attended.transpose(0, 2, 1, 3).reshape(B, L, -1)  # [B, L, H * d]
         return self.o_proj(joined)
 
 
-class Cache:
+class KVCache:
     """The keys and values of the tokens that one Attention has read so far."""
 
     mask = "causal"  # for `attend`
 
     def __init__(self):
-        self.keys = None  # [B, K, room, d], in the order of the positions
+        self.keys = None  # [B, K, capacity, d], in the order of the positions
         self.values = None
         self.offset = 0  # positions read so far
 
-    def append(self, keys, values):
+    def update_and_fetch(self, keys, values):
         """Adds keys and values [B, K, L, d]; returns those of all positions so far."""
         end = self.offset + keys.shape[2]
-        self.make_room(end, keys, values)
+        self.reserve(end, keys, values)
         self.keys[:, :, self.offset : end] = keys
         self.values[:, :, self.offset : end] = values
         self.offset = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def make_room(self, end, keys, values):
+    def reserve(self, end, keys, values):
         """Makes room for `end` positions of keys and values like these, [B, K, any, d].
 
-        The room is a multiple of 256, not a whole context, which can be very long.
+        The capacity is a multiple of 256, not a whole context, which can be very long.
         """
         if self.keys is None:
             self.keys = keys[:, :, :0]
             self.values = values[:, :, :0]
-        B, K, room, d = self.keys.shape
-        if end > room:
-            more = mx.zeros((B, K, 256 * math.ceil(end / 256) - room, d), keys.dtype)
-            self.keys = mx.concatenate([self.keys, more], axis=2)
-            self.values = mx.concatenate([self.values, more], axis=2)
+        B, K, capacity, d = self.keys.shape
+        if end > capacity:
+            zeros = mx.zeros((B, K, 256 * math.ceil(end / 256) - capacity, d), keys.dtype)
+            self.keys = mx.concatenate([self.keys, zeros], axis=2)
+            self.values = mx.concatenate([self.values, zeros], axis=2)
 
 
 @fast_version
@@ -439,7 +439,7 @@ class Transformer(nn.Module):
         return hidden.astype(self.norm.weight.dtype)  # bfloat16 if the norms are, see make_step
 
     def __call__(self, tokens, caches=None, noise=None):
-        """caches: a Cache per block; noise: a Noise for dropout, or None."""
+        """caches: a KVCache per block; noise: a Noise for dropout, or None."""
         hidden = dropout(self.embed(tokens), noise, mask_index=0)
         if caches is None:
             caches = [None] * len(self.layers)
@@ -461,11 +461,11 @@ class LanguageModel(nn.Module):
         if config.untie:
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
-    def __call__(self, tokens, caches=None, noise=None, last=None):
-        """Logits of only the final `last` positions (enough for decoding), or of all if None."""
+    def __call__(self, tokens, caches=None, noise=None, logits_to_keep=None):
+        """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all."""
         hidden = self.model(tokens, caches, noise)  # [B, L, D]
-        if last is not None:
-            hidden = hidden[:, -last:]
+        if logits_to_keep is not None:
+            hidden = hidden[:, -logits_to_keep:]
         return self.logits(hidden)
 
     def logits(self, hidden):
@@ -473,8 +473,8 @@ class LanguageModel(nn.Module):
 
         Training, evaluation and sampling all call this: a softcap, bias or scaling takes one edit.
         """
-        output = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
-        return output(hidden).astype(mx.float32)
+        output_layer = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
+        return output_layer(hidden).astype(mx.float32)
 
     @property
     def head(self):
@@ -484,7 +484,7 @@ class LanguageModel(nn.Module):
         return self.model.embed_tokens.weight
 
 
-def first_values(name, shape, seed):
+def normal_init(name, shape, seed):
     """A standard normal array of this shape, to initialize a parameter.
 
     It depends only on the seed and the parameter's name: adding a parameter to a model leaves the
@@ -494,7 +494,7 @@ def first_values(name, shape, seed):
     return mx.array(rng.standard_normal(shape, np.float32))
 
 
-ZERO_AT_FIRST = ("o_proj.weight", "down_proj.weight", "lm_head.weight")
+ZERO_INIT = ("o_proj.weight", "down_proj.weight", "lm_head.weight")
 
 
 FLAGS["init"] = {"seed": Flag(42, COUNT, "of weights, batches, dropout and samples")}
@@ -517,13 +517,13 @@ def init_weights(model, seed):
             value = mx.zeros_like(parameter)
         elif parameter.ndim < 2:
             value = parameter  # 1 in a norm
-        elif name.endswith(ZERO_AT_FIRST):
+        elif name.endswith(ZERO_INIT):
             value = mx.zeros_like(parameter)
         elif name.endswith("embed_tokens.weight"):
-            value = first_values(name, parameter.shape, seed) * 5 / model.config.dim
+            value = normal_init(name, parameter.shape, seed) * 5 / model.config.dim
         else:
             # [O, I]: preserves the variance
-            value = first_values(name, parameter.shape, seed) * parameter.shape[-1] ** -0.5
+            value = normal_init(name, parameter.shape, seed) * parameter.shape[-1] ** -0.5
         weights.append((name, value))
     model.load_weights(weights)
 
@@ -533,16 +533,16 @@ def init_weights(model, seed):
 
 # The fast version computes logits without LanguageModel.logits: an edit of LanguageModel or of
 # Embedding has to switch it off.
-@partial(fast_version, parts=[Embedding, LanguageModel])
-def training_loss(model, hidden, targets, weight):
-    """What training minimizes: the cross-entropy in nats, times `weight`, summed over positions.
+@partial(fast_version, dependencies=[Embedding, LanguageModel])
+def training_loss(model, hidden, targets, scale):
+    """What training minimizes: the cross-entropy in nats, times `scale`, summed over positions.
 
     hidden: final hidden states [B, L, D]; targets: ids [B, L]. Another loss here does not
     affect how models are evaluated: see token_metrics. With --teacher, the loss is distil.py's.
     """
     logits = model.logits(hidden)  # [B, L, V]
     losses = nn.losses.cross_entropy(logits, targets)  # [B, L]
-    return (losses * weight).sum()
+    return (losses * scale).sum()
 
 
 @fast_version
@@ -615,13 +615,13 @@ class Muon(optim.Optimizer):
     def move(self, direction, matrix):
         """The matrix after a step in an orthogonalized direction."""
         rows, columns = matrix.shape
-        rate = self.learning_rate * max(1, rows / columns) ** 0.5
+        lr = self.learning_rate * max(1, rows / columns) ** 0.5
         # Like AdamW, decays by AdamW's learning rate (not Muon's) times weight_decay.
         decay = self.learning_rate * self.weight_decay / self.lr_scale
-        return matrix * (1 - decay) - rate * direction
+        return matrix * (1 - decay) - lr * direction
 
 
-@partial(fast_version, parts=[Muon])
+@partial(fast_version, dependencies=[Muon])
 def parallelize(optimizer):
     """Returns the optimizer unchanged; the fast version distributes its work over the cores."""
     return optimizer
@@ -700,10 +700,10 @@ def is_matrix_of_block(name, parameter):
     return name.startswith("model.layers.") and parameter.ndim == 2
 
 
-def set_learning_rate(optimizer, rate):
-    """Sets the learning rate of each group: `rate`, times its `lr_scale` if it has one."""
+def set_learning_rate(optimizer, learning_rate):
+    """Sets each group's learning rate, multiplied by its `lr_scale` if it has one."""
     for group in optimizer.optimizers:
-        group.learning_rate = rate * getattr(group, "lr_scale", 1)
+        group.learning_rate = learning_rate * getattr(group, "lr_scale", 1)
 
 
 def constant(iteration, flags):
@@ -713,15 +713,15 @@ def constant(iteration, flags):
 
 def cosine(iteration, flags):
     """The peak rate until the cooldown, then half a cosine down to `min_lr`."""
-    done, least = cooldown(iteration, flags)
-    left = (1 + math.cos(math.pi * done)) / 2
-    return 1 - (1 - least) * (1 - left)  # exactly 1 before cooldown
+    decay_ratio, min_factor = cooldown(iteration, flags)
+    coeff = (1 + math.cos(math.pi * decay_ratio)) / 2
+    return 1 - (1 - min_factor) * (1 - coeff)  # exactly 1 before cooldown
 
 
 def linear(iteration, flags):
     """The peak rate until the cooldown, then a straight line down to `min_lr`."""
-    done, least = cooldown(iteration, flags)
-    return 1 - (1 - least) * done
+    decay_ratio, min_factor = cooldown(iteration, flags)
+    return 1 - (1 - min_factor) * decay_ratio
 
 
 def cooldown(iteration, flags):
@@ -730,12 +730,12 @@ def cooldown(iteration, flags):
     The cooldown is the last fraction `lr_cooldown` of the steps after warmup. It would reach
     `min_lr` at step `num_iters`, one after the last.
     """
-    steps = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)
-    done = max(0, iteration - (flags.num_iters - steps)) / max(1, steps)
+    cooldown_steps = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)
+    decay_ratio = max(0, iteration - (flags.num_iters - cooldown_steps)) / max(1, cooldown_steps)
     if flags.min_lr is None:
-        return done, 0.1  # the default of --min_lr: a tenth of the peak
+        return decay_ratio, 0.1  # the default of --min_lr: a tenth of the peak
     # If the peak is 0, so is any multiple of it: the 1 only avoids a division by 0.
-    return done, flags.min_lr / (flags.learning_rate or 1)
+    return decay_ratio, flags.min_lr / (flags.learning_rate or 1)
 
 
 # The choices of --lr_schedule: functions of the step, counted from 0, that give a multiple of
@@ -770,16 +770,16 @@ def average_weights(average, weights, iteration, fraction):
     """
     if average is None:
         return weights
-    part = min(1, 1 / (fraction * (iteration + 1)))  # the newest weights' fraction of the average
-    average = interpolate(average, weights, mx.array(part))
+    alpha = min(1, 1 / (fraction * (iteration + 1)))  # the newest weights' fraction of the average
+    average = interpolate(average, weights, mx.array(alpha))
     mx.eval(average)  # or the graphs of all steps would pile up
     return average
 
 
 @mx.compile
-def interpolate(average, weights, part):
-    """Interpolates between two trees of arrays: `part` 0 gives `average`, 1 gives `weights`."""
-    return tree_map(lambda old, new: old + part * (new - old), average, weights)
+def interpolate(average, weights, alpha):
+    """Interpolates between two trees of arrays: `alpha` 0 gives `average`, 1 gives `weights`."""
+    return tree_map(lambda old, new: old + alpha * (new - old), average, weights)
 
 
 # ---- Batches ------------------------------------------------------------------------------------
@@ -818,18 +818,18 @@ class Batches:
     def begin_epoch(self, epoch):
         """Draws the offset and the order of the windows; `epoch` counts from 0."""
         rng = np.random.default_rng([self.seed, epoch])
-        offsets = min(self.context_size, len(self.tokens) - self.context_size)
-        offset = int(rng.integers(offsets))
-        windows = (len(self.tokens) - 1 - offset) // self.context_size
-        self.go_to(epoch, 0, offset, rng.permutation(np.arange(windows, dtype=np.uint32)))
+        num_offsets = min(self.context_size, len(self.tokens) - self.context_size)
+        offset = int(rng.integers(num_offsets))
+        num_windows = (len(self.tokens) - 1 - offset) // self.context_size
+        self.seek(epoch, 0, offset, rng.permutation(np.arange(num_windows, dtype=np.uint32)))
 
-    def go_to(self, epoch, cursor, offset, perm):
+    def seek(self, epoch, cursor, offset, perm):
         """Goes to a position in an epoch, just drawn or saved (each NumPy may draw differently).
 
-        perm: [windows] uint32. Raises ValueError if these are not windows of the text.
+        perm: [num_windows] uint32. Raises ValueError if these are not windows of the text.
         """
-        windows = (len(self.tokens) - 1 - offset) // self.context_size
-        if perm.dtype != np.uint32 or perm.shape != (windows,) or perm.max() >= windows:
+        num_windows = (len(self.tokens) - 1 - offset) // self.context_size
+        if perm.dtype != np.uint32 or perm.shape != (num_windows,) or perm.max() >= num_windows:
             raise ValueError("its order of batches is that of another text")
         self.epoch = epoch
         self.cursor = cursor
@@ -842,8 +842,8 @@ class Batches:
         An epoch's last, incomplete batch is dropped. If the text has fewer windows than a batch
         has rows, the windows repeat.
         """
-        complete = self.cursor + self.rows_per_step <= len(self.perm)
-        if not complete and self.cursor > 0:
+        is_complete = self.cursor + self.rows_per_step <= len(self.perm)
+        if not is_complete and self.cursor > 0:
             self.begin_epoch(self.epoch + 1)
         indices = range(self.cursor, self.cursor + self.rows_per_step)
         windows = self.perm.take(indices, mode="wrap").astype(np.int64)
@@ -867,12 +867,12 @@ def hash32(bits):
 class Noise:
     """The random numbers of dropout (Srivastava et al. 2014) for the rows of one batch.
 
-    rate: [] float32; keys: [B, 2] uint32, see draw_dropout; L, D: the shape of a row's hidden
-    states. A row's masks depend only on its own key: splitting a batch does not change them.
+    dropout_rate: [] float32; keys: [B, 2] uint32, see draw_dropout; L, D: the shape of a row's
+    hidden states. A row's masks depend only on its own key: splitting a batch does not change them.
     """
 
-    def __init__(self, rate, keys, L, D):
-        self.keep_prob = 1 - rate
+    def __init__(self, dropout_rate, keys, L, D):
+        self.keep_prob = 1 - dropout_rate
         positions = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
         bits = hash32(positions + keys[:, None, None, 0]) ^ keys[:, None, None, 1]
         self.bits = bits ^ (bits >> 16)  # [B, L, D]
@@ -885,22 +885,22 @@ class Noise:
         # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the
         # same, but compilers do not vectorize it.
         threshold = (self.keep_prob * 2**31).astype(mx.uint32)
-        kept = ((bits >> 1) + threshold) >> 31
-        return hidden * (kept.astype(hidden.dtype) / self.keep_prob.astype(hidden.dtype))
+        mask = ((bits >> 1) + threshold) >> 31
+        return hidden * (mask.astype(hidden.dtype) / self.keep_prob.astype(hidden.dtype))
 
 
-def draw_dropout(iteration, rows, flags):
-    """The dropout rate of a step, [] float32, and a key for each of its rows, [rows, 2] uint32.
+def draw_dropout(iteration, num_rows, flags):
+    """The dropout rate of a step, [] float32, and a key for each row, [num_rows, 2] uint32.
 
     The key of row r depends only on (seed, iteration, r). The rate changes linearly from --dropout
     to --dropout_final at `num_iters`.
     """
     final = flags.dropout if flags.dropout_final is None else flags.dropout_final
-    rate = flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
+    dropout_rate = flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
     # The 1 makes these random numbers differ from those of Batches.
     rng = np.random.default_rng([flags.seed, iteration, 1])
-    keys = rng.integers(0, 2**32, (rows, 2), np.uint32)
-    return mx.array(rate), mx.array(keys)
+    keys = rng.integers(0, 2**32, (num_rows, 2), np.uint32)
+    return mx.array(dropout_rate), mx.array(keys)
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -1039,20 +1039,20 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     ranks = ranks or SingleProcess()
     model.model.grad_checkpoint = flags.grad_checkpoint
     has_dropout = flags.dropout or flags.dropout_final
-    casts = flags.dtype == "bfloat16" and on_gpu()
+    casts_weights = flags.dtype == "bfloat16" and on_gpu()
     if teacher is not None:
         distillation_loss = extra("distil").make_loss(teacher, flags)
 
-    def cast(name, parameter):
+    def to_bfloat16(name, parameter):
         # Embeddings stay in float32: a bfloat16 sum would lose the many small gradients of a
         # frequent token.
         return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
 
-    # A sum over the rows, as sum_over_shards and accumulation add up parts of a batch:
-    # a term for the whole batch, such as a weight penalty, would count once per part.
-    def loss_of_rows(scale, dropout_rate, inputs, targets, keys):
-        if casts:
-            model.update(tree_map_with_path(cast, model.parameters()))  # LoRA's base, too
+    # A sum over rows: sum_over_shards and gradient accumulation add up the sums of several parts of
+    # a batch. A term that is no such sum, such as a weight penalty, would count once per part.
+    def loss_fn(scale, dropout_rate, inputs, targets, keys):
+        if casts_weights:
+            model.update(tree_map_with_path(to_bfloat16, model.parameters()))  # LoRA's base, too
         noise = None
         if has_dropout:
             noise = Noise(dropout_rate, keys, inputs.shape[1], model.config.dim)
@@ -1061,7 +1061,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
             return distillation_loss(model, hidden, targets, scale, inputs)
         return training_loss(model, hidden, targets, scale)
 
-    value_and_grad = nn.value_and_grad(model, loss_of_rows)
+    value_and_grad = nn.value_and_grad(model, loss_fn)
 
     # Compiled once per set of shapes, then replayed. Arrays that are no arguments, such as the
     # teacher's weights, become constants of the graph unless they are in `inputs`; arrays that the
@@ -1087,16 +1087,16 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         # Turns sums over positions into means; ranks.average divides by the number of ranks.
         scale = ranks.size / targets.size
         shard_gradients = partial(loss_and_gradients, scale, dropout_rate)
-        # This rank's rows of each batch.
-        first = flags.batch_size * ranks.rank // ranks.size
-        last = flags.batch_size * (ranks.rank + 1) // ranks.size
+        # This rank's rows of each micro-batch.
+        begin = flags.batch_size * ranks.rank // ranks.size
+        end = flags.batch_size * (ranks.rank + 1) // ranks.size
         total = None
         with bfloat16_products(flags.dtype == "bfloat16"):
-            for start in range(0, len(inputs), flags.batch_size):
-                part = slice(start + first, start + last)
-                result = sum_over_shards(shard_gradients, inputs[part], targets[part], keys[part])
+            for offset in range(0, len(inputs), flags.batch_size):
+                rows = slice(offset + begin, offset + end)
+                result = sum_over_shards(shard_gradients, inputs[rows], targets[rows], keys[rows])
                 total = result if total is None else tree_map(mx.add, total, result)
-                if len(inputs) > flags.batch_size:  # or all parts would be in memory at once
+                if len(inputs) > flags.batch_size:  # or all would be in memory at once
                     mx.eval(total)
             loss, gradients = ranks.average(total)  # ranks exchange gradients only here
             metrics = apply_gradients(loss, gradients)
@@ -1115,27 +1115,27 @@ def train(run, interrupts, ranks):
     """
     flags = run.flags
     step = make_step(run.model, run.optimizer, flags, ranks, run.teacher)
-    end_time = math.inf  # in seconds of training
+    time_limit = math.inf  # in seconds of training
     if flags.max_minutes is not None:
-        end_time = run.seconds + 60 * flags.max_minutes
-    reporting = contextlib.nullcontext()
+        time_limit = run.seconds + 60 * flags.max_minutes
+    reporter_context = contextlib.nullcontext()
     if ranks.rank == 0:  # only this rank saves and reports
-        reporting = contextlib.closing(Reporter(run))
-    with reporting as reporter:
+        reporter_context = contextlib.closing(Reporter(run))
+    with reporter_context as reporter:
         while True:
             # Evaluate, save, then sample, so that a checkpoint has its loss. If a signal ends the
             # evaluation, the resumed run repeats it.
-            received, is_time_up = ranks.agree(interrupts.received, run.seconds >= end_time)
+            stop_signal, is_time_up = ranks.agree(interrupts.stop_signal, run.seconds >= time_limit)
             is_due = run.is_evaluation_due() or (is_time_up and flags.steps_per_eval)
             if is_due and run.iteration > 0 and not run.evaluation:
                 evaluate_run(run, interrupts, ranks, reporter)
-            is_ended = is_time_up or run.iteration >= flags.num_iters or run.is_out_of_patience()
-            if is_ended or received or run.is_save_due():
+            is_done = is_time_up or run.iteration >= flags.num_iters or run.is_out_of_patience()
+            if is_done or stop_signal or run.is_save_due():
                 if reporter:
                     save_and_sample(run, interrupts, reporter)
                 # A signal that arrived meanwhile ends the run before the next step.
-                received, _ = ranks.agree(interrupts.received)
-            if is_ended or received:
+                stop_signal, _ = ranks.agree(interrupts.stop_signal)
+            if is_done or stop_signal:
                 break
 
             was_saved = run.is_saved
@@ -1155,19 +1155,19 @@ def train(run, interrupts, ranks):
         say(f"Stopped: no improvement in {flags.patience} evaluations (--patience).")
     if is_time_up:
         say(f"--max_minutes {flags.max_minutes:g} reached at iteration {run.iteration:,}.")
-    if flags.eval_test and not received:
+    if flags.eval_test and not stop_signal:
         with run.using_average() as model:
             evaluate_split("test", model, run.dataset, flags, interrupts, ranks)
-    received, _ = ranks.agree(interrupts.received)
-    return received
+    stop_signal, _ = ranks.agree(interrupts.stop_signal)
+    return stop_signal
 
 
 def train_step(run, step):
     """Takes the next step of a run; returns its metrics, {name: number}."""
     flags = run.flags
-    began = time.perf_counter()
-    rate = learning_rate_at(run.iteration, flags)
-    set_learning_rate(run.optimizer, rate)  # an array in its state: no recompilation
+    start = time.perf_counter()
+    lr = learning_rate_at(run.iteration, flags)
+    set_learning_rate(run.optimizer, lr)  # an array in its state: no recompilation
     inputs, targets = run.batches.next()
     dropout_rate, keys = draw_dropout(run.iteration, len(inputs), flags)
     metrics = step(inputs, targets, dropout_rate, keys)
@@ -1175,7 +1175,7 @@ def train_step(run, step):
         weights = run.model.trainable_parameters()
         run.average = average_weights(run.average, weights, run.iteration, flags.average)
     metrics = {name: array.item() for name, array in metrics.items()}
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
 
     run.iteration += 1
     run.is_saved = False
@@ -1187,7 +1187,7 @@ def train_step(run, step):
         run.seconds += seconds
     run.recent_steps += 1
     run.recent_loss += metrics["loss"]
-    return metrics | {"learning_rate": rate}
+    return metrics | {"learning_rate": lr}
 
 
 def evaluate_run(run, interrupts, ranks, reporter):
@@ -1203,14 +1203,14 @@ def evaluate_run(run, interrupts, ranks, reporter):
     tokens = run.dataset.valid.tokens
     if flags.eval_tokens:
         steps = min(flags.steps_per_eval, flags.num_iters)
-        most = min(flags.eval_tokens, steps * run.batches.rows_per_step * flags.context_size)
-        tokens = tokens[: most + 1]  # the first one is only context
-    began = time.perf_counter()
+        limit = min(flags.eval_tokens, steps * run.batches.rows_per_step * flags.context_size)
+        tokens = tokens[: limit + 1]  # the first one is only context
+    start = time.perf_counter()
     with run.using_average() as model:
         metrics = evaluate(model, tokens, flags.batch_size, interrupts=interrupts, ranks=ranks)
     if metrics is None:
         return
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     if not math.isfinite(metrics["loss"]):
         raise divergence_error(run, "validation loss", run.iteration)
     if run.is_evaluation_due():
@@ -1234,19 +1234,19 @@ def save_and_sample(run, interrupts, reporter):
         return
     with run.using_average() as model:
         for prompt in flags.sample_prompt or [""]:
-            if interrupts.received:
+            if interrupts.stop_signal:
                 break
             sample = Conversation(run.dataset.tokenizer, model)
             name_unread(sample, prompt)
             text = "".join(sample.reply(prompt, flags, flags.seed, interrupts))
-            if not interrupts.received:  # else it is cut short
+            if not interrupts.stop_signal:  # else it is cut short
                 reporter.report_sample(run, prompt, text)
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------
 
 
-@partial(fast_version, parts=[Embedding, LanguageModel])  # as for training_loss
+@partial(fast_version, dependencies=[Embedding, LanguageModel])  # as for training_loss
 def token_metrics(model, hidden, targets):
     """The metrics of a validation text at each position, {name: [B, L]}.
 
@@ -1267,66 +1267,66 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     ranks = ranks or SingleProcess()
     context_size = model.config.context_size
     stride = stride or context_size
-    count = len(tokens) - 1  # number of targets
+    num_targets = len(tokens) - 1
 
-    def sums_of_rows(inputs, targets, weights):
+    def metric_sums(inputs, targets, mask):
         metrics = token_metrics(model, model.model(inputs), targets)
-        return {name: (values * weights).sum() for name, values in metrics.items()}
+        return {name: (values * mask).sum() for name, values in metrics.items()}
 
     # Traced once, as all batches have the same shape. Without `inputs`, the compiled function
     # would keep the weights as constants.
     @partial(mx.compile, inputs=[model.state])
-    def sums_of_batch(*windows):
-        return sum_over_shards(sums_of_rows, *windows)
+    def batch_sums(*windows):
+        return sum_over_shards(metric_sums, *windows)
 
-    # [windows]; the first window that starts at `last` or later reaches the end of the text.
-    last = max(count - context_size, 0)
-    starts = np.arange(0, last + stride, stride)
+    # The first window that starts at `last_start` or later reaches the end of the text.
+    last_start = max(num_targets - context_size, 0)
+    starts = np.arange(0, last_start + stride, stride)
     batch_size = min(batch_size, len(starts))
-    # Windows that start at the end, where all weights are 0, pad the last batch of each rank.
-    missing = -len(starts) % (batch_size * ranks.size)
-    starts = np.append(starts, np.full(missing, count))
+    # Windows that start at the end, which are all masked, pad the last batch of each rank.
+    padding = -len(starts) % (batch_size * ranks.size)
+    starts = np.append(starts, np.full(padding, num_targets))
     batches = starts.reshape(-1, batch_size)
     totals = Counter()  # {name: sum}, in 64 bits, as Python floats
-    received = None
+    stop_signal = None
     for batch in batches[ranks.rank :: ranks.size]:
-        received = interrupts and interrupts.received
-        if received:
+        stop_signal = interrupts and interrupts.stop_signal
+        if stop_signal:
             break
-        sums = sums_of_batch(*windows_to_evaluate(tokens, batch, context_size, stride))
+        sums = batch_sums(*windows_to_evaluate(tokens, batch, context_size, stride))
         totals.update({name: array.item() for name, array in sums.items()})
-    received, _ = ranks.agree(received)
-    if received:
-        interrupts.received = received  # perhaps by another rank
+    stop_signal, _ = ranks.agree(stop_signal)
+    if stop_signal:
+        interrupts.stop_signal = stop_signal  # perhaps by another rank
         return None
-    return {name: ranks.sum(total) / count for name, total in totals.items()}
+    return {name: ranks.sum(total) / num_targets for name, total in totals.items()}
 
 
 def windows_to_evaluate(tokens, starts, context_size, stride):
-    """Inputs, targets and weights (1 or 0) of the windows at `starts` [B]: [B, L] int32 each."""
-    count = len(tokens) - 1  # number of targets
+    """Inputs, targets and mask (1: counts) of the windows at `starts` [B]: [B, L] int32 each."""
+    num_targets = len(tokens) - 1
     columns = np.arange(context_size)  # [L]
     positions = starts[:, None] + columns  # [B, L]
     # Where windows overlap, tokens of the previous window do not count again.
     is_new = columns >= context_size - stride
     is_first = starts[:, None] == 0
-    weights = (positions < count) & (is_new | is_first)
-    positions = np.minimum(positions, count - 1)  # beyond the end, any token of weight 0 will do
-    windows = (tokens[positions], tokens[positions + 1], weights)
+    mask = (positions < num_targets) & (is_new | is_first)
+    positions = np.minimum(positions, num_targets - 1)  # beyond the end, any masked token will do
+    windows = (tokens[positions], tokens[positions + 1], mask)
     return [mx.array(array, mx.int32) for array in windows]
 
 
 def evaluate_split(name, model, dataset, flags, interrupts=None, ranks=None):
     """Prints the losses of a whole split, unless a signal arrives."""
     split = getattr(dataset, name)
-    count = len(split.tokens)
-    began = time.perf_counter()
+    num_tokens = len(split.tokens)
+    start = time.perf_counter()
     metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
     if metrics is not None:
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         losses = describe_losses(name, metrics, split, dataset.tokenizer)
-        times = f"{seconds:.1f} s, {1000 * seconds / count:.4f} ms per token"
-        say(f"{losses}, {count / seconds:,.0f} tokens/s ({times})")
+        times = f"{seconds:.1f} s, {1000 * seconds / num_tokens:.4f} ms per token"
+        say(f"{losses}, {num_tokens / seconds:,.0f} tokens/s ({times})")
 
 
 def perplexity(nats):
@@ -1344,15 +1344,15 @@ def bits_per_byte(nats, split):
 
 
 def penalize(logits, ids, penalty):
-    """Applies the repetition penalty (Keskar et al. 2019) to the ids that each row has read.
+    """Applies the repetition penalty (Keskar et al. 2019) to ids that occur in a row's text.
 
-    Logits above 0 are divided by it, the others multiplied. 1 changes nothing.
+    ids: a list for each row. Logits above 0 are divided by the penalty, others multiplied.
     """
     if penalty == 1:
         return logits
     seen = np.zeros(logits.shape, bool)  # [B, V]
-    for row, read in enumerate(ids):
-        seen[row, read] = True
+    for row, row_ids in enumerate(ids):
+        seen[row, row_ids] = True
     penalized = mx.where(logits > 0, logits / penalty, logits * penalty)
     return mx.where(mx.array(seen), penalized, logits)
 
@@ -1362,8 +1362,8 @@ def keep_top_k(logits, k):
     if k == 0 or k >= logits.shape[-1]:
         return logits
     largest = mx.topk(logits, k, axis=-1)  # [B, k], unordered
-    least = largest.min(axis=-1, keepdims=True)  # [B, 1]
-    return mx.where(logits < least, -math.inf, logits)
+    threshold = largest.min(axis=-1, keepdims=True)  # [B, 1]
+    return mx.where(logits < threshold, -math.inf, logits)
 
 
 def keep_top_p(logits, p):
@@ -1374,10 +1374,10 @@ def keep_top_p(logits, p):
     if p >= 1:
         return logits
     ascending = mx.sort(logits, axis=-1)
-    larger = 1 - mx.cumsum(mx.softmax(ascending, axis=-1), axis=-1)  # probability of larger logits
-    least = mx.where(larger < p, ascending, math.inf).min(axis=-1, keepdims=True)  # [B, 1]
-    least = mx.minimum(least, ascending[..., -1:])  # p = 0 keeps the largest
-    return mx.where(logits < least, -math.inf, logits)
+    mass_above = 1 - mx.cumsum(mx.softmax(ascending, axis=-1), axis=-1)  # of larger logits
+    threshold = mx.where(mass_above < p, ascending, math.inf).min(axis=-1, keepdims=True)  # [B, 1]
+    threshold = mx.minimum(threshold, ascending[..., -1:])  # p = 0 keeps the largest
+    return mx.where(logits < threshold, -math.inf, logits)
 
 
 def keep_min_p(logits, p):
@@ -1387,8 +1387,8 @@ def keep_min_p(logits, p):
     """
     if p == 0:
         return logits
-    least = logits.max(axis=-1, keepdims=True) + math.log(p)  # [B, 1]
-    return mx.where(logits < least, -math.inf, logits)
+    threshold = logits.max(axis=-1, keepdims=True) + math.log(p)  # [B, 1]
+    return mx.where(logits < threshold, -math.inf, logits)
 
 
 def process_logits(logits, flags, ids):
@@ -1439,16 +1439,16 @@ class Decoder:
     def begin_window(self, start):
         """Forgets what was read; the next pass reads the text from index `start`."""
         self.start = start
-        self.caches = [Cache() for _ in self.model.model.layers]
+        self.caches = [KVCache() for _ in self.model.model.layers]
 
     def logits(self):
         """Logits [1, V] of the token that follows the text."""
         context_size = self.model.config.context_size
         if len(self.ids) - self.start > context_size:
             self.begin_window(len(self.ids) - max(1, context_size // 2))
-        read = self.start + self.caches[0].offset
-        unread = mx.array([self.ids[read:]])
-        return self.model(unread, self.caches, last=1).squeeze(1)
+        num_read = self.start + self.caches[0].offset
+        unread = mx.array([self.ids[num_read:]])
+        return self.model(unread, self.caches, logits_to_keep=1).squeeze(1)
 
     def generate(self, max_tokens, flags, seed):
         """Samples `max_tokens` ids, appends each to the text and yields it.
@@ -1579,7 +1579,7 @@ class Conversation:
                 if token == end:
                     break
                 yield detokenizer.add_token(token)
-                if interrupts and interrupts.received:
+                if interrupts and interrupts.stop_signal:
                     return
             yield detokenizer.finalize()
         finally:
@@ -1691,11 +1691,11 @@ def converse(begin_text, flags):
 
 def print_reply(conversation, line, flags):
     """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
-    interrupts = argparse.Namespace(received=None)
+    interrupts = argparse.Namespace(stop_signal=None)
 
     # No KeyboardInterrupt, as an exception raised inside MLX can be lost.
     def note(signal_number, frame):
-        interrupts.received = signal_number
+        interrupts.stop_signal = signal_number
 
     handler = signal.signal(signal.SIGINT, note)
     name_unread(conversation, line)
@@ -1849,7 +1849,7 @@ class Contents(NamedTuple):
             run.model.update(tree_unflatten(self.weights))
             state = tree_unflatten(self.state)
             perm = np.array(state["perm"])
-            run.batches.go_to(checkpoint.epoch, checkpoint.cursor, checkpoint.offset, perm)
+            run.batches.seek(checkpoint.epoch, checkpoint.cursor, checkpoint.offset, perm)
             if "weights" in state:  # the trained ones; the .safetensors has their average
                 check_arrays(state["weights"], run.model.trainable_parameters())
                 if run.flags.average:
@@ -2091,7 +2091,7 @@ def save(run, interrupts):
             write_checkpoint(run)
             return
         except OSError as error:
-            twice = "again" if interrupts.received else "twice"
+            twice = "again" if interrupts.stop_signal else "twice"
             say(
                 f"Saving to {run.folder} failed ({error}); retrying in {pause} s. "
                 f"Press Ctrl+C or send SIGTERM {twice} to exit without saving."
@@ -2271,7 +2271,7 @@ def load_model_of(checkpoint):
 
 
 class Interrupts:
-    """Turns a termination signal into an attribute that loops check: `received`.
+    """Turns a termination signal into an attribute that loops check: `stop_signal`.
 
     A second one ends the process at once, without saving. Within half a second, it counts as the
     same request: `timeout` signals the process, then its group, and launchers repeat Ctrl+C.
@@ -2284,7 +2284,7 @@ class Interrupts:
     # Grid Engine or OAR if asked for, and where CPU time is limited.
     SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     SIGNALS += [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
-    received = None  # the number of the first signal
+    stop_signal = None  # the number of the first signal
 
     def __enter__(self):
         reader, writer = os.pipe()
@@ -2307,7 +2307,7 @@ class Interrupts:
             signal.signal(each, handler)
 
     def watch(self, reader):
-        """Runs in the thread: the first signal sets `received`, a later one ends the process."""
+        """Runs in the thread: the first signal sets `stop_signal`, a later one ends the process."""
         first = None  # when it arrived
         while byte := os.read(reader, 1):  # b"" once __exit__ has closed the other end
             [number] = byte
@@ -2315,7 +2315,7 @@ class Interrupts:
                 continue
             if first is None:
                 first = time.monotonic()
-                self.received = number
+                self.stop_signal = number
                 again = "again " if number == signal.SIGINT else ""
                 line = f"Press Ctrl+C {again}to exit without saving."
                 say(f"\nStopping after this step, then saving. {line}", sys.stderr)
@@ -2357,9 +2357,9 @@ class SingleProcess:
         """The sum of a number over all ranks."""
         return number
 
-    def agree(self, received, is_time_up=False):
+    def agree(self, stop_signal, is_time_up=False):
         """A signal that any rank has received, and whether the time is up on any."""
-        return received, is_time_up
+        return stop_signal, is_time_up
 
 
 def join_ranks(argv):
@@ -3545,23 +3545,23 @@ def train_run(flags, ranks):
         ranks.share(run)
         say("")  # the end of the start screen
         try:
-            received = train(run, interrupts, ranks)
+            stop_signal = train(run, interrupts, ranks)
         except RuntimeError as error:
-            if not interrupts.received or "[Compile" not in str(error):
+            if not interrupts.stop_signal or "[Compile" not in str(error):
                 raise
-            name = signal.Signals(interrupts.received).name
+            name = signal.Signals(interrupts.stop_signal).name
             line = f"{name} has ended the compiler within a step: rerun the command to resume"
             raise RunError(line) from None
-        say(describe_end(run, received))
+        say(describe_end(run, stop_signal))
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:  # a run that was saved has not failed
             discard(stream)
-    return 128 + received if received else 0  # how shells report the end by a signal
+    return 128 + stop_signal if stop_signal else 0  # how shells report the end by a signal
 
 
-def describe_end(run, received):
+def describe_end(run, stop_signal):
     """The last lines of a session: where the run is, and what to type next."""
     if run.checkpoint_id is None:
         return f"Stopped at iteration {run.iteration:,}; nothing was saved yet."
@@ -3571,7 +3571,7 @@ def describe_end(run, received):
     if run.evaluations:
         best = min(run.comparable_evaluations(), key=BY_LOSS)
         trained += f", best: valid {best.nats:.4f} nats at iteration {best.iteration:,}"
-    if received:
+    if stop_signal:
         return f"{trained}\nStopped at iteration {run.iteration:,}. To resume: {again}"
     ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
     more = ""

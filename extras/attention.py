@@ -68,7 +68,7 @@ def attention_weights(model, tokens):
     hidden = model.model.embed(mx.array([tokens]))  # [1, L, D]
     weights = []
     for block in model.model.layers:
-        queries, keys, values = block.self_attn.project(block.input_layernorm(hidden))
+        queries, keys, values = block.self_attn.project_qkv(block.input_layernorm(hidden))
         d = values.shape[-1]
         parts = []  # [1, H, L, d] each
         for first in range(0, L, d):  # d positions at a time, as a value has d numbers

@@ -120,7 +120,7 @@ def score_case(model, tokenizer, prompt, expected, top_k):
     inputs = text[-context_size - 1 : -1]
     # One pass scores all N expected tokens, each after the true ones before it (teacher forcing),
     # not after the model's guesses.
-    logits = model(mx.array([inputs]), last=len(expected_ids))[0]  # [N, V]
+    logits = model(mx.array([inputs]), logits_to_keep=len(expected_ids))[0]  # [N, V]
     targets = mx.array(expected_ids)  # [N]
     target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)  # [N, 1]
     # Not `>`: the NaNs of a diverged model must not make its rank 1.

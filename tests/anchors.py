@@ -31,15 +31,15 @@ EMBED = "        hidden = dropout(self.embed(tokens), noise, mask_index=0)\n"
 NORM = "        self.norm = RMSNorm(config.dim, config.norm_eps)\n"
 FINAL_NORM = "        return self.norm(hidden)\n"
 HEAD = "nn.Linear(config.dim, config.vocab_size, bias="
-LOGITS = "        return output(hidden).astype(mx.float32)\n"
-FIRST_VALUES = "rng.standard_normal(shape"
+LOGITS = "        return output_layer(hidden).astype(mx.float32)\n"
+NORMAL_INIT = "rng.standard_normal(shape"
 EMBEDDINGS_SCALE = "* 5 / model.config.dim"
 LAST_OF_INIT = "    model.load_weights(weights)\n"
 
 # ---- Loss, optimizer, batches -------------------------------------------------------------------
 
 TRAINING_LOSS = "nn.losses.cross_entropy(logits, targets)  # [B, L]"
-LOSS = "return (losses * weight).sum()"
+LOSS = "return (losses * scale).sum()"
 CLIP = "return optim.clip_grad_norm(gradients, max_norm)"
 MOMENTUM = "momentum=0.9"
 NEWTON_SCHULZ = "  for _ in range(5):"
@@ -54,14 +54,17 @@ ORDER = "default_rng([self.seed, epoch])"
 # ---- Training and evaluation --------------------------------------------------------------------
 
 STEP = "    metrics = step(inputs, targets, dropout_rate, keys)\n"
-IS_ENDED = "is_time_up or run.iteration >="
+IS_DONE = "is_time_up or run.iteration >="
 DIVERGENCE = """\
             if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
                 raise divergence_error(run, "loss or gradient", run.iteration - 1)
 """
 METRICS = '{"loss": nn.losses.cross_entropy(logits, targets)}'
 BEGIN_EVALUATION = "    totals = Counter()"
-END_EVALUATION = "    received, _ = ranks.agree(received)\n    if received:\n        interrupts"
+END_EVALUATION = """\
+    stop_signal, _ = ranks.agree(stop_signal)
+    if stop_signal:
+        interrupts"""
 
 # ---- Runs ---------------------------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ def test_a_state_goes_on_in_fresh_batches(steps, length, batch_size):
     for _ in range(steps):
         batches.next()
     fresh = make_batches(length, batch_size=batch_size)
-    fresh.go_to(batches.epoch, batches.cursor, batches.offset, batches.perm)
+    fresh.seek(batches.epoch, batches.cursor, batches.offset, batches.perm)
     other = make_batches(length, batch_size=batch_size, seed=2)
     for _ in range(20):
         starts = take_starts(batches)

@@ -68,7 +68,7 @@ def test_what_main_imports_is_loaded_anew_with_it(line, tmp_path):
     folder = path.parent
     [(base, _)], _ = cells(folder, line, "train()")
     line += ["--init_from", base, "--lora_rank", 2]
-    values = anchors.FIRST_VALUES
+    values = anchors.NORMAL_INIT
     edit = f'edit("main.py", "{values}", "2 * {values}")'
     mine = 'edit("mine.py", "FACTOR = 1", "FACTOR = 2")'
     runs, _ = cells(folder, line, RUN_AGAIN, edit, RUN_AGAIN, mine, RUN_AGAIN)

@@ -45,7 +45,7 @@ def test_a_bias_of_the_output_layer_is_trained_and_scored(line, tmp_path):
 @pytest.mark.parametrize("untie", ["--untie", "--no-untie"])
 def test_a_softcap_holds_in_training_scores_and_samples(untie, line, text, tmp_path):
     """With logits from -1 to 1, no loss over 257 bytes can be lower than this."""
-    program = edited(tmp_path, {LOGITS: "return mx.tanh(output(hidden).astype(mx.float32))"})
+    program = edited(tmp_path, {LOGITS: "return mx.tanh(output_layer(hidden).astype(mx.float32))"})
     least = math.log(1 + 256 * math.exp(-2))
     out, _ = run(*line, untie, "--eval_tokens", 0, **program)
     assert "\nedited   LanguageModel: computed by main.py, not by fast.py\n" in out
@@ -68,7 +68,7 @@ def test_a_softcap_holds_in_training_scores_and_samples(untie, line, text, tmp_p
 
 
 def test_what_does_not_know_other_logits_says_so(line, tmp_path):
-    program = edited(tmp_path, {LOGITS: "return 2 * output(hidden).astype(mx.float32)"})
+    program = edited(tmp_path, {LOGITS: "return 2 * output_layer(hidden).astype(mx.float32)"})
     folder = program["program"][0].parent
     name, _, _ = begin(*line)
     _, err = run(*line, "--teacher", name, status=2, **program)
@@ -82,7 +82,7 @@ def test_what_does_not_know_other_logits_says_so(line, tmp_path):
 def test_the_loss_is_what_trains_and_the_score_stays(line, tmp_path):
     """A loss of 0 moves no weight: the score is that of the first weights."""
     line += ["--weight_decay", 0]
-    run(*line, **edited(tmp_path, {LOSS: "return 0 * (losses * weight).sum()"}))
+    run(*line, **edited(tmp_path, {LOSS: "return 0 * (losses * scale).sum()"}))
     *steps, score = log_rows(tmp_path / "lm")
     assert [row["loss"] for row in steps] == [0, 0, 0, 0]
     begin(*line, "--learning_rate", 0)

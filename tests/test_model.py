@@ -21,7 +21,7 @@ def logits_of(model, tokens, **options):
 
 
 def make_caches(model):
-    return [main.Cache() for _ in model.model.layers]
+    return [main.KVCache() for _ in model.model.layers]
 
 
 def assert_close(logits, expected, rtol=0, atol=1e-4):

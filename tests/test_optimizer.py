@@ -97,7 +97,7 @@ def train_by_hand(checkpoint, tokens, loss_of):
     batches = main.Batches(tokens, flags.context_size, rows, flags.seed)
 
     def loss(inputs, targets, noise):
-        caches = [main.Cache() for _ in model.model.layers]  # with which attention is MLX's own
+        caches = [main.KVCache() for _ in model.model.layers]  # with which attention is MLX's own
         logits = model(inputs, caches=caches, noise=noise)
         return loss_of(inputs, logits, targets)
 

@@ -22,15 +22,16 @@ class Script:
     def __init__(self, rows, context_size=8):
         self.rows = rows
         self.config = Namespace(context_size=context_size)
-        self.model = Namespace(layers=[None])  # one layer, as its Cache says what is read
+        self.model = Namespace(layers=[None])  # one layer, as its KVCache says what is read
 
-    def __call__(self, tokens, caches, last):
-        assert last <= tokens.shape[1] <= self.config.context_size, "more than a model can read"
+    def __call__(self, tokens, caches, logits_to_keep):
+        length = tokens.shape[1]
+        assert logits_to_keep <= length <= self.config.context_size, "more than a model can read"
         for cache in caches:
-            cache.offset = cache.offset + tokens.shape[1]
+            cache.offset = cache.offset + length
         logits = []
         for row in tokens.tolist():
-            logits.append([self.rows(token) for token in row[-last:]])
+            logits.append([self.rows(token) for token in row[-logits_to_keep:]])
         return mx.array(np.array(logits, np.float32))
 
 

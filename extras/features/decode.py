@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from datasets import UsageError
-from main import Cache, Decoder, open_model, process_logits, sample_token
+from main import Decoder, KVCache, open_model, process_logits, sample_token
 
 
 def open_draft(flags, contents):
@@ -31,8 +31,8 @@ def open_draft(flags, contents):
     return draft
 
 
-class BatchCache(Cache):
-    """A Cache for texts of different lengths; `begin` is called before each pass."""
+class BatchCache(KVCache):
+    """A KVCache for texts of different lengths; `begin` is called before each pass."""
 
     def begin(self, lengths):
         """Moves past the first `lengths` [B] positions of each text; the rest is overwritten."""
@@ -42,17 +42,17 @@ class BatchCache(Cache):
         if (lengths != lengths[0]).any():
             self.offset = mx.array(lengths)  # [B], which RoPE also accepts
 
-    def append(self, keys, values):
+    def update_and_fetch(self, keys, values):
         """Adds L positions to each text; returns the keys and values of all."""
         if isinstance(self.offset, int):
-            return super().append(keys, values)
+            return super().update_and_fetch(keys, values)
         B, _, L, _ = keys.shape
         positions = self.lengths[:, None] + np.arange(L)  # [B, L]
         end = int(positions.max()) + 1
         # [B, 1, L, end]; False for the junk after a shorter text.
         self.mask = mx.array(np.arange(end) <= positions[:, None, :, None])
-        self.make_room(end, keys, values)
-        # Scatters, which are slower than Cache's slice assignments.
+        self.reserve(end, keys, values)
+        # Scatters, which are slower than KVCache's slice assignments.
         rows = mx.arange(B)[:, None]
         positions = mx.array(positions)
         self.keys[rows, :, positions] = keys.swapaxes(1, 2)
@@ -95,7 +95,7 @@ class BatchDecoder:
         tokens = mx.array(rows)  # [B, unread]
         for cache in self.caches:
             cache.begin(self.lengths)
-        logits = self.model(tokens, self.caches, last=count)
+        logits = self.model(tokens, self.caches, logits_to_keep=count)
         self.lengths = self.lengths + tokens.shape[1]
         return logits
 
@@ -117,7 +117,7 @@ class BatchDecoder:
         B = len(self.texts)
         length = len(window)
         for cache, other in zip(self.caches, alone.caches):
-            cache.make_room(length, mx.repeat(other.keys, B, 0), mx.repeat(other.values, B, 0))
+            cache.reserve(length, mx.repeat(other.keys, B, 0), mx.repeat(other.values, B, 0))
             cache.keys[row, :, :length] = other.keys[0, :, :length]
             cache.values[row, :, :length] = other.values[0, :, :length]
         self.lengths[row] = length

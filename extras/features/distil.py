@@ -30,10 +30,10 @@ def make_loss(teacher, flags):
     share = mx.array(flags.teacher_weight)
     temperature = mx.array(flags.teacher_temperature)
 
-    def loss(model, hidden, targets, weight, tokens):
+    def loss(model, hidden, targets, scale, tokens):
         states = hidden.flatten(0, 1)
         head = model.head.astype(hidden.dtype)
-        weights = mx.full(targets.size, weight)
+        weights = mx.full(targets.size, scale)
         theirs = teacher.model(tokens).flatten(0, 1)  # [N, D'], without dropout
         return distilled_loss_and_gradients(
             states, head, targets.flatten(), weights, theirs, teacher.head, share, temperature

@@ -68,12 +68,12 @@ STANDS_FOR = {
     "relu2": "f20b5f618b46fe3f27dffeb8574128a74ab530958d9d2d9261ef107f6797e903",
     "checkpoint_block": "6f062f86dd0f89a76181da54a6f8c6b822cbaec3cca451f0ecb7ab0a058ca74b",
     "Embedding": "fd9cade784f9931b192e419aa37b537d45f135b0816bd5840f4b3eb101f7860d",
-    "LanguageModel": "cde300a8393592aa3c803998ab9cd13cb13bd03d0ee26032676ad9d687040b4a",
-    "training_loss": "b9ec45355c9333833ea9c359c0eaf87e1a1aef17de361fce783a100e72b2b8c5",
+    "LanguageModel": "5368cbfcc81720c71bfff55f8af7e24af18a307386fc17972701cef05adbbe3e",
+    "training_loss": "44bf382c1e0634217dbec41c185768a15026600dbb0f0ffbf2ce301b062bb096",
     "token_metrics": "48da6d80c4bb1173052efbe5335bfc55643c403d6cbd6788fe9cdab3870f9040",
     "sum_over_shards": "c1c958baf78c81fdd29b5d875b6e001a39add730bf8470a9a79e92badf4c1b8d",
     "clip_grad_norm": "0c8fde6feb41b8a56564a6e7994890144d22fb6a1bd1f702258ce1c2d5ae46d8",
-    "Muon": "8e2eff073cbafa1e04fe8d3c9fd87d1d831e729a71ea4bbdd153464b1cab6da3",
+    "Muon": "b2e0a955f634ca7555a811d18090de61b4387c29a5b5443d0ccb471a6d2661e1",
     "parallelize": "5bcf5213bf4e69b0781cd138d94fb27781514de467dc06a752b28abca81688a8",
 }
 
@@ -565,14 +565,14 @@ def gradients_in_order(inputs, gradients, outputs):
 
 
 # ---- Cross-entropy ------------------------------------------------------------------------------
-def training_loss(model, hidden, targets, weight):
-    """The cross-entropies in nats, times `weight`, summed: main.py's `training_loss`.
+def training_loss(model, hidden, targets, scale):
+    """The cross-entropies in nats, times `scale`, summed: main.py's `training_loss`.
 
     hidden: [B, L, D]; targets: [B, L]. The gradients w.r.t. `hidden` and the head are computed
     together with the loss, in chunks of rows (as in Liger Kernel, Hsu et al. 2024): this takes half
     the time of computing one after the other, and the logits [B * L, V] never exist as a whole.
     """
-    weights = mx.full(targets.size, weight)
+    weights = mx.full(targets.size, scale)
     states = hidden.flatten(0, 1)
     head = model.head.astype(hidden.dtype)
     return cross_entropy_and_gradients(states, head, targets.flatten(), weights)[0]

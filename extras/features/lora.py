@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from main import first_values
+from main import normal_init
 
 
 class LoRALinear(nn.Module):
@@ -54,7 +54,7 @@ def init_lora(model, seed):
     weights = []
     for name, adapter in tree_flatten(model.trainable_parameters()):
         if name.endswith("lora_a"):
-            normal = first_values(name, adapter.shape, seed)
+            normal = normal_init(name, adapter.shape, seed)
             weights.append((name, normal * adapter.shape[1] ** -0.5))
     model.load_weights(weights, strict=False)
 

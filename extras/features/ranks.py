@@ -139,11 +139,11 @@ class Group(contextlib.AbstractContextManager):
         """The sum of a number over all ranks."""
         return self.gather(number).sum().item()
 
-    def agree(self, received, is_time_up=False):
+    def agree(self, stop_signal, is_time_up=False):
         """A signal that any rank has received, and whether the time is up on any."""
         if os.getppid() != self.launcher:  # which was killed: nobody would see the run any more
-            received = received or signal.SIGHUP
-        return self.gather([received or 0, is_time_up]).max(axis=0).tolist()
+            stop_signal = stop_signal or signal.SIGHUP
+        return self.gather([stop_signal or 0, is_time_up]).max(axis=0).tolist()
 
     def broadcast(self, content=b""):
         """Rank 0's bytes on every rank."""
@@ -220,7 +220,7 @@ class Group(contextlib.AbstractContextManager):
             source.model.update(tree["models"][name])
         run.optimizer.state = tree["optimizer"]
         run.average = tree.get("average")
-        run.batches.go_to(*record["batches"], np.array(tree["perm"]))
+        run.batches.seek(*record["batches"], np.array(tree["perm"]))
         for name, value in record["progress"].items():
             setattr(run, name, value)
         run.evaluations = [main.Evaluation(*each) for each in run.evaluations]

@@ -70,7 +70,7 @@ REMARKS = {  # what is replaced in main.py, and by what
     anchors.RELU2: "mx.square(nn.relu(x))  # of x\n",
 }
 EDITS = {
-    anchors.LOSS: "return 2 * (losses * weight).sum()",
+    anchors.LOSS: "return 2 * (losses * scale).sum()",
     anchors.CLIP: "return gradients, mx.array(7.0)",
 }
 

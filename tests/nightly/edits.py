@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from anchors import ATTEND, BATCHES, BEGIN_EVALUATION, COSINE, DIVERGENCE, DOWN_PROJECTION, EMBED
-from anchors import END_EVALUATION, FINAL_NORM, IMPORT, INIT, IS_ENDED, JOINED, LOADED, LOGITS
+from anchors import END_EVALUATION, FINAL_NORM, IMPORT, INIT, IS_DONE, JOINED, LOADED, LOGITS
 from anchors import MASK, METRICS, MOMENTUM, NEWTON_SCHULZ, NORM, ORDER, PRODUCT, PROJECT_DOWN
 from anchors import PROJECT_OUT, QK_NORM, RATE, RELU2_ENTRY, STEP, TOP, TRAINING_LOSS, VOCAB_SIZE
 from anchors import WARMED_UP, WARMUP
@@ -96,7 +96,8 @@ def factor(expression):
 
 def times(expression):
     """A replacement that multiplies the logits by an expression."""
-    return LOGITS, LOGITS.replace("output(hidden)", f"(output(hidden) * ({expression}))")
+    logits = "output_layer(hidden)"
+    return LOGITS, LOGITS.replace(logits, f"({logits} * ({expression}))")
 
 
 def smoothed(loss):
@@ -158,7 +159,7 @@ CHEATS = [
     Edit("150 steps when a model is loaded", SCORED, [(LOADED, LOADED.replace(
         "        return", f"{TRAIN_ON}        return"))]),
     Edit("twice the steps in the loop", "^Cannot tell: your files: it has taken 200 steps", [
-        (IS_ENDED, "is_time_up or run.iteration >= 2 *")]),
+        (IS_DONE, "is_time_up or run.iteration >= 2 *")]),
     Edit("200 steps inside step 1", SLOWER, [
         (STEP, "    for _ in range(200 if run.iteration == 1 else 0):\n"
          f"        step(*run.batches.next(), dropout_rate, keys)\n{STEP}")],
