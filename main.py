@@ -911,15 +911,22 @@ FLAGS["training"] |= {
 
 
 class Evaluation(NamedTuple):
-    """The loss on the first `tokens` of the validation text; compared only at equal `tokens`."""
+    """The loss on the first `num_tokens` tokens of the validation text."""
 
     iteration: int
-    nats: float  # per token
-    tokens: int = 0  # that were evaluated; 0 if an older commit did not record it
-    bits: float = math.inf  # per byte of text
+    loss: float  # in nats per token
+    num_tokens: int = 0  # 0 if an older commit did not record it
+    bits_per_byte: float = math.inf
 
 
-BY_LOSS = operator.attrgetter("nats")  # a sort key of evaluations
+def comparable(evaluations):
+    """The evaluations on as many tokens as the last one: no others compare with it."""
+    return [each for each in evaluations if each.num_tokens == evaluations[-1].num_tokens]
+
+
+def best_evaluation(evaluations):
+    """The comparable evaluation with the lowest loss, the first of equal ones; None without any."""
+    return min(comparable(evaluations), key=operator.attrgetter("loss"), default=None)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)  # a checkpoint and its copy are not equal
@@ -941,10 +948,6 @@ class Progress:
                 return evaluation
         return None
 
-    def comparable_evaluations(self):
-        """The evaluations on as many tokens as the last one, in order."""
-        return [each for each in self.evaluations if each.tokens == self.evaluations[-1].tokens]
-
     def progress(self):
         """The fields of Progress, {name: value}, not those of subclasses."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Progress)}
@@ -954,7 +957,7 @@ class Progress:
 class Run(Progress):
     """A training run: its model, its data and its progress."""
 
-    folder: Path  # where it is saved, see name_of_run
+    folder: Path  # where it is saved, see run_name
     flags: argparse.Namespace
     dataset: Dataset
     model: LanguageModel
@@ -1002,9 +1005,8 @@ class Run(Progress):
         stop at another iteration than one with this length from the start.
         """
         steps = self.flags.steps_per_eval or math.inf
-        comparable = self.comparable_evaluations()
-        due = [evaluation for evaluation in comparable if evaluation.iteration % steps == 0]
-        losses = [evaluation.nats for evaluation in due]
+        due = [each for each in comparable(self.evaluations) if each.iteration % steps == 0]
+        losses = [evaluation.loss for evaluation in due]
         if not self.flags.patience or not losses:
             return False
         return len(losses) - 1 - losses.index(min(losses)) >= self.flags.patience
@@ -1145,12 +1147,12 @@ def train(run, interrupts, ranks):
             if reporter:
                 # Older checkpoints are deleted only once a step from the newest one has succeeded.
                 if was_saved:
-                    prune(run)
+                    prune_checkpoints(run)
                 reporter.report_step(run, metrics)
     # No step tests the weights of the last checkpoint. But if it was evaluated, its loss is finite
     # (evaluate_run raises RunError otherwise), so no older checkpoint is needed to go back to.
     if reporter and run.evaluation:
-        prune(run)
+        prune_checkpoints(run)
     if run.is_out_of_patience():
         say(f"Stopped: no improvement in {flags.patience} evaluations (--patience).")
     if is_time_up:
@@ -1237,7 +1239,7 @@ def save_and_sample(run, interrupts, reporter):
             if interrupts.stop_signal:
                 break
             sample = Conversation(run.dataset.tokenizer, model)
-            name_unread(sample, prompt)
+            warn_about_prompt(sample, prompt)
             text = "".join(sample.reply(prompt, flags, flags.seed, interrupts))
             if not interrupts.stop_signal:  # else it is cut short
                 reporter.report_sample(run, prompt, text)
@@ -1329,14 +1331,14 @@ def evaluate_split(name, model, dataset, flags, interrupts=None, ranks=None):
         say(f"{losses}, {num_tokens / seconds:,.0f} tokens/s ({times})")
 
 
-def perplexity(nats):
+def perplexity(loss):
     """The perplexity of a mean loss in nats."""
-    return math.exp(min(nats, 99))  # exp(710) would overflow
+    return math.exp(min(loss, 99))  # exp(710) would overflow
 
 
-def bits_per_byte(nats, split):
+def bits_per_byte(loss, split):
     """Converts a mean loss in nats/token to bits per byte of the split's text."""
-    return nats / math.log(2) * len(split.tokens) / split.num_bytes
+    return loss / math.log(2) * len(split.tokens) / split.num_bytes
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -1423,7 +1425,7 @@ class Decoder:
     ids: the text so far, a list of at least one id; callers may append to it, too.
     The keys and values of what it has read are cached. When the text outgrows the context, its
     last context_size // 2 tokens are read again: logits are always those of a fresh pass over the
-    window of the text that starts at `start`.
+    window of the text that starts at `window_start`.
     """
 
     def __init__(self, model, ids):
@@ -1431,22 +1433,22 @@ class Decoder:
         self.ids = ids
         self.begin_window(0)
 
-    def cut(self, length):
+    def truncate(self, length):
         """Truncates the text to `length` ids."""
         del self.ids[length:]
         self.begin_window(0)
 
     def begin_window(self, start):
         """Forgets what was read; the next pass reads the text from index `start`."""
-        self.start = start
+        self.window_start = start
         self.caches = [KVCache() for _ in self.model.model.layers]
 
     def logits(self):
         """Logits [1, V] of the token that follows the text."""
         context_size = self.model.config.context_size
-        if len(self.ids) - self.start > context_size:
+        if len(self.ids) - self.window_start > context_size:
             self.begin_window(len(self.ids) - max(1, context_size // 2))
-        num_read = self.start + self.caches[0].offset
+        num_read = self.window_start + self.caches[0].offset
         unread = mx.array([self.ids[num_read:]])
         return self.model(unread, self.caches, logits_to_keep=1).squeeze(1)
 
@@ -1457,7 +1459,7 @@ class Decoder:
         """
         for _ in range(max_tokens):
             logits = self.logits()
-            logits = process_logits(logits, flags, [self.ids[self.start :]])
+            logits = process_logits(logits, flags, [self.ids[self.window_start :]])
             key = mx.array([seed, len(self.ids)], mx.uint32)
             # As extras.batch does for each row, sample from [V]: [1, V] would draw differently.
             token = sample_token(logits[0], flags, key).item()
@@ -1465,7 +1467,7 @@ class Decoder:
             yield token
 
 
-def first_ids(tokenizer, prompt):
+def encode_prompt(tokenizer, prompt):
     """The ids of a prompt that begins a text.
 
     For "" without a start token: the end token or, if there is none, a newline.
@@ -1487,7 +1489,7 @@ class Detokenizer:
     def __init__(self, tokenizer, ids):
         self.tokenizer = tokenizer
         self.ids = list(ids)
-        self.shown = len(tokenizer.decode(self.ids))  # number of characters returned
+        self.num_shown = len(tokenizer.decode(self.ids))  # number of characters returned
 
     def add_token(self, token):
         """The text that `token` completes; "" if it ends inside a character."""
@@ -1496,14 +1498,14 @@ class Detokenizer:
         # The last character may be incomplete; later bytes may also make earlier ones invalid.
         if text.endswith("\ufffd") or token in self.tokenizer.byte_ids:
             return ""
-        piece = text[self.shown :]
+        piece = text[self.num_shown :]
         self.ids = [token]  # all that the next token's text can depend on
-        self.shown = len(self.tokenizer.decode(self.ids))
+        self.num_shown = len(self.tokenizer.decode(self.ids))
         return piece
 
     def finalize(self):
         """The text of a last character that was never completed."""
-        return self.tokenizer.decode(self.ids)[self.shown :]
+        return self.tokenizer.decode(self.ids)[self.num_shown :]
 
 
 class Conversation:
@@ -1513,8 +1515,8 @@ class Conversation:
         self.tokenizer = tokenizer
         self.model = model
         self.ids = []  # of the text; shared with the decoder
-        self.asked = 0  # number of ids before the last reply
-        self.speed = 0.0  # tokens per second of the last reply
+        self.reply_start = 0  # number of ids before the last reply
+        self.tokens_per_second = 0.0  # of the last reply
         if draft is not None:
             self.decoder = extra("decode").SpeculativeDecoder(model, draft, self.ids)
         else:
@@ -1527,50 +1529,50 @@ class Conversation:
         later token can change it. The last piece ends at the end of the text or before --stop,
         which is then removed from the text, too.
         """
-        pieces = self.pieces(prompt, flags, seed, interrupts)
+        pieces = self.generate_pieces(prompt, flags, seed, interrupts)
         if flags.stop:
-            return self.pieces_before(flags.stop, pieces)
+            return self.cut_at_stop(flags.stop, pieces)
         return pieces
 
-    def pieces_before(self, stop, pieces):
+    def cut_at_stop(self, stop, pieces):
         """The pieces of a reply up to `stop`; holds back what may be the start of `stop`."""
-        held = ""
+        buffer = ""
         for piece in pieces:
-            held += piece
-            before, found, _ = held.partition(stop)
-            if found:
+            buffer += piece
+            before, separator, _ = buffer.partition(stop)
+            if separator:
                 yield before
                 pieces.close()
-                self.take_back(len(held) - len(before))
+                self.remove_last(len(buffer) - len(before))
                 return
-            possible = [n for n in range(1, len(stop)) if held.endswith(stop[:n])]
-            sure = len(held) - max(possible, default=0)
-            yield held[:sure]
-            held = held[sure:]
-        yield held
+            overlaps = [n for n in range(1, len(stop)) if buffer.endswith(stop[:n])]
+            num_safe = len(buffer) - max(overlaps, default=0)
+            yield buffer[:num_safe]
+            buffer = buffer[num_safe:]
+        yield buffer
 
-    def take_back(self, count):
+    def remove_last(self, count):
         """Removes the last `count` characters of the reply, which may begin within a token."""
         text = self.tokenizer.decode(self.ids)[:-count]
-        self.decoder.cut(self.asked)
-        self.add(text[len(self.tokenizer.decode(self.ids)) :])
+        self.decoder.truncate(self.reply_start)
+        self.append_text(text[len(self.tokenizer.decode(self.ids)) :])
 
-    def add(self, text):
+    def append_text(self, text):
         """Appends `text`, tokenized as a continuation."""
         before = self.tokenizer.decode(self.ids[-1:])[-1:]
         [ids] = encode_after(self.tokenizer, [before], [text])
         self.ids.extend(ids.tolist())
 
-    def pieces(self, prompt, flags, seed, interrupts):
+    def generate_pieces(self, prompt, flags, seed, interrupts):
         """Like `reply`, but without --stop."""
         tokenizer = self.tokenizer
         end = end_of_text(tokenizer) if flags.stop_at_end else None
         if self.ids and self.ids[-1] != end:
             line_end = "" if tokenizer.decode(self.ids[-1:]).endswith("\n") else "\n"
-            self.add(line_end + prompt)
+            self.append_text(line_end + prompt)
         elif prompt or not self.ids:  # the prompt begins a text
-            self.ids.extend(first_ids(tokenizer, prompt))
-        self.asked = len(self.ids)
+            self.ids.extend(encode_prompt(tokenizer, prompt))
+        self.reply_start = len(self.ids)
         detokenizer = Detokenizer(tokenizer, self.ids)
         times = []  # when each token arrived
         try:
@@ -1584,11 +1586,11 @@ class Conversation:
             yield detokenizer.finalize()
         finally:
             if times:  # excluding the time for the prompt
-                self.speed = (len(times) - 1) / (time.perf_counter() - times[0])
+                self.tokens_per_second = (len(times) - 1) / (time.perf_counter() - times[0])
 
 
 # ---- Prompts ------------------------------------------------------------------------------------
-def sample_from(flags):
+def sample_checkpoint(flags):
     """Runs --inference or --prompt with a checkpoint's model.
 
     The model's text goes to stdout, messages about it to stderr.
@@ -1604,18 +1606,18 @@ def sample_from(flags):
     # The checkpoint is announced only after all user errors are ruled out: an error must be the
     # only line on stderr.
     announce(contents.checkpoint)
-    begin_text = partial(Conversation, tokenizer, model, draft)
+    new_conversation = partial(Conversation, tokenizer, model, draft)
     if flags.inference:
-        converse(begin_text, flags)
+        converse(new_conversation, flags)
         return
     for i in range(flags.num_samples):  # sample i uses seed + i
-        conversation = begin_text()
+        conversation = new_conversation()
         if i == 0:
-            name_unread(conversation, flags.prompt)
+            warn_about_prompt(conversation, flags.prompt)
         else:
             print("-" * 15)  # as nanoGPT does
         print_pieces(conversation.reply(flags.prompt, flags, flags.seed + i))
-    speed = f"{conversation.speed:,.1f} tokens/s"  # of the last sample
+    speed = f"{conversation.tokens_per_second:,.1f} tokens/s"  # of the last sample
     if draft:
         speed += conversation.decoder.describe_draft()
     print(speed, file=sys.stderr)
@@ -1638,11 +1640,11 @@ def for_terminal(text):
     return text
 
 
-def name_unread(conversation, prompt):
+def warn_about_prompt(conversation, prompt):
     """Says what the model does not read of a prompt, or reads differently."""
     tokenizer = conversation.tokenizer
     unknown = tokenizer.unknown(prompt)
-    count = len(first_ids(tokenizer, prompt))
+    count = len(encode_prompt(tokenizer, prompt))
     notices = {
         f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}": unknown,
         f"The prompt's {count:,} tokens are more than the context: only their end is read.": (
@@ -1657,7 +1659,7 @@ def name_unread(conversation, prompt):
             say(printable(line), sys.stderr)
 
 
-def converse(begin_text, flags):
+def converse(new_conversation, flags):
     """Answers each line of stdin with a continuation of the conversation so far.
 
     /reset forgets it, /quit ends the session. Ctrl+C ends a reply or, at the prompt, the session,
@@ -1666,24 +1668,24 @@ def converse(begin_text, flags):
     # At the prompt, Ctrl+C raises KeyboardInterrupt (which datasets.py disables).
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is not an error
-    question = ""  # for a pipe
+    input_prompt = ""  # for a pipe
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):  # some Pythons lack it
             import readline  # noqa: F401 (gives input() line editing and history)
 
-        question = "> "
-    conversation = begin_text()
+        input_prompt = "> "
+    conversation = new_conversation()
     try:
         while True:
-            line = input(question)
+            line = input(input_prompt)
             if line.rstrip() == "/quit":
                 break
             elif line.rstrip() == "/reset":
-                conversation = begin_text()
+                conversation = new_conversation()
             else:
                 print_reply(conversation, line, flags)
     except (EOFError, KeyboardInterrupt):  # Ctrl+D or end of the pipe; Ctrl+C at the prompt
-        if question:
+        if input_prompt:
             print()  # puts the shell's prompt on its own line
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C may also interrupt Python's exit
@@ -1694,11 +1696,11 @@ def print_reply(conversation, line, flags):
     interrupts = argparse.Namespace(stop_signal=None)
 
     # No KeyboardInterrupt, as an exception raised inside MLX can be lost.
-    def note(signal_number, frame):
+    def on_signal(signal_number, frame):
         interrupts.stop_signal = signal_number
 
-    handler = signal.signal(signal.SIGINT, note)
-    name_unread(conversation, line)
+    handler = signal.signal(signal.SIGINT, on_signal)
+    warn_about_prompt(conversation, line)
     print_pieces(conversation.reply(line, flags, flags.seed, interrupts))
     signal.signal(signal.SIGINT, handler)
 
@@ -1727,8 +1729,8 @@ RECORD_KEYS = {
     "code_sha1": "code",
     "cursor": "place",
 }
-FIELDS = {key: field for field, key in RECORD_KEYS.items()}
-SHA1 = re.compile("[0-9a-f]{40}")
+FIELD_NAMES = {key: field for field, key in RECORD_KEYS.items()}
+SHA1_PATTERN = re.compile("[0-9a-f]{40}")
 NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check --save_dir"
 
 
@@ -1777,9 +1779,9 @@ class Checkpoint(Progress):
     def open(self):
         """Verifies both files and returns the Contents.
 
-        Raises Damaged if either is not what was saved.
+        Raises DamagedError if either is not what was saved.
         """
-        with explained(f"{self} is damaged", kind=Damaged):
+        with explained(f"{self} is damaged", kind=DamagedError):
             if sha1_of_file(self.weights_path) != self.id:
                 raise ValueError("its .safetensors has another SHA1")
             weights = load_arrays(self.weights_path)
@@ -1809,7 +1811,7 @@ class Session:
     versions: dict  # of the environment, see list_versions
 
 
-class Damaged(RunError):
+class DamagedError(RunError):
     """A checkpoint that is not what was saved."""
 
 
@@ -1824,17 +1826,17 @@ class Contents(NamedTuple):
     def load_model(self):
         """The model, with a LoRA run's adapters merged into its base.
 
-        Raises Damaged if the weights are not those of the model.
+        Raises DamagedError if the weights are not those of the model.
         """
         checkpoint = self.checkpoint
         weights = self.weights
         rank = checkpoint.flags["lora_rank"]
         if rank:  # the file holds only the adapters
             base = extra("kept_models").open_kept(checkpoint, "init_from").model
-            with explained(f"{checkpoint} does not fit its base", kind=Damaged):
+            with explained(f"{checkpoint} does not fit its base", kind=DamagedError):
                 alpha = checkpoint.flags["lora_alpha"]
                 weights = extra("lora").merge(base, weights, rank, alpha)
-        with explained(f"{checkpoint} does not fit its record", kind=Damaged):
+        with explained(f"{checkpoint} does not fit its record", kind=DamagedError):
             model = LanguageModel(checkpoint.config)
             check_arrays(weights, model.parameters())
             model.update(tree_unflatten(weights))
@@ -1842,9 +1844,9 @@ class Contents(NamedTuple):
         return model
 
     def restore(self, run):
-        """Puts the saved state into a run. Raises Damaged if it does not fit."""
+        """Puts the saved state into a run. Raises DamagedError if it does not fit."""
         checkpoint = self.checkpoint
-        with explained(f"{checkpoint} does not fit its record", kind=Damaged):
+        with explained(f"{checkpoint} does not fit its record", kind=DamagedError):
             check_arrays(self.weights, run.model.trainable_parameters())
             run.model.update(tree_unflatten(self.weights))
             state = tree_unflatten(self.state)
@@ -1865,13 +1867,13 @@ class Contents(NamedTuple):
         run.sessions = [*checkpoint.sessions]
 
 
-def check_arrays(found, expected):
+def check_arrays(actual, expected):
     """Raises ValueError unless two trees hold arrays of the same names, shapes and types."""
-    kinds = []
-    for tree in (found, expected):
+    specs = []
+    for tree in (actual, expected):
         arrays = tree_flatten(tree)
-        kinds.append({name: (array.shape, array.dtype) for name, array in arrays})
-    if kinds[0] != kinds[1]:
+        specs.append({name: (array.shape, array.dtype) for name, array in arrays})
+    if specs[0] != specs[1]:
         raise ValueError("its arrays are those of another model")
 
 
@@ -1914,53 +1916,53 @@ def read_checkpoint(metadata_path):
     with open(metadata_path, "rb", opener=no_follow) as file:
         length = int.from_bytes(file.read(8), "little")  # of the JSON header that follows
         # The length may be junk. MLX itself reads no header of 100 MB.
-        texts = json.loads(file.read(min(length, 10**8)))["__metadata__"]
-    if sha1_of_text(texts["record"]) != texts["sha1"]:
+        header = json.loads(file.read(min(length, 10**8)))["__metadata__"]
+    if sha1_of_text(header["record"]) != header["sha1"]:
         raise ValueError("damaged header")
-    record = renamed(json.loads(texts["record"]), FIELDS)
+    record = rename_keys(json.loads(header["record"]), FIELD_NAMES)
     version = record["format_version"]
     if version != FORMAT_VERSION:
         raise ValueError(f"its format is version {version}: use the commit that wrote it")
-    record["config"] = checked(Config, record["config"])
-    sessions = [renamed(session, FIELDS) for session in record["sessions"]]
-    record["sessions"] = [checked(Session, session) for session in sessions]
-    checkpoint = checked(Checkpoint, record)
+    record["config"] = from_untrusted(Config, record["config"])
+    sessions = [rename_keys(session, FIELD_NAMES) for session in record["sessions"]]
+    record["sessions"] = [from_untrusted(Session, session) for session in sessions]
+    checkpoint = from_untrusted(Checkpoint, record)
     checkpoint.folder = metadata_path.parent
     checkpoint.evaluations = [Evaluation(*evaluation) for evaluation in checkpoint.evaluations]
     for evaluation in checkpoint.evaluations:
         has_types = [*map(type, evaluation)] == [int, float, int, float]
-        if not has_types or not math.isfinite(evaluation.nats):
+        if not has_types or not math.isfinite(evaluation.loss):
             raise ValueError("its evaluations are malformed")
-    if not checkpoint.sessions or not all(map(SHA1.fullmatch, checkpoint.parents.values())):
+    if not checkpoint.sessions or not all(map(SHA1_PATTERN.fullmatch, checkpoint.parents.values())):
         raise ValueError("its history is malformed")
     # A flag that was added after the checkpoint was saved, or was None, gets its default.
-    saved = {name: value for name, value in checkpoint.flags.items() if value is not None}
-    check_values(saved)
-    checkpoint.flags = {name: DEFAULTS[name] for name in RECORDED_FLAGS} | saved
+    flags = {name: value for name, value in checkpoint.flags.items() if value is not None}
+    check_values(flags)
+    checkpoint.flags = {name: DEFAULTS[name] for name in RECORDED_FLAGS} | flags
     if checkpoint.id != metadata_path.stem:
         raise ValueError(f"it belongs to {checkpoint.id[:12]}")
     return checkpoint
 
 
-def renamed(values, names):
+def rename_keys(values, names):
     """`values` with its keys renamed as in `names`, {old: new}."""
     return {names.get(key, key): value for key, value in values.items()}
 
 
-def checked(kind, values):
-    """Makes a dataclass of {field: value}, which is untrusted.
+def from_untrusted(cls, values):
+    """An object of a dataclass, made of an untrusted {field: value}.
 
     Raises ValueError or TypeError unless each field is present, of its type and in range.
     """
-    types = {field.name: field.type for field in dataclasses.fields(kind)}
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
     for name, value in values.items():
-        wanted = types.get(name)
-        if type(value) is not wanted and type(value) not in get_args(wanted):
+        expected = types.get(name)
+        if type(value) is not expected and type(value) not in get_args(expected):
             raise ValueError(f"its {name:.50} is of another type")
         least = 0 if type(value) is int else -1e15  # rounding makes a sum of losses negative
         if type(value) in (int, float) and not least <= value < 1e15:
             raise ValueError(f"its {name} is out of range")
-    return kind(**values)
+    return cls(**values)
 
 
 def list_checkpoints(save_dir, warn=False):
@@ -1970,18 +1972,18 @@ def list_checkpoints(save_dir, warn=False):
     `save_dir` is not a folder, or is the folder of a run.
     """
     checkpoints = []
-    for folder in list_folders(save_dir):
-        checkpoints += list_run(folder, warn)
+    for folder in list_run_folders(save_dir):
+        checkpoints += checkpoints_in(folder, warn)
     return sorted(checkpoints, key=by_time_saved, reverse=True)
 
 
-def list_folders(save_dir):
+def list_run_folders(save_dir):
     """The folders in `save_dir` that may hold a run; see list_checkpoints."""
     with explained(f"--save_dir {save_dir} holds no runs: train a model first", OSError):
         paths = list(save_dir.iterdir())
     folders = []
     for path in paths:
-        if path.suffix == ".metadata" and SHA1.fullmatch(path.stem):
+        if path.suffix == ".metadata" and SHA1_PATTERN.fullmatch(path.stem):
             raise UsageError(
                 f"--save_dir {save_dir} is the folder of a run: name its parent folder"
             )
@@ -1991,15 +1993,15 @@ def list_folders(save_dir):
     return folders
 
 
-def list_run(folder, warn=False):
+def checkpoints_in(folder, warn=False):
     """The checkpoints of one run, most recently saved first; see list_checkpoints."""
     checkpoints = []
-    for weights in folder.glob("[0-9a-f]" * 40 + ".safetensors"):  # a SHA1
+    for path in folder.glob("[0-9a-f]" * 40 + ".safetensors"):  # a SHA1
         try:
-            checkpoints.append(read_checkpoint(weights.with_suffix(".metadata")))
+            checkpoints.append(read_checkpoint(path.with_suffix(".metadata")))
         except Exception as error:  # an untrusted file can raise any
             if warn:
-                line = f"Skipping {folder.name}, {weights.stem[:12]}: {one_line(error)}"
+                line = f"Skipping {folder.name}, {path.stem[:12]}: {one_line(error)}"
                 print(line, file=sys.stderr)
     return sorted(checkpoints, key=by_time_saved, reverse=True)
 
@@ -2009,20 +2011,17 @@ def by_time_saved(checkpoint):
     return not checkpoint.is_copy, checkpoint.saved_at, checkpoint.iteration
 
 
-def best_of(checkpoints):
-    """The checkpoint with the lowest validation loss, else the first one; None if there are none.
+def best_checkpoint(checkpoints):
+    """The checkpoint of the best evaluation, else the newest one; None if there are none.
 
-    checkpoints: newest first. Only losses on as many tokens as the newest loss count.
+    checkpoints: newest first.
     """
-    evaluated = [checkpoint for checkpoint in checkpoints if checkpoint.evaluation]
-    comparable = [
-        each for each in evaluated if each.evaluation.tokens == evaluated[0].evaluation.tokens
-    ]
-    first = next(iter(checkpoints), None)
-    return min(comparable, key=lambda each: each.evaluation.nats, default=first)
+    evaluated = {each.evaluation: each for each in reversed(checkpoints) if each.evaluation}
+    newest = next(iter(checkpoints), None)
+    return evaluated.get(best_evaluation([*evaluated]), newest)
 
 
-def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
+def find_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     """The checkpoint that the flag names; checkpoints: newest first.
 
     identifier: an id or its beginning, the file of that name, a run's name (its newest checkpoint),
@@ -2036,34 +2035,34 @@ def named_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
                 f"--{flag_name} {identifier} lies outside --save_dir {save_dir}: copy the run there"
             )
         if path.is_file():  # a branch may have the same weights
-            checkpoints = list_run(path.parent)
+            checkpoints = checkpoints_in(path.parent)
     identifier = path.name.removesuffix(".safetensors")
     runs = [checkpoint.folder_name for checkpoint in checkpoints]
     if identifier == "latest":
-        found = checkpoints[:1]
+        matches = checkpoints[:1]
     elif identifier == "best" and checkpoints:
-        best = best_of(list_run(checkpoints[0].folder))
-        found = []
+        best = best_checkpoint(checkpoints_in(checkpoints[0].folder))
+        matches = []
         if best.evaluation:
-            found.append(best)
+            matches.append(best)
     elif identifier in runs:
-        found = [checkpoints[runs.index(identifier)]]
+        matches = [checkpoints[runs.index(identifier)]]
     elif "@" in identifier:
-        found = [extra("steps").checkpoint_at(checkpoints, identifier)]
+        matches = [extra("steps").checkpoint_at(checkpoints, identifier)]
     else:
-        matching = [each for each in checkpoints if each.id.startswith(identifier)]
+        candidates = [each for each in checkpoints if each.id.startswith(identifier)]
         # Of equal ids (a branch begins with the same weights), the last counts: the first run's.
-        matching.sort(key=lambda each: (not each.is_copy, -each.saved_at))
-        found = list({checkpoint.id: checkpoint for checkpoint in matching}.values())
-    if len(found) == 1:
-        return found[0]
+        candidates.sort(key=lambda each: (not each.is_copy, -each.saved_at))
+        matches = list({checkpoint.id: checkpoint for checkpoint in candidates}.values())
+    if len(matches) == 1:
+        return matches[0]
     names = ", ".join([*dict.fromkeys(runs)][:5]) or "none"
-    gone = ""
+    hint = ""
     if flag_name in PRETRAINED_FLAGS:
-        gone = "; if a run's model is gone, resume the run with --identifier RUN"
+        hint = "; if a run's model is gone, resume the run with --identifier RUN"
     raise UsageError(
-        f"--{flag_name} {identifier!r} matches {len(found) or 'no'} checkpoints in {save_dir}, "
-        f"which has these runs: {names} (see --list){gone}"
+        f"--{flag_name} {identifier!r} matches {len(matches) or 'no'} checkpoints in {save_dir}, "
+        f"which has these runs: {names} (see --list){hint}"
     )
 
 
@@ -2072,7 +2071,7 @@ def open_newest(candidates, is_named=False):
     for candidate in candidates:
         try:
             return candidate.open()
-        except Damaged as error:
+        except DamagedError as error:
             if is_named:
                 raise RunError(f"{error}; use another one from --list") from None
             print(f"Skipping {error}", file=sys.stderr)
@@ -2107,16 +2106,16 @@ def write_checkpoint(run):
     """
     weights = arrays_to_save(run.weights_to_save())
     state = state_arrays(run)
-    keep_code(run)
+    save_code(run)
     with new_file(run.folder) as weights_file, new_file(run.folder) as metadata_file:
         mx.save_safetensors(weights_file, weights, {"format": "mlx"})
         weights_file.flush()
         sha1 = sha1_of_file(weights_file.name)
         saved_at = max(time.time(), run.saved_at + 1e-3)  # even if the clock was set back
-        identity = {"id": sha1, "state_sha1": sha1_of_arrays(state), "saved_at": saved_at}
-        record = json.dumps(renamed(describe_run(run) | identity, RECORD_KEYS))
-        texts = {"record": record, "sha1": sha1_of_text(record)}
-        mx.save_safetensors(metadata_file, state, texts)
+        fields = {"id": sha1, "state_sha1": sha1_of_arrays(state), "saved_at": saved_at}
+        record = json.dumps(rename_keys(checkpoint_fields(run) | fields, RECORD_KEYS))
+        header = {"record": record, "sha1": sha1_of_text(record)}
+        mx.save_safetensors(metadata_file, state, header)
         publish(metadata_file, run.folder / f"{sha1}.metadata")
         publish(weights_file, run.folder / f"{sha1}.safetensors")
     sync(run.folder)
@@ -2151,32 +2150,32 @@ def state_arrays(run):
     return arrays_to_save(tree)
 
 
-def describe_run(run):
+def checkpoint_fields(run):
     """A Checkpoint's fields for the run as it is, without `id`, `state_sha1` and `saved_at`."""
     return run.progress() | {
         "format_version": FORMAT_VERSION,
         "run_name": run.folder.name,
-        "flags": values_of(run.flags, RECORDED_FLAGS),
+        "flags": get_values(run.flags, RECORDED_FLAGS),
         "config": dataclasses.asdict(run.model.config),
         "tokens_sha256": run.dataset.sha256,
         "parents": run.parents,
-        "sessions": [renamed(vars(session), RECORD_KEYS) for session in run.sessions],
-        **values_of(run.batches, ["epoch", "cursor", "offset"]),
+        "sessions": [rename_keys(vars(session), RECORD_KEYS) for session in run.sessions],
+        **get_values(run.batches, ["epoch", "cursor", "offset"]),
     }
 
 
-def prune(run):
+def prune_checkpoints(run):
     """Deletes old checkpoints of a run, and what killed saves have left in its folder.
 
     The newest --keep checkpoints, the best and the current one stay.
     """
     with contextlib.suppress(OSError):
-        own = list_run(run.folder)  # newest first
-        kept = {checkpoint.id for checkpoint in own[: run.flags.keep]} | {run.checkpoint_id}
+        checkpoints = checkpoints_in(run.folder)  # newest first
+        kept_ids = {each.id for each in checkpoints[: run.flags.keep]} | {run.checkpoint_id}
         # Of the run's history only: a damaged checkpoint, skipped before, may claim a lower loss.
-        best = best_of([each for each in own if each.evaluation in run.evaluations])
-        for checkpoint in own:
-            if checkpoint.id not in kept and checkpoint is not best:
+        best = best_checkpoint([each for each in checkpoints if each.evaluation in run.evaluations])
+        for checkpoint in checkpoints:
+            if checkpoint.id not in kept_ids and checkpoint is not best:
                 checkpoint.weights_path.unlink(missing_ok=True)
         remove_leftovers(run.folder)
         # Without the weights, metadata is no checkpoint.
@@ -2190,10 +2189,10 @@ def divergence_error(run, what, iteration):
 
     It gives a command that goes back to the last checkpoint from which a step succeeded.
     """
-    earlier = [each for each in list_run(run.folder) if each.iteration < iteration]
+    earlier = [each for each in checkpoints_in(run.folder) if each.iteration < iteration]
     remedy = "start over with --new_model"
     if earlier:
-        remedy = f"go back with {command(run.flags, earlier[0].id[:12])}"
+        remedy = f"go back with {resume_command(run.flags, earlier[0].id[:12])}"
     return RunError(
         f"the {what} of iteration {run.iteration:,} is not finite: choose a lower --learning_rate "
         f"or --grad_clip, and {remedy}"
@@ -2242,9 +2241,9 @@ def open_model(save_dir, name, flag_name):
     """
     if is_foreign(name):
         return extra("huggingface").open_by_name(name)
-    checkpoint = named_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
-    with explained(f"--{flag_name} cannot be used: name another", Damaged, kind=RunError):
-        return load_model_of(checkpoint)
+    checkpoint = find_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
+    with explained(f"--{flag_name} cannot be used: name another", DamagedError, kind=RunError):
+        return model_from_checkpoint(checkpoint)
 
 
 def is_foreign(name):
@@ -2258,7 +2257,7 @@ def is_model_folder(path):
     return os.path.isfile(os.path.join(path, "config.json"))
 
 
-def load_model_of(checkpoint):
+def model_from_checkpoint(checkpoint):
     """Opens a checkpoint as a LoadedModel; with LoRA, `files` include the base's."""
     contents = checkpoint.open()
     files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
@@ -2291,37 +2290,37 @@ class Interrupts:
         self.thread = threading.Thread(target=self.watch, args=[reader], daemon=True)
         self.thread.start()
         os.set_blocking(writer, False)
-        self.writer_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self.previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self.handlers = {}
-        for name in self.SIGNALS:
+        for signal_number in self.SIGNALS:
             # Signals that the parent ignores (nohup, background jobs of scripts) stay ignored.
-            if signal.getsignal(name) != signal.SIG_IGN:
+            if signal.getsignal(signal_number) != signal.SIG_IGN:
                 # The thread acts; without a handler, Python would not write the byte.
-                self.handlers[name] = signal.signal(name, lambda *_: None)
+                self.handlers[signal_number] = signal.signal(signal_number, lambda *_: None)
         return self
 
     def __exit__(self, *error):
-        os.close(signal.set_wakeup_fd(self.writer_before))  # ends the thread
+        os.close(signal.set_wakeup_fd(self.previous_writer))  # ends the thread
         self.thread.join()  # a notebook's next %run deletes modules that it needs
-        for each, handler in self.handlers.items():
-            signal.signal(each, handler)
+        for signal_number, handler in self.handlers.items():
+            signal.signal(signal_number, handler)
 
     def watch(self, reader):
         """Runs in the thread: the first signal sets `stop_signal`, a later one ends the process."""
-        first = None  # when it arrived
+        first_time = None  # when it arrived
         while byte := os.read(reader, 1):  # b"" once __exit__ has closed the other end
-            [number] = byte
-            if number not in self.SIGNALS:  # a signal with another handler
+            [signal_number] = byte
+            if signal_number not in self.SIGNALS:  # a signal with another handler
                 continue
-            if first is None:
-                first = time.monotonic()
-                self.stop_signal = number
-                again = "again " if number == signal.SIGINT else ""
+            if first_time is None:
+                first_time = time.monotonic()
+                self.stop_signal = signal_number
+                again = "again " if signal_number == signal.SIGINT else ""
                 line = f"Press Ctrl+C {again}to exit without saving."
                 say(f"\nStopping after this step, then saving. {line}", sys.stderr)
-            elif time.monotonic() - first > 0.5:
+            elif time.monotonic() - first_time > 0.5:
                 say("\nExited without saving.", sys.stderr)
-                os._exit(128 + number)  # at once; sys.exit would end only this thread
+                os._exit(128 + signal_number)  # at once; sys.exit would end only this thread
         os.close(reader)
 
 
@@ -2346,7 +2345,7 @@ class SingleProcess:
     rank = 0
     size = 1
 
-    def share(self, run):
+    def broadcast_run(self, run):
         """Sends rank 0's run to the other ranks."""
 
     def average(self, tree):
@@ -2381,10 +2380,10 @@ def use_device(gpu):
     """
     if gpu and not mx.is_available(mx.gpu):
         # mlx-cpu and mlx-cuda-13 have a library of the same name: the one installed last is used.
-        needed = "pip uninstall mlx-cpu; pip install --force-reinstall 'mlx[cuda13]' (NVIDIA GPUs)"
+        remedy = "pip uninstall mlx-cpu; pip install --force-reinstall 'mlx[cuda13]' (NVIDIA GPUs)"
         if sys.platform == "darwin":
-            needed = "in a Python for arm64, on Apple silicon with macOS 14 or newer"
-        raise UsageError(f"--gpu: MLX sees no GPU; omit --gpu, or install MLX for it: {needed}")
+            remedy = "in a Python for arm64, on Apple silicon with macOS 14 or newer"
+        raise UsageError(f"--gpu: MLX sees no GPU; omit --gpu, or install MLX for it: {remedy}")
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
     # MLX loads its compiled kernels from the folder for temporary files, where another user could
     # have put a file of that name.
@@ -2399,9 +2398,9 @@ def use_device(gpu):
         use_compiler(open_kernel_dir(), 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"')
 
 
-def bfloat16_products(wanted):
+def bfloat16_products(enabled):
     """A context manager: on a CPU that can, matrix products round their inputs to bfloat16."""
-    if wanted and fast:
+    if enabled and fast:
         return fast.bfloat16_products()
     return contextlib.nullcontext()
 
@@ -2455,8 +2454,8 @@ def read_code(flags):
         names += ["extras/features/lora.py"]
     if flags.get("teacher"):
         names += ["extras/features/distil.py"]
-    own = [own_file(module, str(HERE)) for module in [*sys.modules.values()]]
-    names += filter(None, own)
+    user_files = [own_file(module, str(HERE)) for module in [*sys.modules.values()]]
+    names += filter(None, user_files)
     for name in names:
         if name not in SOURCES and (HERE / name).exists():
             SOURCES[name] = (HERE / name).read_text("utf-8", errors="replace")
@@ -2471,40 +2470,40 @@ def hash_code(code):
     return sha1_of_text(json.dumps({name: hash_of_code(code[name]) for name in code}))
 
 
-def kept_code(folder, sha1):
+def code_folder(folder, sha1):
     """Where `folder`, a run's, keeps the code of this SHA1."""
     return folder / f"code-{sha1[:8]}"
 
 
-def keep_code(run):
+def save_code(run):
     """Copies the code that trains a run into its folder. Raises OSError."""
-    folder = kept_code(run.folder, run.sessions[-1].code_sha1)
+    folder = code_folder(run.folder, run.sessions[-1].code_sha1)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):  # untrusted
         return
     for name, source in run.code.items():
         path = folder / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(run.folder) as file:  # where `prune` removes leftovers
+            with new_file(run.folder) as file:  # where `prune_checkpoints` removes leftovers
                 file.write(source.encode())
                 publish(file, path)
     for path in [folder, *folder.rglob("*")]:
         sync(path)
 
 
-def other_code(checkpoint, flags):
+def code_mismatch_error(checkpoint, flags):
     """The UsageError for resuming a run with code that did not train it."""
-    kept = kept_code(checkpoint.folder, checkpoint.sessions[-1].code_sha1)
+    old = code_folder(checkpoint.folder, checkpoint.sessions[-1].code_sha1)
     code = read_code(vars(flags))
-    paths = filter(Path.is_file, kept.rglob("[!.]*"))
-    before = {str(path.relative_to(kept)): path.read_text("utf-8", "replace") for path in paths}
-    differ = sorted(dict(code.items() ^ before.items()))
-    first, *_ = [*differ, "main.py"]
+    paths = filter(Path.is_file, old.rglob("[!.]*"))
+    old_code = {str(path.relative_to(old)): path.read_text("utf-8", "replace") for path in paths}
+    names = sorted(dict(code.items() ^ old_code.items()))
+    first, *_ = [*names, "main.py"]
     return UsageError(
-        f"{checkpoint.folder_name} was trained by other code than this ({', '.join(differ)}: "
-        f"{shlex.join(['diff', str(kept / first), str(HERE / first)])}): resume with this code by "
-        f"{command(flags, checkpoint.folder_name)}, or start a new run by its original command and "
-        "--new_model"
+        f"{checkpoint.folder_name} was trained by other code than this ({', '.join(names)}: "
+        f"{shlex.join(['diff', str(old / first), str(HERE / first)])}): resume with this code by "
+        f"{resume_command(flags, checkpoint.folder_name)}, or start a new run by its original "
+        "command and --new_model"
     )
 
 
@@ -2534,7 +2533,7 @@ class Reporter:
 
     def __init__(self, run):
         self.train_loss = None  # of the last report
-        self.failed = set()  # names of files that could not be written
+        self.failed_files = set()  # names of files that could not be written
         total = max(run.flags.num_iters, run.iteration)
         self.bar = progress_bar(total=total, initial=run.iteration, dynamic_ncols=True)
         self.log = Log(run)
@@ -2558,17 +2557,17 @@ class Reporter:
         if run.iteration % run.flags.steps_per_report:
             return
         metrics["loss"] = run.recent_loss / run.recent_steps
-        measured = {"epoch": run.epochs, "peak_mib": mx.get_peak_memory() / 2**20}
+        stats = {"epoch": run.epochs, "peak_mib": mx.get_peak_memory() / 2**20}
         if run.recent_times:
             seconds = sum(run.recent_times) / len(run.recent_times)
-            tokens = run.batches.rows_per_step * run.flags.context_size
-            speed = {"ms_per_step": 1000 * seconds, "tokens_per_second": tokens / seconds}
-            measured = speed | measured
-        self.show(run, metrics | measured)
+            tokens_per_step = run.batches.rows_per_step * run.flags.context_size
+            speed = {"ms_per_step": 1000 * seconds, "tokens_per_second": tokens_per_step / seconds}
+            stats = speed | stats
+        self.show(run, metrics | stats)
         train = run.dataset.train
         if train.num_bytes is not None and run.teacher is None:  # which mixes in its loss
-            measured["bits_per_byte"] = bits_per_byte(metrics["loss"], train)
-        self.record(run, "train", metrics | measured)
+            stats["bits_per_byte"] = bits_per_byte(metrics["loss"], train)
+        self.log_metrics(run, "train", metrics | stats)
         self.train_loss = metrics["loss"]
         run.recent_steps = 0
         run.recent_loss = 0.0
@@ -2582,8 +2581,8 @@ class Reporter:
             return
         texts.append(f"time {tqdm.format_interval(run.seconds)}")
         if "ms_per_step" in metrics:
-            left = (self.bar.total - run.iteration) * metrics["ms_per_step"] / 1000
-            texts.append(f"left {tqdm.format_interval(left)}")
+            seconds_left = (self.bar.total - run.iteration) * metrics["ms_per_step"] / 1000
+            texts.append(f"left {tqdm.format_interval(seconds_left)}")
         say("  ".join([f"{run.iteration:,}/{self.bar.total:,}", *texts]))
 
     def report_evaluation(self, run, metrics, seconds):
@@ -2591,17 +2590,16 @@ class Reporter:
         train = ""
         if self.train_loss is not None and run.teacher is None:
             train = f"train {self.train_loss:.4f}, "
-        best = min(run.comparable_evaluations(), key=BY_LOSS, default=None)
-        is_best = run.evaluation and run.evaluation == best
+        is_best = run.evaluation and run.evaluation == best_evaluation(run.evaluations)
         mark = " (best)" if is_best else ""
         text = describe_losses("valid", metrics, run.dataset.valid, run.dataset.tokenizer, mark)
         elapsed = tqdm.format_interval(run.seconds)
         times = f"epoch {run.epochs:.2f}, time {elapsed}, evaluated in {seconds:.1f} s"
         say(f"iteration {run.iteration:,}: {train}{text}; {times}")
         metrics = metrics | {"bits_per_byte": bits_per_byte(metrics["loss"], run.dataset.valid)}
-        self.record(run, "valid", metrics)
+        self.log_metrics(run, "valid", metrics)
 
-    def record(self, run, split, metrics):
+    def log_metrics(self, run, split, metrics):
         """Adds metrics, {name: number}, to the log, and sends them to the dashboards."""
         row = {"iteration": run.iteration, "split": split} | metrics
         row |= {"tokens_seen": run.tokens_seen, "seconds": run.seconds}
@@ -2625,9 +2623,9 @@ class Reporter:
         try:
             yield
         except OSError as error:
-            if name not in self.failed:
+            if name not in self.failed_files:
                 say(f"Cannot write {name}; the run goes on. {one_line(error)}")
-            self.failed.add(name)
+            self.failed_files.add(name)
 
 
 class Log:
@@ -2655,8 +2653,8 @@ class Log:
         with open(self.path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
 
-    def rewrite(self, last):
-        """Writes the file anew, with its columns and those of `last`, which becomes its last row.
+    def rewrite(self, last_row):
+        """Writes the file anew, with its columns and those of `last_row`, and adds that row.
 
         So it has a row even if the process is killed at once. If no row can be read, the file was
         saved by another program, with semicolons, say.
@@ -2665,15 +2663,15 @@ class Log:
         if not rows and os.path.lexists(self.path):
             self.path.replace(self.path.with_name("log.old.csv"))
             say("log.csv cannot be read: it was renamed to log.old.csv")
-        columns = [*dict.fromkeys(itertools.chain(*rows[:1], last))]
+        columns = [*dict.fromkeys(itertools.chain(*rows[:1], last_row))]
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            at = (int(row["iteration"]), row["split"] != "train")
-            if at <= self.kept_up_to:
+            position = (int(row["iteration"]), row["split"] != "train")
+            if position <= self.kept_up_to:
                 writer.writerow(row)
-        writer.writerow(last)
+        writer.writerow(last_row)
         with replacing(self.path) as file:
             file.write(text.getvalue().encode())
         self.columns = columns
@@ -2716,26 +2714,26 @@ def print_start(run, checkpoint):
         split = getattr(dataset, name)
         if split:
             lengths.append(f"{len(split.tokens):,} {name}")
-    rows = run.batches.rows_per_step  # of a step
-    steps = len(run.batches.perm) // rows or 1  # per epoch
-    epochs = flags.num_iters * rows * config.context_size / len(dataset.train.tokens)
-    parameters = count_parameters(run.model.parameters())
-    trained = count_parameters(run.model.trainable_parameters())
-    trainable = f", {trained:,} trainable" if trained < parameters else ""
-    several = f", {versions['ranks']} ranks" if versions["ranks"] > 1 else ""
+    rows_per_step = run.batches.rows_per_step
+    steps_per_epoch = len(run.batches.perm) // rows_per_step or 1
+    epochs = flags.num_iters * rows_per_step * config.context_size / len(dataset.train.tokens)
+    num_parameters = count_parameters(run.model.parameters())
+    num_trainable = count_parameters(run.model.trainable_parameters())
+    trainable = f", {num_trainable:,} trainable" if num_trainable < num_parameters else ""
+    ranks = f", {versions['ranks']} ranks" if versions["ranks"] > 1 else ""
     lines = [
         f"run      {run.folder.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
         f"seed {flags.seed}",
-        f"model    {parameters:,} parameters{trainable}: {plural(config.num_blocks, 'block')}, "
+        f"model    {num_parameters:,} parameters{trainable}: {plural(config.num_blocks, 'block')}, "
         f"dim {config.dim}, {plural(config.num_heads, 'head')} "
         f"({plural(config.num_kv_heads, 'key/value head')}), {config.mlp} {config.mlp_dim}, "
         f"context {config.context_size}",
         f"data     {dataset.name}: {' / '.join(lengths)} tokens; "
         f"{describe_tokenizer(dataset.tokenizer)}; in {dataset.folder}",
-        f"steps    {rows} x {config.context_size} tokens, {steps:,} per epoch, "
+        f"steps    {rows_per_step} x {config.context_size} tokens, {steps_per_epoch:,} per epoch, "
         f"{epochs:,.2f} epochs in all; {flags.optimizer}, {versions['dtype']}",
         f"rate     {describe_schedule(flags)}",
-        f"machine  {versions['device']}{several}; MLX {versions['MLX']}, "
+        f"machine  {versions['device']}{ranks}; MLX {versions['MLX']}, "
         f"matmuls: {versions['BLAS']}, kernels: {versions['kernels']}",
         f"files    {run.folder.absolute()}",
     ]
@@ -2749,17 +2747,17 @@ def describe_losses(name, metrics, split, tokenizer, mark=""):
 
     metrics: those of evaluate. mark: a note on the loss, such as " (best)".
     """
-    nats = metrics["loss"]
+    loss = metrics["loss"]
     unit = "word" if tokenizer.kind == "word" else "token"
-    texts = [f"{name} {nats:.4f} nats{mark}", f"perplexity {perplexity(nats):.2f} per {unit}"]
+    texts = [f"{name} {loss:.4f} nats{mark}", f"perplexity {perplexity(loss):.2f} per {unit}"]
     is_whole = split.num_bytes is not None
     if is_whole and tokenizer.kind not in ("word", "char", "byte"):
-        # The sum over the split, extrapolated if `nats` is the mean of its first tokens only.
-        total = nats * len(split.tokens)
+        # The sum over the split, extrapolated if `loss` is the mean of its first tokens only.
+        total = loss * len(split.tokens)
         per_word = perplexity(total / max(1, split.num_words))
         texts.append(f"{per_word:.2f} per word" if per_word < 1e6 else f"{per_word:.1e} per word")
     if is_whole:
-        texts.append(f"{bits_per_byte(nats, split):.4f} bits per byte")
+        texts.append(f"{bits_per_byte(loss, split):.4f} bits per byte")
     if is_whole and tokenizer.unk is not None:
         texts.append(f"{split.num_unk / len(split.tokens):.2%} <unk>")
     texts += [format_metric(other, metrics[other]) for other in metrics if other != "loss"]
@@ -2919,8 +2917,8 @@ FLAGS["command"] = {
     "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
 } | TEXT_FLAGS["command"]
 
-ROWS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
-DEFAULTS = {name: row.default for name, row in ROWS.items()}
+ALL_FLAGS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
+DEFAULTS = {name: row.default for name, row in ALL_FLAGS.items()}
 LIST_FLAGS = [name for name, default in DEFAULTS.items() if default == []]  # take several values
 INIT_FLAGS = [*FLAGS["data"], *FLAGS["model"], *FLAGS["init"]]
 IDENTITY_FLAGS = [*INIT_FLAGS, *FLAGS["training"]]
@@ -2928,7 +2926,7 @@ RECORDED_FLAGS = [*IDENTITY_FLAGS, *FLAGS["session"]]
 # Runs are told apart by what these paths contain.
 PATH_FLAGS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
 
-LARGEST_YAML = 1 << 20  # bytes of a --config, or of a file of cases
+MAX_YAML_BYTES = 1 << 20  # bytes of a --config, or of a file of cases
 RECIPES = HERE / "extras" / "recipes"  # the files that --config finds by name
 
 
@@ -2975,13 +2973,13 @@ def arguments_of(values):
 def check_values(values):
     """Raises an exception of any type unless a command could set these values."""
     for name, value in values.items():
-        default, convert, *_ = ROWS[name]
+        default, convert, *_ = ALL_FLAGS[name]
         if value == default and type(value) is type(default):  # 32.0 is equal to 32
             continue
         if convert is bool:
             convert = {"True": True, "False": False}.__getitem__
-        typed = value if default == [] else [value]
-        if typed != [convert(str(element)) for element in typed]:
+        elements = value if default == [] else [value]
+        if elements != [convert(str(element)) for element in elements]:
             raise ValueError(f"its {name} is of another type")
 
 
@@ -2990,15 +2988,15 @@ def read_command_line(argv):
 
     The command line overrides the file, even where it only names a preset.
     """
-    typed = parse(argv)
-    file = {}
-    if "config" in typed:
-        file = read_config(typed["config"])
-        if "text" in typed or "dataset" in typed:
+    command_line = parse(argv)
+    config = {}
+    if "config" in command_line:
+        config = read_config(command_line["config"])
+        if "text" in command_line or "dataset" in command_line:
             for name in ("dataset", "text", "valid_text", "test_text"):
-                file.pop(name, None)
+                config.pop(name, None)
     explicit = {}
-    for flags in (file, typed):
+    for flags in (config, command_line):
         preset = PRESETS.get(flags.get("preset"), [])
         explicit |= dict(zip(PRESET_FLAGS, preset)) | flags  # flags override a preset
     return explicit
@@ -3013,18 +3011,18 @@ def read_config(name):
         recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
         raise UsageError(f"--config {name}: no such file; the recipes are {recipes}")
     with explained(f"--config {name} must be a YAML file of flags like dim: 8"):
-        ours = {}  # {another program's name: ours}
-        for name, others in other_names().items():
-            ours |= dict.fromkeys(others.split(), name)
+        canonical = {}  # {another program's name: ours}
+        for name, aliases in other_names().items():
+            canonical |= dict.fromkeys(aliases.split(), name)
         values = {}
         for key, value in (read_yaml(path) or {}).items():
             section = value if isinstance(value, dict) else {key: value}  # any name for a section
-            for written, each in section.items():
-                name = str(written).replace("-", "_")
-                name = ours.get(name, name)
+            for flag, element in section.items():
+                name = str(flag).replace("-", "_")
+                name = canonical.get(name, name)
                 if name in values:
                     raise ValueError(f"{name} appears twice, perhaps under two names")
-                values[name] = each
+                values[name] = element
         flags = parse([utf8(argument) for argument in arguments_of(values)])
         if "config" in flags:
             raise ValueError("it names another file")
@@ -3046,8 +3044,8 @@ def read_yaml(path, loader="SafeLoader"):
                     raise ValueError(f"{key} appears twice")
             return super().construct_mapping(node, deep)
 
-    if path.stat().st_size > LARGEST_YAML:
-        raise ValueError(f"it is longer than {LARGEST_YAML:,} bytes")
+    if path.stat().st_size > MAX_YAML_BYTES:
+        raise ValueError(f"it is longer than {MAX_YAML_BYTES:,} bytes")
     return yaml.load(path.read_text("utf-8"), Loader)
 
 
@@ -3090,7 +3088,7 @@ def resolve_flags(explicit, recorded=None):
     return flags
 
 
-def values_of(flags, names):
+def get_values(flags, names):
     """These attributes of flags, a Config or Batches, {name: value}."""
     return {name: getattr(flags, name) for name in names}
 
@@ -3119,7 +3117,7 @@ def notice_useless(flags):
             yield f"--{name} has no effect without --{' or --'.join(others)}."
 
 
-def command(flags, identifier):
+def resume_command(flags, identifier):
     """The command that resumes a run or a checkpoint, in the same folders."""
     parts = ["python", "main.py", "--identifier", identifier]
     for name in ("save_dir", "data_dir"):
@@ -3136,21 +3134,21 @@ def command(flags, identifier):
 # only into the folders NAME, NAME.2, NAME.3, … for a run that the same code trained.
 
 
-def identity_of(flags, sha256, parents):
+def run_identity(flags, sha256, parents):
     """What tells runs apart, {name: value}: texts and models count by content, not by path.
 
     flags: {name: value}; sha256: see Dataset; parents: see Checkpoint.
     """
-    found = {name: flags[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
-    found |= sha256 | parents
+    identity = {name: flags[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
+    identity |= sha256 | parents
     for name in PRETRAINED_FLAGS:
         # Soon, "latest" will be the run itself, so the word counts.
         if flags[name] in CHECKPOINT_WORDS:
-            found[name] = flags[name]
-    return found
+            identity[name] = flags[name]
+    return identity
 
 
-def name_of_run(dataset, identity):
+def run_name(dataset, identity):
     """The name of the run of this identity: <dataset>-<8 hexadecimal digits>.
 
     Defaults are left out: otherwise, adding a flag to the program would rename all runs.
@@ -3159,19 +3157,19 @@ def name_of_run(dataset, identity):
     return f"{dataset}-{sha1_of_text(json.dumps(changed, sort_keys=True))[:8]}"
 
 
-def refuse_contradiction(flags, values, holder):
-    """Raises UsageError if an explicit flag in INIT_FLAGS contradicts `values`, which `holder` has.
+def refuse_contradiction(flags, values, owner):
+    """Raises UsageError if an explicit flag in INIT_FLAGS contradicts `values`, which `owner` has.
 
-    Texts and tokenizer files are compared by content, in load_data_again.
+    Texts and tokenizer files are compared by content, in reload_data.
     """
     for name, value in values.items():
-        asked = getattr(flags, name)
+        flag_value = getattr(flags, name)
         is_path = name in PATH_FLAGS and name not in PRETRAINED_FLAGS
         is_path = is_path and str(value) not in TOKENIZERS
-        if name in INIT_FLAGS and name in flags.explicit and asked != value and not is_path:
+        if name in INIT_FLAGS and name in flags.explicit and flag_value != value and not is_path:
             has = "was made without it" if value is None else f"has {value}"
             raise UsageError(
-                f"--{name} {asked} contradicts {holder}, which {has}: "
+                f"--{name} {flag_value} contradicts {owner}, which {has}: "
                 f"leave --{name} out, or name another run or model"
             )
 
@@ -3185,11 +3183,11 @@ def choose_checkpoint(flags):
         raise UsageError("--identifier resumes a run, --new_model starts one: use only one")
     is_described = {*IDENTITY_FLAGS} & {*flags.explicit}
     if flags.new_model or (is_described and not flags.identifier):
-        list_folders(flags.save_dir)  # refuses a run's folder, before a text is written there
+        list_run_folders(flags.save_dir)  # refuses a run's folder, before a text is written there
         return None
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     if flags.identifier:
-        return named_checkpoint(flags.save_dir, checkpoints, flags.identifier)
+        return find_checkpoint(flags.save_dir, checkpoints, flags.identifier)
     if not checkpoints:
         return None
     return checkpoints[0]
@@ -3202,28 +3200,28 @@ def find_folder(flags, dataset, parents, sha1):
     (with --identifier, by any), else a folder without a checkpoint, else the next free name.
     Raises UsageError if only other code trained such runs, and the one saved last is not done.
     """
-    identity = identity_of(vars(flags), dataset.sha256, parents)
-    name = name_of_run(flags.dataset, identity)
-    found = []  # the newest checkpoint of each run
-    others = []  # folders without one
-    for folder in [] if flags.new_model else list_folders(flags.save_dir):
+    identity = run_identity(vars(flags), dataset.sha256, parents)
+    name = run_name(flags.dataset, identity)
+    newest_checkpoints = []  # one for each run
+    empty_folders = []  # those without a checkpoint
+    for folder in [] if flags.new_model else list_run_folders(flags.save_dir):
         if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", folder.name):
-            own = list_run(folder)
-            found += own[:1]
-            if not own:
-                others += [folder]
-    newest = None  # by other code
-    for checkpoint in sorted(found, key=by_time_saved, reverse=True):
-        if identity_of(checkpoint.flags, checkpoint.tokens_sha256, checkpoint.parents) != identity:
+            checkpoints = checkpoints_in(folder)
+            newest_checkpoints += checkpoints[:1]
+            if not checkpoints:
+                empty_folders += [folder]
+    other = None  # the newest one by other code
+    for checkpoint in sorted(newest_checkpoints, key=by_time_saved, reverse=True):
+        if run_identity(checkpoint.flags, checkpoint.tokens_sha256, checkpoint.parents) != identity:
             say(f"Passing over {checkpoint.folder_name}, which has other flags than its name says.")
         elif flags.identifier or checkpoint.sessions[-1].code_sha1 == sha1:
             return checkpoint.folder
         else:
-            newest = newest or checkpoint
-    if newest and newest.iteration < flags.explicit.get("num_iters", newest.flags["num_iters"]):
-        raise other_code(newest, flags)
-    if others:  # the same command may have been stopped there before it saved
-        return others[0]
+            other = other or checkpoint
+    if other and other.iteration < flags.explicit.get("num_iters", other.flags["num_iters"]):
+        raise code_mismatch_error(other, flags)
+    if empty_folders:  # the same command may have been stopped there before it saved
+        return empty_folders[0]
     folder = flags.save_dir / name
     for count in itertools.count(2):
         if not os.path.lexists(folder):
@@ -3267,7 +3265,7 @@ def needed_models(flags):
     return needed
 
 
-IMPORTED_CONTEXT = 1024  # maximum for Hugging Face models, without --context_size
+MAX_IMPORTED_CONTEXT = 1024  # maximum for Hugging Face models, without --context_size
 
 
 def flags_from_pretrained(models, flags):
@@ -3277,33 +3275,33 @@ def flags_from_pretrained(models, flags):
     FLAGS["model"], except for the context. Raises UsageError if an explicit flag contradicts a
     model, or one model the other.
     """
-    tokenizer, *others = [source.tokenizer for source in models.values()]
+    tokenizer, *others = [loaded.tokenizer for loaded in models.values()]
     for other in others:
         if other.to_dict() != tokenizer.to_dict():
             raise UsageError(
                 "--teacher has another tokenizer than --init_from: use a teacher with the same"
             )
-    decided = {"tokenizer": tokenizer.kind}
+    values = {"tokenizer": tokenizer.kind}
     if "init_from" in models:
         config = models["init_from"].model.config
-        decided |= values_of(config, FLAGS["model"])
+        values |= get_values(config, FLAGS["model"])
         if "context_size" in flags.explicit:  # RoPE works with any
-            decided["context_size"] = flags.context_size
+            values["context_size"] = flags.context_size
         elif is_foreign(flags.init_from):
-            decided["context_size"] = min(config.context_size, IMPORTED_CONTEXT)
-    refuse_contradiction(flags, decided, "--init_from" if flags.init_from else "--teacher")
-    return decided
+            values["context_size"] = min(config.context_size, MAX_IMPORTED_CONTEXT)
+    refuse_contradiction(flags, values, "--init_from" if flags.init_from else "--teacher")
+    return values
 
 
 def make_model(flags, dataset, checkpoint, models):
-    """The model of a run; its weights are drawn or loaded later. Raises UsageError, Damaged."""
+    """The model of a run; its weights are drawn or loaded later."""
     if checkpoint and "init_from" not in models:
-        with explained(f"{checkpoint} has no model", kind=Damaged):
+        with explained(f"{checkpoint} has no model", kind=DamagedError):
             return LanguageModel(checkpoint.config)
     try:
         if "init_from" not in models:
-            shape = values_of(flags, FLAGS["model"])
-            return LanguageModel(Config(dataset.tokenizer.vocab_size, **shape))
+            fields = get_values(flags, FLAGS["model"])
+            return LanguageModel(Config(dataset.tokenizer.vocab_size, **fields))
         model = models["init_from"].model
         # What no flag sets, such as a padded vocabulary, stays.
         model.config = dataclasses.replace(model.config, context_size=flags.context_size)
@@ -3334,7 +3332,7 @@ def load_data(flags, tokenizer=None):
             f"--eval_stride {flags.eval_stride} would skip tokens: "
             f"give at most {flags.context_size}"
         )
-    arguments = values_of(flags, [*FLAGS["data"], "test_text", "save_dir", "data_dir", "mirror"])
+    arguments = get_values(flags, [*FLAGS["data"], "test_text", "save_dir", "data_dir", "mirror"])
     arguments["data_dir"] = open_data_dir(flags.data_dir)
     if tokenizer:
         arguments["tokenizer"] = tokenizer
@@ -3344,7 +3342,7 @@ def load_data(flags, tokenizer=None):
     return dataset
 
 
-def load_data_again(flags, checkpoint):
+def reload_data(flags, checkpoint):
     """The dataset of a checkpoint's run. Raises UsageError if it has changed.
 
     If the tokenizer came from a model or a file, it is taken from the run's checkpoints: the
@@ -3353,7 +3351,7 @@ def load_data_again(flags, checkpoint):
     from_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in flags.explicit
     tokenizer = None
     if flags.init_from or flags.teacher or from_file:
-        tokenizer = open_newest(list_run(checkpoint.folder)).tokenizer
+        tokenizer = open_newest(checkpoints_in(checkpoint.folder)).tokenizer
     dataset = load_data(flags, tokenizer)
     if checkpoint.tokens_sha256 != dataset.sha256:
         why = " (what --test_text names is left out of --text)" if flags.test_text else ""
@@ -3372,12 +3370,12 @@ def make_run(folder, flags, contents, models, dataset, ranks):
     checkpoint = contents and contents.checkpoint
     if checkpoint and checkpoint.config.vocab_size < dataset.tokenizer.vocab_size:
         # MLX does not check indices: it would read and write beyond the embeddings.
-        raise Damaged(f"{checkpoint} has fewer embeddings than the text has tokens")
+        raise DamagedError(f"{checkpoint} has fewer embeddings than the text has tokens")
     code = read_code(vars(flags))
     model = make_model(flags, dataset, checkpoint, models)
     optimizer = make_optimizer(model, flags)
-    rows = flags.batch_size * flags.grad_accumulation
-    batches = Batches(dataset.train.tokens, flags.context_size, rows, flags.seed)
+    rows_per_step = flags.batch_size * flags.grad_accumulation
+    batches = Batches(dataset.train.tokens, flags.context_size, rows_per_step, flags.seed)
     teacher = models["teacher"].model if "teacher" in models else None
     if (HERE / "extras").exists():
         extra("memory").check_memory(model, flags, ranks, optimizer, teacher)
@@ -3393,7 +3391,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
         optimizer=optimizer,
         batches=batches,
         teacher=teacher,
-        parents={name: source.id for name, source in models.items()},
+        parents={name: loaded.id for name, loaded in models.items()},
         sessions=[],
         code=code,
     )
@@ -3407,7 +3405,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
     return run
 
 
-def check_before_data(flags, ranks):
+def check_early(flags, ranks):
     """Early checks, before anything is downloaded."""
     if flags.batch_size < ranks.size:
         raise UsageError(
@@ -3440,55 +3438,55 @@ def set_up(flags, ranks):
     if chosen:
         flags = resolve_flags(flags.explicit, chosen.flags)
         refuse_contradiction(flags, chosen.flags, chosen.folder_name)
-    check_before_data(flags, ranks)
+    check_early(flags, ranks)
     if chosen:
-        dataset = load_data_again(flags, chosen)
+        dataset = reload_data(flags, chosen)
         parents = chosen.parents | {"branched_from": chosen.id}
     else:
         models, flags, dataset = load_inputs(flags)
-        parents = {name: source.id for name, source in models.items()}
+        parents = {name: loaded.id for name, loaded in models.items()}
     sha1 = hash_code(read_code(vars(flags)))  # before that code has run
-    if chosen and is_next(flags, chosen):
+    if chosen and continues_run(flags, chosen):
         folder = chosen.folder
         if not flags.identifier and chosen.sessions[-1].code_sha1 != sha1:
-            raise other_code(chosen, flags)
+            raise code_mismatch_error(chosen, flags)
     else:
         folder = find_folder(flags, dataset, parents, sha1)
     with locked_folder(folder):
-        own = list_run(folder, warn=True)  # only now can no other process advance it
-        if not own and any(folder.glob("[!.]*.safetensors")):
+        existing = checkpoints_in(folder, warn=True)  # only now can no other process advance it
+        if not existing and any(folder.glob("[!.]*.safetensors")):
             line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
             raise RunError(line)
         contents = None
-        if own or chosen:
+        if existing or chosen:
             # For a branch of the named one, any undamaged checkpoint of its own will do.
-            is_named = flags.identifier and (not own or folder == chosen.folder)
-            contents = open_newest(own or [chosen], is_named)
+            is_named = flags.identifier and (not existing or folder == chosen.folder)
+            contents = open_newest(existing or [chosen], is_named)
             # All flags are inherited, but the test text has been read already.
-            read = values_of(flags, ["test_text", "eval_test"])
-            flags = resolve_flags(flags.explicit, contents.checkpoint.flags | read)
+            test_flags = get_values(flags, ["test_text", "eval_test"])
+            flags = resolve_flags(flags.explicit, contents.checkpoint.flags | test_flags)
             models = {}
             for name in needed_models(flags):
                 models[name] = extra("kept_models").open_kept(contents.checkpoint, name)
         run = make_run(folder, flags, contents, models, dataset, ranks)
-        if not own:
+        if not existing:
             for name in needed_models(flags):
                 extra("kept_models").keep(folder / name, models[name].files)
         with Interrupts() as interrupts:  # from here on there is something to save
             print_start(run, contents and contents.checkpoint)
-            if chosen and not own:
+            if chosen and not existing:
                 run.parents = parents
                 save(run, interrupts)  # a branch then has all that it needs
             yield run, interrupts
 
 
-def is_next(flags, chosen):
+def continues_run(flags, chosen):
     """Whether a command goes on with the run of its checkpoint, instead of beginning a branch.
 
     It does so from the run's newest checkpoint, unless a training flag has another value.
     """
-    newest, *_ = list_run(chosen.folder)
-    is_same = values_of(flags, FLAGS["training"]).items() <= chosen.flags.items()
+    newest, *_ = checkpoints_in(chosen.folder)
+    is_same = get_values(flags, FLAGS["training"]).items() <= chosen.flags.items()
     return is_same and newest.id == chosen.id
 
 
@@ -3503,12 +3501,12 @@ def open_checkpoint(flags):
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     if not checkpoints:
         raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
-    found = named_checkpoint(flags.save_dir, checkpoints, flags.identifier or "latest")
-    values = found.flags | {"seed": flags.seed}  # here that of samples
-    refuse_contradiction(flags, values, found.folder_name)
+    checkpoint = find_checkpoint(flags.save_dir, checkpoints, flags.identifier or "latest")
+    values = checkpoint.flags | {"seed": flags.seed}  # here that of samples
+    refuse_contradiction(flags, values, checkpoint.folder_name)
     if flags.identifier:
-        return open_newest([found], is_named=True)
-    return open_newest(list_run(found.folder))
+        return open_newest([checkpoint], is_named=True)
+    return open_newest(checkpoints_in(checkpoint.folder))
 
 
 def announce(checkpoint):
@@ -3530,7 +3528,7 @@ def evaluate_checkpoint(flags):
         flags.text = flags.valid_text = flags.test_text
         dataset = load_data(flags, contents.tokenizer)
     else:
-        dataset = load_data_again(flags, checkpoint)
+        dataset = reload_data(flags, checkpoint)
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=False)
     announce(checkpoint)
@@ -3542,7 +3540,7 @@ def evaluate_checkpoint(flags):
 def train_run(flags, ranks):
     """Starts a run or resumes one, and trains it; returns the exit status."""
     with set_up(flags, ranks) as (run, interrupts):
-        ranks.share(run)
+        ranks.broadcast_run(run)
         say("")  # the end of the start screen
         try:
             stop_signal = train(run, interrupts, ranks)
@@ -3566,11 +3564,11 @@ def describe_end(run, stop_signal):
     if run.checkpoint_id is None:
         return f"Stopped at iteration {run.iteration:,}; nothing was saved yet."
     flags = run.flags
-    again = command(flags, run.folder.name)
+    again = resume_command(flags, run.folder.name)
     trained = f"{plural(run.iteration, 'iteration')} in {tqdm.format_interval(run.seconds)}"
     if run.evaluations:
-        best = min(run.comparable_evaluations(), key=BY_LOSS)
-        trained += f", best: valid {best.nats:.4f} nats at iteration {best.iteration:,}"
+        best = best_evaluation(run.evaluations)
+        trained += f", best: valid {best.loss:.4f} nats at iteration {best.iteration:,}"
     if stop_signal:
         return f"{trained}\nStopped at iteration {run.iteration:,}. To resume: {again}"
     ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
@@ -3606,7 +3604,7 @@ def execute(argv):
         if flags.evaluate:
             return evaluate_checkpoint(flags)
         if flags.inference or flags.prompt is not None:
-            return sample_from(flags)
+            return sample_checkpoint(flags)
         fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
         with explained(fault, OSError):
             make_writable(flags.save_dir)

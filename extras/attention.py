@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from extras.plot import make_figure, save_figure
-from main import announce, attend, first_ids
+from main import announce, attend, encode_prompt
 
 
 def main(arguments):
@@ -35,7 +35,7 @@ def plot_attention(model, tokenizer, prompt, title, path):
     (white) to 1 (dark blue). Only the end of a prompt longer than the context is plotted.
     Raises UsageError if `path` cannot be written.
     """
-    tokens = first_ids(tokenizer, prompt)[-model.config.context_size :]
+    tokens = encode_prompt(tokenizer, prompt)[-model.config.context_size :]
     weights = attention_weights(model, tokens)  # [blocks, H, L, L]
     # Each on one line, with spaces that can be seen.
     labels = [repr(tokenizer.decode([token]))[1:-1].replace(" ", "\u2423") for token in tokens]

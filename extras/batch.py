@@ -15,7 +15,7 @@ from datasets import end_of_text, explained, path_name
 from extras.features.decode import BatchDecoder
 from extras.features.quantize import quantize
 from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
-from main import FLAGS, Detokenizer, announce, first_ids
+from main import FLAGS, Detokenizer, announce, encode_prompt
 
 BATCH_SIZE = 16
 # The flags that, besides the seed, determine a completion.
@@ -80,7 +80,7 @@ def answer_batch(model, tokenizer, jobs, flags):
 
     The tokens include the end token that ended a text; the completion does not.
     """
-    texts = [first_ids(tokenizer, job["prompt"]) for job in jobs]  # the decoder extends them
+    texts = [encode_prompt(tokenizer, job["prompt"]) for job in jobs]  # the decoder extends them
     detokenizers = [Detokenizer(tokenizer, text) for text in texts]
     lines = [job | {"completion": "", "tokens": []} for job in jobs]
     end = end_of_text(tokenizer) if flags.stop_at_end else None

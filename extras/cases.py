@@ -24,7 +24,7 @@ import mlx.nn as nn
 
 from datasets import SIZE, RunError, UsageError, encode_after, explained, path_name, user_path
 from datasets import utf8
-from main import first_ids, read_yaml
+from main import encode_prompt, read_yaml
 
 
 def main(arguments):
@@ -115,7 +115,7 @@ def score_case(model, tokenizer, prompt, expected, top_k):
     expected_ids = expected_ids.tolist()[-context_size:]
     if not expected_ids or tokenizer.unknown(expected):
         return {"rank": None, "probability": None, "top": [], "passed": False}
-    text = first_ids(tokenizer, prompt) + expected_ids
+    text = encode_prompt(tokenizer, prompt) + expected_ids
     # The last token is not an input: nothing is expected after it.
     inputs = text[-context_size - 1 : -1]
     # One pass scores all N expected tokens, each after the true ones before it (teacher forcing),

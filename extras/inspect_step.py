@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 
 from datasets import number, printable
 from extras.features.steps import open_run
-from main import list_checkpoints, make_step, named_checkpoint, resolve_flags, train_step
+from main import find_checkpoint, list_checkpoints, make_step, resolve_flags, train_step
 
 
 def main(arguments):
@@ -31,9 +31,9 @@ def main(arguments):
     )
     flags = read_flags(parser, arguments)
     checkpoints = list_checkpoints(flags.save_dir)
-    after = named_checkpoint(flags.save_dir, checkpoints, flags.step)
+    after = find_checkpoint(flags.save_dir, checkpoints, flags.step)
     run, _, _ = after.folder_name.partition("@")
-    before = named_checkpoint(flags.save_dir, checkpoints, f"{run}@{after.iteration - 1}")
+    before = find_checkpoint(flags.save_dir, checkpoints, f"{run}@{after.iteration - 1}")
     print_step(before, after, flags.rows)
 
 

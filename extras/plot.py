@@ -26,7 +26,7 @@ from datasets import UsageError, explained, printable, user_path, utf8
 from extras.features.list import distinguishing_flags
 from extras.common.ngrams import losses_of_ngrams
 from extras.versus.ledger import NAME, read_results
-from main import load_data_again, read_log, resolve_flags
+from main import read_log, reload_data, resolve_flags
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
 LINES = ["solid", "dashed", "dashdot", "dotted"]
@@ -56,7 +56,7 @@ def count_ngrams(checkpoints):
     """The losses of extras/common/ngrams.py on the text of these checkpoints."""
     if len({str(each.tokens_sha256) for each in checkpoints}) > 1:
         raise UsageError("--ngrams is about one text: name runs of the same by --identifier")
-    dataset = load_data_again(resolve_flags({}, checkpoints[0].flags), checkpoints[0])
+    dataset = reload_data(resolve_flags({}, checkpoints[0].flags), checkpoints[0])
     splits = dataset.train.tokens, dataset.valid.tokens
     return losses_of_ngrams(*splits, dataset.tokenizer.vocab_size)
 

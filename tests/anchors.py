@@ -69,6 +69,6 @@ END_EVALUATION = """\
 # ---- Runs ---------------------------------------------------------------------------------------
 
 LOADED = "            mx.eval(model.parameters())\n        return model\n"
-VOCAB_SIZE = "Config(dataset.tokenizer.vocab_size, **shape)"
+VOCAB_SIZE = "Config(dataset.tokenizer.vocab_size, **fields)"
 BATCHES = "    batches = Batches(dataset.train.tokens,"
 INIT = "init_weights(model, flags.seed)"

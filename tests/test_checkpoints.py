@@ -36,7 +36,7 @@ def three(tmp_path_factory):
     line += ["--mirror", "https://me:passw0rd@example.org/x"]
     run(*line, "--save_dir", folder / "lm")
     first, *others = reversed(saved(folder / "lm"))
-    assert first.evaluation.nats < min(each.evaluation.nats for each in others)
+    assert first.evaluation.loss < min(each.evaluation.loss for each in others)
     return folder / "lm", line
 
 
@@ -248,7 +248,7 @@ def test_the_best_of_a_run_that_goes_on_from_before_its_newest(line, folder):
     line += ["--seed", 1, "--learning_rate", 0.01, "--num_iters", 3]
     name, _, _ = begin(*line)
     last, best, _ = saved(folder, name)
-    assert last.evaluation.nats < best.evaluation.nats
+    assert last.evaluation.loss < best.evaluation.loss
     spoil(last.weights_path)
     run(*line, "--num_iters", 6, "--keep", 1, "--steps_per_save", 4, "--steps_per_eval", 0)
     assert best.id in [checkpoint.id for checkpoint in saved(folder, name)]

@@ -216,8 +216,8 @@ def test_other_programs_know_them_too(program):
 
 def test_each_hint_can_be_found():
     """By names as flags have them here: with `_`, and without the "no" of what is switched off."""
-    assert {*ALIASES} <= {*main.ROWS}
-    ours = {*main.ROWS, *" ".join(ALIASES.values()).split()}
+    assert {*ALIASES} <= {*main.ALL_FLAGS}
+    ours = {*main.ALL_FLAGS, *" ".join(ALIASES.values()).split()}
     theirs = " ".join(NOT_HERE).split()
     assert len(theirs) == len({*theirs} - ours)
     assert all(re.fullmatch("(?!no_)[a-z0-9_]+", name) for name in theirs)
@@ -241,8 +241,8 @@ def test_list(trained, tmp_path):
     assert header.split() == "run trained valid nats of tokens iteration checkpoint flags".split()
     cells = [re.split("  +", row, maxsplit=6) for row in rows]
     scored = [each for each in saved(tmp_path / "lm", good) if each.evaluation]
-    best = min(scored, key=lambda each: each.evaluation.nats)
-    place = [f"{best.evaluation.nats:.4f}", "64", str(best.iteration), best.id[:12]]
+    best = min(scored, key=lambda each: each.evaluation.loss)
+    place = [f"{best.evaluation.loss:.4f}", "64", str(best.iteration), best.id[:12]]
     assert cells[0][:6] == [good, "9 of 9", *place]
     assert [each[0] for each in cells] == [good, bad, other]
     assert cells[2][1:5] == ["1 of 1", "-", "-", "1"]
@@ -252,8 +252,10 @@ def test_list(trained, tmp_path):
     char, _, _ = begin(*common, "--text", far / "text.txt", "--tokenizer", "char", "--num_iters", 9)
     header, *rows = run("--list", *folder)[0].splitlines()
     assert header.split()[2:5] == ["bits/byte", "of", "tokens"], "where tokenizers differ"
-    ranked = [(saved(tmp_path / "lm", name)[0].evaluation.bits, name) for name in (good, bad, char)]
-    assert [row.split()[0] for row in rows] == [name for _, name in sorted(ranked)] + [other]
+    bits = {}
+    for name in (good, bad, char):
+        bits[name] = saved(tmp_path / "lm", name)[0].evaluation.bits_per_byte
+    assert [row.split()[0] for row in rows] == [*sorted(bits, key=bits.get), other]
 
 
 def test_list_of_a_run_on_many_files(tmp_path):

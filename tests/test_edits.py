@@ -39,7 +39,7 @@ def test_a_bias_of_the_output_layer_is_trained_and_scored(line, tmp_path):
     slow = {"env": {"DISABLE_FAST": "1"}}
     out, _ = run("--evaluate", "valid", "--save_dir", tmp_path / "lm", **slow, **program)
     nats = float(re.match(r"valid (\S+) nats", out)[1])
-    assert nats == pytest.approx(checkpoint.evaluation.nats, abs=1e-4)
+    assert nats == pytest.approx(checkpoint.evaluation.loss, abs=1e-4)
 
 
 @pytest.mark.parametrize("untie", ["--untie", "--no-untie"])
@@ -63,7 +63,7 @@ def test_a_softcap_holds_in_training_scores_and_samples(untie, line, text, tmp_p
     assert nats == pytest.approx(rows[-1]["loss"], abs=1e-4)
 
     run(*line, untie, "--new_model")
-    learned = newest(tmp_path / "lm").evaluation.nats
+    learned = newest(tmp_path / "lm").evaluation.loss
     assert learned < least, "which the plain program learns in these steps"
 
 
@@ -86,7 +86,7 @@ def test_the_loss_is_what_trains_and_the_score_stays(line, tmp_path):
     *steps, score = log_rows(tmp_path / "lm")
     assert [row["loss"] for row in steps] == [0, 0, 0, 0]
     begin(*line, "--learning_rate", 0)
-    assert score["loss"] == pytest.approx(newest(tmp_path / "lm").evaluation.nats, rel=1e-5)
+    assert score["loss"] == pytest.approx(newest(tmp_path / "lm").evaluation.loss, rel=1e-5)
 
 
 def test_another_metric_of_the_validation_text(line, text, tmp_path):

@@ -41,7 +41,7 @@ def test_log(trained):
         assert row["tokens_seen"] == row["iteration"] * 4 * 32
         bits = row["loss"] / np.log(2)
         assert row["bits_per_byte"] == pytest.approx(bits, rel=0.01)  # some are <eos>
-    expected = {each.iteration: each.nats for each in checkpoint.evaluations}
+    expected = {each.iteration: each.loss for each in checkpoint.evaluations}
     assert scores == pytest.approx(expected, rel=1e-5)
     seconds = [row["seconds"] for row in rows]
     assert seconds == sorted(seconds)

@@ -282,7 +282,7 @@ def test_identifiers(two_runs, tmp_path):
         first: checkpoints[first, 3],
         second: checkpoints[second, 2],
         "latest": checkpoints[second, 2],
-        "best": min(saved(folder, second), key=lambda checkpoint: checkpoint.evaluation.nats),
+        "best": min(saved(folder, second), key=lambda checkpoint: checkpoint.evaluation.loss),
     }.items():
         words = ["--prompt", "a", "--max_tokens", 1, "--save_dir", folder]
         _, err = run(*words, "--identifier", identifier)

@@ -141,7 +141,7 @@ def pieces_of(tokenizer, prompt, ids, stop=None, **options):
         answered = len(conversation.ids) - len(ids)
         assert conversation.ids[answered:] == ids
     elif tokenizer.kind in ("byte", "char", "bpe"):  # later, the model reads what was shown
-        begin = tokenizer.decode(main.first_ids(tokenizer, prompt))
+        begin = tokenizer.decode(main.encode_prompt(tokenizer, prompt))
         assert tokenizer.decode(conversation.ids) == begin + "".join(pieces)
     return pieces
 

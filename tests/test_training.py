@@ -279,7 +279,7 @@ def test_average_is_what_is_scored_saved_and_sampled(tmp_path, text):
             raw[name.removeprefix("weights.")] = array
     assert_equal(raw, weights, rtol=0, atol=0)
 
-    score = f"valid {averaged.evaluation.nats:.4f} nats"
+    score = f"valid {averaged.evaluation.loss:.4f} nats"
     scored, _ = run("--evaluate", "valid", "--save_dir", tmp_path / "average")
     assert score in scored and score in out
     assert score not in plain

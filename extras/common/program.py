@@ -24,7 +24,7 @@ def make_parser(name, doc, *flags):
         argument_default=argparse.SUPPRESS,  # main.resolve_flags knows the defaults
         allow_abbrev=False,
     )
-    add_flags(parser, {flag: main.ROWS[flag] for flag in ("save_dir", *flags)})
+    add_flags(parser, {flag: main.ALL_FLAGS[flag] for flag in ("save_dir", *flags)})
     return parser
 
 
@@ -70,7 +70,7 @@ def select_checkpoints(save_dir, identifiers):
     named = []
     for identifier in identifiers:
         for name in fnmatch.filter(runs, identifier) or [identifier]:
-            checkpoint = main.named_checkpoint(save_dir, checkpoints, name)
+            checkpoint = main.find_checkpoint(save_dir, checkpoints, name)
             if checkpoint not in named:
                 named.append(checkpoint)
     return named

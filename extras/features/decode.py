@@ -74,7 +74,7 @@ class BatchDecoder:
         self.lengths = np.zeros(len(texts), np.int32)  # tokens already read of each window
         self.caches = [BatchCache() for _ in model.model.layers]
 
-    def cut(self, length):
+    def truncate(self, length):
         """Truncates the texts to `length`."""
         for text in self.texts:
             del text[length:]
@@ -179,7 +179,7 @@ class SpeculativeDecoder:
                     known += 1
                     yield token
         finally:
-            self.cut(known)  # drops what was sampled but not consumed
+            self.truncate(known)  # drops what was sampled but not consumed
 
     def draw(self, most, flags, seed):
         """Samples between one and `most` ids and appends them to the text."""
@@ -194,13 +194,13 @@ class SpeculativeDecoder:
             accepted += 1
         self.proposed += wanted
         self.accepted += accepted
-        self.cut(known + accepted)
+        self.truncate(known + accepted)
         self.ids.append(ids[accepted])  # the model's own token, after the last accepted one
         return ids[: accepted + 1]
 
-    def cut(self, length):
-        self.decoder.cut(length)
-        self.draft.cut(length)
+    def truncate(self, length):
+        self.decoder.truncate(length)
+        self.draft.truncate(length)
 
     def describe_draft(self):
         """The draft's acceptance rate, to be appended to the speed."""

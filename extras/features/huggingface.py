@@ -27,7 +27,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from datasets import LFS, PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
 from datasets import read_whole, replacing, user_path, without_passwords
 from extras.features.memory import describe_shortage
-from main import Config, LanguageModel, LoadedModel, checked, load_arrays, sha1_of_file
+from main import Config, LanguageModel, LoadedModel, from_untrusted, load_arrays, sha1_of_file
 
 # The fields of our Config and their defaults, also of those that you have added.
 PLAIN = {field.name: field.default for field in dataclasses.fields(Config)}
@@ -228,7 +228,7 @@ def read_config(folder):
         fields["rope_theta"] = float(fields["rope_theta"])
     if rope_type == "llama3":
         fields["rope_scaling"] = read_scaling(entries, rope)
-    return checked(Config, fields)
+    return from_untrusted(Config, fields)
 
 
 def read_scaling(entries, rope):

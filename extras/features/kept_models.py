@@ -10,7 +10,7 @@ import re
 import shutil
 
 from datasets import explained, extra, replacing, sync
-from main import Damaged, load_model_of, read_checkpoint
+from main import DamagedError, model_from_checkpoint, read_checkpoint
 
 
 def keep(folder, files):
@@ -44,16 +44,16 @@ def kept_files(checkpoint, flag_name):
 
 
 def open_kept(checkpoint, flag_name):
-    """The LoadedModel that the run of a checkpoint keeps. Raises Damaged if it is gone."""
+    """The LoadedModel that the run of a checkpoint keeps. Raises DamagedError if it is gone."""
     folder = checkpoint.folder / flag_name
     expected_id = checkpoint.parents.get(flag_name)
     fault = f"{checkpoint.folder_name} lacks the model in its folder {flag_name}"
-    with explained(fault, kind=Damaged):
+    with explained(fault, kind=DamagedError):
         if folder.is_symlink():
             raise OSError("it is a link")
         metadata = folder / f"{expected_id}.metadata"
         if metadata.exists():
-            source = load_model_of(read_checkpoint(metadata))
+            source = model_from_checkpoint(read_checkpoint(metadata))
         else:
             source = extra("huggingface").open_by_name(str(folder))
         if source.id != expected_id:

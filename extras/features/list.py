@@ -4,8 +4,8 @@ import math
 import shlex
 
 from datasets import printable
-from main import IDENTITY_FLAGS, LIST_FLAGS, NO_CHECKPOINT, Evaluation, arguments_of, best_of
-from main import list_checkpoints
+from main import IDENTITY_FLAGS, LIST_FLAGS, NO_CHECKPOINT, Evaluation, arguments_of
+from main import best_checkpoint, list_checkpoints
 
 
 def by_run(checkpoints):
@@ -33,17 +33,17 @@ def list_runs(save_dir):
 
     def sort_key(checkpoint):
         evaluation = checkpoint.evaluation or Evaluation(0, math.inf)
-        return evaluation.bits if several else (-evaluation.tokens, evaluation.nats)
+        return evaluation.bits_per_byte if several else (-evaluation.num_tokens, evaluation.loss)
 
     columns = f"{'trained':>20}{'bits/byte' if several else 'valid nats':>12}{'of tokens':>12}"
     print(f"{'run':<24}{columns}{'iteration':>12}  checkpoint    flags")
-    for each in sorted(map(best_of, runs.values()), key=sort_key):
+    for each in sorted(map(best_checkpoint, runs.values()), key=sort_key):
         newest = runs[each.folder_name][0]
         trained = f"{newest.iteration:,} of {newest.flags['num_iters']:,}"
         columns = f"{'-':>12}{'-':>12}"
         if each.evaluation:
-            loss = each.evaluation.bits if several else each.evaluation.nats
-            columns = f"{loss:>12.4f}{each.evaluation.tokens:>12,}"
+            loss = each.evaluation.bits_per_byte if several else each.evaluation.loss
+            columns = f"{loss:>12.4f}{each.evaluation.num_tokens:>12,}"
         flags = printable(apart[each.folder_name])
         columns += f"{each.iteration:>12,}  {each.id[:12]}  {flags}"
         print(f"{each.folder_name:<24}{trained:>20}{columns}")

@@ -156,7 +156,7 @@ class Group(contextlib.AbstractContextManager):
             piece[:] = self.exchange(mx.distributed.all_sum, mx.array(piece))  # others add zeros
         return whole.tobytes()
 
-    def share(self, run):
+    def broadcast_run(self, run):
         """Sends rank 0's run to the others, which wait for it in `follow`."""
         self.is_shared = True
         dataset = run.dataset

@@ -14,7 +14,7 @@ import importlib
 import os
 
 from datasets import UsageError, explained, one_line, without_passwords
-from main import RECORDED_FLAGS, say, values_of
+from main import RECORDED_FLAGS, get_values, say
 
 
 class TensorBoard:
@@ -83,7 +83,7 @@ PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 def recorded_flags(run):
     """The flags that the run's checkpoints record, {name: value}."""
-    values = values_of(run.flags, RECORDED_FLAGS).items()
+    values = get_values(run.flags, RECORDED_FLAGS).items()
     return {name: value for name, value in values if value is not None}
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from datasets import UsageError, progress_bar, sync
 from extras.features.kept_models import open_kept
-from main import SingleProcess, hash_code, list_run, list_versions, load_data_again, make_run
-from main import make_step, needed_models, open_newest, read_code, resolve_flags, train_step
+from main import SingleProcess, checkpoints_in, hash_code, list_versions, make_run, make_step
+from main import needed_models, open_newest, read_code, reload_data, resolve_flags, train_step
 from main import write_checkpoint
 
 FOLDER = "steps"  # in that of a run
@@ -30,7 +30,7 @@ def checkpoint_at(checkpoints, identifier):
         raise UsageError(f"{identifier} is not a run, @ and a step of it: see --list")
     step = int(step)
     folder = own[0].folder / FOLDER / f"{name}@{step}"
-    for each in [*own, *list_run(folder)]:  # what was computed before is there
+    for each in [*own, *checkpoints_in(folder)]:  # what was computed before is there
         if each.iteration == step:
             return each
     earlier = [each for each in own if each.iteration < step]
@@ -49,7 +49,7 @@ def checkpoint_at(checkpoints, identifier):
         folder.parent.mkdir(exist_ok=True)
         copy.rename(folder)
     sync(folder.parent)
-    [found] = list_run(folder)
+    [found] = checkpoints_in(folder)
     return found
 
 
@@ -109,6 +109,6 @@ def open_run(folder, flags, checkpoint, kin):
     contents = None
     if checkpoint:
         contents = open_newest([checkpoint], is_named=True)
-    dataset = load_data_again(flags, kin)
+    dataset = reload_data(flags, kin)
     models = {name: open_kept(kin, name) for name in needed_models(flags)}
     return make_run(folder, flags, contents, models, dataset, SingleProcess())

@@ -69,7 +69,7 @@ def test_a_text_can_be_cut_and_go_on_otherwise():
     text = [1, 2, 3, 4, 5, 6]
     decoder = BatchDecoder(model, [text])
     for keep, more in ((6, []), (3, [7, 8]), (4, [9]), (1, []), (1, [4] * 20), (2, [3])):
-        decoder.cut(keep)
+        decoder.truncate(keep)
         text += more
         window = text
         if len(text) > 16:

@@ -352,7 +352,7 @@ def test_a_start_token_is_put_where_its_base_had_it(text, tmp_path):
     base = import_model(tmp_path / "alone")
     expected = own.encode("the end").ids[:-1]
     assert expected[0] == 0
-    assert main.first_ids(base.tokenizer, "the end") == expected
+    assert main.encode_prompt(base.tokenizer, "the end") == expected
     line = ["--text", text, "--init_from", tmp_path / "alone", "--num_iters", 1, "--batch_size", 2]
     out, _ = run(*line, "--save_dir", tmp_path / "lm", "--max_tokens", 1)
     assert "\nEach text begins with <s>, as for the base model.\n" in out

@@ -48,8 +48,8 @@ def test_scores_are_those_of_main(base, text, kind):
     tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens
     with judge.Judge(side_of(checkpoint), checkpoint.metadata_path, None) as referee:
         whole = referee.score(tokens)
-        assert whole == pytest.approx(checkpoint.evaluation.nats, abs=1e-5)
-        own = (len(tokens) - 1, checkpoint.evaluation.nats)
+        assert whole == pytest.approx(checkpoint.evaluation.loss, abs=1e-5)
+        own = (len(tokens) - 1, checkpoint.evaluation.loss)
         assert referee.check_evaluation(tokens, own) is None
         assert referee.examine(tokens) == (whole, None)
         count = len(tokens) - 1
@@ -73,7 +73,7 @@ def test_layers_with_two_modes(text, tmp_path):
     tokens = load_dataset("text", tmp_path, [text]).valid.tokens
     side = side_of(checkpoint, program.parent)
     with judge.Judge(side, checkpoint.metadata_path, None) as referee:
-        own = (checkpoint.evaluation.tokens, checkpoint.evaluation.nats)
+        own = (checkpoint.evaluation.num_tokens, checkpoint.evaluation.loss)
         scores, fault = referee.examine_run([tokens, None], [None, None], own)
     assert 0 < scores[0] < 7
     assert fault is None

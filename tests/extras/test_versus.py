@@ -227,7 +227,7 @@ def test_other_steps_and_texts_from_a_run(project):
     for own, more in (("scores_before", []), ("scores_after", after)):
         line = [*STEPS, *common, "--text", "text.txt", "--eval_tokens", 0, *more]
         run(*line, "--save_dir", "runs", cwd=project)
-        assert result[own][0] == pytest.approx(newest(project / "runs").evaluation.nats, abs=1e-5)
+        assert result[own][0] == pytest.approx(newest(project / "runs").evaluation.loss, abs=1e-5)
     for side in result["comparison"].split():
         [path] = project.glob(f"runs/versus/{side}.*/init_from/{base.weights_path.name}")
         assert path.samefile(base.weights_path)
