@@ -119,11 +119,11 @@ class Config:
             )
 
 
-# {group: {flag: row}}. A row stands where its flag is used, or in the section Flags. The groups
-# `data`, `model`, `init` and `training` identify a run: another value makes another run; a branch
-# may only change those of `training`. Those of `session` may change whenever a run is resumed.
-# These groups are saved with a run; `sampling`, `mode` and `command` are not. If a default of None
-# depends on other flags, the help says how, and resolve_flags or the code that uses it fills it in.
+# {group: {flag: row}}. A row is next to the code that uses its flag, or in the section Flags. The
+# flags in `data`, `model`, `init` and `training` identify a run: another value is another run. A
+# branch may change only those in `training`; `session` may change whenever a run is resumed. All
+# of these are saved with a run; `sampling`, `mode` and `command` are not. Where a default of None
+# depends on other flags, the help says how; resolve_flags or the code that uses it fills it in.
 FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
 
 FLAGS["model"] = {
@@ -160,8 +160,8 @@ def fast_version(function, dependencies=()):
         is_edited = hash_of_code(definition(name, SOURCE)) != fast.STANDS_FOR.get(name)
         if is_edited and name not in EDITED_FUNCTIONS:
             EDITED_FUNCTIONS.append(name)
-    # extras.versus runs an edited function and its original in plain MLX: the fast version would
-    # round differently.
+    # extras.versus compares an edited function with its original in plain MLX, as the fast version
+    # would round differently.
     plain_names = EDITED_FUNCTIONS + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
     if {*names} & {*plain_names}:
         return function
@@ -531,8 +531,8 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
-# The fast version computes logits without LanguageModel.logits: an edit of LanguageModel or of
-# Embedding has to switch it off.
+# The fast version does not call LanguageModel.logits, so an edit of LanguageModel or of Embedding
+# must switch it off.
 @partial(fast_version, dependencies=[Embedding, LanguageModel])
 def training_loss(model, hidden, targets, scale):
     """What training minimizes: the cross-entropy in nats, times `scale`, summed over positions.
@@ -563,7 +563,7 @@ def clip_grad_norm(gradients, max_norm):
 class Muon(optim.Optimizer):
     """Muon (Jordan et al. 2024) with decoupled weight decay, like AdamW's.
 
-    MLX's Muon orthogonalizes one matrix at a time, and its weight decay along with the gradient.
+    MLX's Muon orthogonalizes one matrix at a time, and adds weight decay to the gradient first.
     """
 
     # Its learning rate, as a multiple of AdamW's. 5 was best for words; for characters, it was as
@@ -637,8 +637,8 @@ def muon(flags, weight_decay):
     return Muon(flags.learning_rate, weight_decay)
 
 
-# The choices of --optimizer: functions of the flags and a weight decay that make the optimizers of
-# the blocks' matrices and of all others. Before each step, set_learning_rate sets their rates.
+# The choices of --optimizer: a function that makes the optimizer of the blocks' matrices, and one
+# for all other parameters. set_learning_rate sets their learning rates before each step.
 OPTIMIZERS = {
     "adamw": (adamw, adamw),
     "muon": (muon, adamw),
@@ -948,7 +948,7 @@ class Progress:
                 return evaluation
         return None
 
-    def progress(self):
+    def progress_fields(self):
         """The fields of Progress, {name: value}, not those of subclasses."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Progress)}
 
@@ -1002,7 +1002,7 @@ class Run(Progress):
         """Whether --patience ends the run, as that many evaluations in a row brought no new best.
 
         A final evaluation at an earlier `num_iters` does not count: otherwise an extended run would
-        stop at another iteration than one with this length from the start.
+        stop at another iteration than a run that had this length from the start.
         """
         steps = self.flags.steps_per_eval or math.inf
         due = [each for each in comparable(self.evaluations) if each.iteration % steps == 0]
@@ -1295,7 +1295,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
         stop_signal = interrupts and interrupts.stop_signal
         if stop_signal:
             break
-        sums = batch_sums(*windows_to_evaluate(tokens, batch, context_size, stride))
+        sums = batch_sums(*evaluation_windows(tokens, batch, context_size, stride))
         totals.update({name: array.item() for name, array in sums.items()})
     stop_signal, _ = ranks.agree(stop_signal)
     if stop_signal:
@@ -1304,7 +1304,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     return {name: ranks.sum(total) / num_targets for name, total in totals.items()}
 
 
-def windows_to_evaluate(tokens, starts, context_size, stride):
+def evaluation_windows(tokens, starts, context_size, stride):
     """Inputs, targets and mask (1: counts) of the windows at `starts` [B]: [B, L] int32 each."""
     num_targets = len(tokens) - 1
     columns = np.arange(context_size)  # [L]
@@ -1371,7 +1371,7 @@ def keep_top_k(logits, k):
 def keep_top_p(logits, p):
     """Nucleus sampling (Holtzman et al. 2020): logits with all but the most likely set to -inf.
 
-    Keeps the fewest tokens whose total probability reaches `p` (at least one), and the last's ties.
+    Keeps the fewest tokens whose total probability reaches `p`, at least one, and ties with them.
     """
     if p >= 1:
         return logits
@@ -1641,14 +1641,14 @@ def for_terminal(text):
 
 
 def warn_about_prompt(conversation, prompt):
-    """Says what the model does not read of a prompt, or reads differently."""
+    """Warns about what the model will not read of a prompt, or will read differently."""
     tokenizer = conversation.tokenizer
     unknown = tokenizer.unknown(prompt)
-    count = len(encode_prompt(tokenizer, prompt))
+    num_tokens = len(encode_prompt(tokenizer, prompt))
     notices = {
         f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}": unknown,
-        f"The prompt's {count:,} tokens are more than the context: only their end is read.": (
-            count > conversation.model.config.context_size
+        f"The prompt's {num_tokens:,} tokens are more than the context: only their end is read.": (
+            num_tokens > conversation.model.config.context_size
         ),
         "The prompt ends in a space, which the tokenizer joins to the next word: leave it out.": (
             prompt.endswith(" ") and hasattr(tokenizer, "package")
@@ -1807,7 +1807,7 @@ class Session:
 
     iteration: int = dataclasses.field(compare=False)  # at which it begins
     num_iters: int  # at which its schedules end
-    code_sha1: str  # see hash_code; older commits hashed less of the code
+    code_sha1: str  # see sha1_of_code; older commits hashed less of the code
     versions: dict  # of the environment, see list_versions
 
 
@@ -1859,7 +1859,7 @@ class Contents(NamedTuple):
                 run.model.update(state["weights"])
             check_arrays(state["optimizer"], run.optimizer.state)
             run.optimizer.state = state["optimizer"]
-        for name, value in checkpoint.progress().items():
+        for name, value in checkpoint.progress_fields().items():
             setattr(run, name, value)
         run.checkpoint_id = checkpoint.id
         run.saved_at = checkpoint.saved_at
@@ -2051,7 +2051,7 @@ def find_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
         matches = [extra("steps").checkpoint_at(checkpoints, identifier)]
     else:
         candidates = [each for each in checkpoints if each.id.startswith(identifier)]
-        # Of equal ids (a branch begins with the same weights), the last counts: the first run's.
+        # A branch begins with its parent's weights: of one id, take the earliest that is no copy.
         candidates.sort(key=lambda each: (not each.is_copy, -each.saved_at))
         matches = list({checkpoint.id: checkpoint for checkpoint in candidates}.values())
     if len(matches) == 1:
@@ -2152,7 +2152,7 @@ def state_arrays(run):
 
 def checkpoint_fields(run):
     """A Checkpoint's fields for the run as it is, without `id`, `state_sha1` and `saved_at`."""
-    return run.progress() | {
+    return run.progress_fields() | {
         "format_version": FORMAT_VERSION,
         "run_name": run.folder.name,
         "flags": get_values(run.flags, RECORDED_FLAGS),
@@ -2172,7 +2172,7 @@ def prune_checkpoints(run):
     with contextlib.suppress(OSError):
         checkpoints = checkpoints_in(run.folder)  # newest first
         kept_ids = {each.id for each in checkpoints[: run.flags.keep]} | {run.checkpoint_id}
-        # Of the run's history only: a damaged checkpoint, skipped before, may claim a lower loss.
+        # Only of this run's history: a damaged checkpoint that was skipped may claim a lower loss.
         best = best_checkpoint([each for each in checkpoints if each.evaluation in run.evaluations])
         for checkpoint in checkpoints:
             if checkpoint.id not in kept_ids and checkpoint is not best:
@@ -2442,7 +2442,7 @@ SOURCES = {"main.py": SOURCE}  # {path from this folder: source}, of files seen 
 
 
 def read_code(flags):
-    """The code that trains a run, {path from this folder: source}; flags: its own, {name: value}.
+    """The code that trains a run, {path from this folder: source}; flags: {name: value}.
 
     It comprises main.py and ranks.py; fast.py with its C, lora.py and distil.py if they are used;
     and your own modules that are loaded by now.
@@ -2465,13 +2465,13 @@ def read_code(flags):
 read_code({})  # before anybody edits the files
 
 
-def hash_code(code):
+def sha1_of_code(code):
     """The SHA1 of code, see read_code; comments, docstrings and layout do not count."""
     return sha1_of_text(json.dumps({name: hash_of_code(code[name]) for name in code}))
 
 
 def code_folder(folder, sha1):
-    """Where `folder`, a run's, keeps the code of this SHA1."""
+    """The folder in a run's `folder` that keeps the code with this SHA1."""
     return folder / f"code-{sha1[:8]}"
 
 
@@ -2512,7 +2512,7 @@ def code_mismatch_error(checkpoint, flags):
 # How metrics are shown on the screen; others are shown by their names. loss: nats/token, with
 # --teacher mixed with the distillation loss; epoch: passes over the text; peak_mib: MLX's peak
 # memory in this process. For all logged metrics, see report_step.
-FORMATS = {
+METRIC_FORMATS = {
     "loss": "loss {:.4f}",
     "learning_rate": "lr {:.2e}",
     "gradient_norm": "grad {:.2f}",
@@ -2524,8 +2524,8 @@ FORMATS = {
 
 
 def format_metric(name, value):
-    """A metric for the screen, see FORMATS."""
-    return FORMATS.get(name, name + " {:.4g}").format(value)
+    """A metric for the screen, see METRIC_FORMATS."""
+    return METRIC_FORMATS.get(name, name + " {:.4g}").format(value)
 
 
 class Reporter:
@@ -2619,7 +2619,7 @@ class Reporter:
 
     @contextlib.contextmanager
     def writing(self, name):
-        """The run is worth more than its reports: an OSError here is only reported, once."""
+        """Turns an OSError in this block into one message per file, so that the run goes on."""
         try:
             yield
         except OSError as error:
@@ -2681,7 +2681,7 @@ class Log:
 def read_log(path):
     """The rows of a run's log, [{column: text}], if it has one. Raises OSError.
 
-    Each line is read by itself, so that a damaged one costs no other.
+    Each line is parsed on its own, so that a damaged one does not affect the others.
     """
     rows = []
     columns = []
@@ -2807,7 +2807,7 @@ def start_notices(run):
     unnamed = {"dataset", "mlp", "lr_schedule"} - {*flags.explicit}
     if flags.config and unnamed and Path(flags.config).suffix:  # a file, no recipe
         yield f"{flags.config} names no {', '.join(sorted(unnamed))}: see data, model, rate above."
-    yield from notice_useless(flags)
+    yield from notice_ineffective_flags(flags)
 
 
 def describe_resume(checkpoint, run):
@@ -2827,10 +2827,10 @@ def describe_resume(checkpoint, run):
         yield f"Environment changed ({changes}): resume may not be bit-exact."
 
 
-def describe_changes(before, now, prefix=""):
+def describe_changes(old, new, prefix=""):
     """Changed values, in words: "--dim 32 -> 64, --seed 1 -> 2"."""
-    changed = [name for name in before if before[name] != now.get(name)]
-    return ", ".join(f"{prefix}{name} {before[name]} -> {now.get(name)}" for name in changed)
+    changed = [name for name in old if old[name] != new.get(name)]
+    return ", ".join(f"{prefix}{name} {old[name]} -> {new.get(name)}" for name in changed)
 
 
 # ---- Flags --------------------------------------------------------------------------------------
@@ -3108,7 +3108,7 @@ REQUIRED_FLAGS = {
 }
 
 
-def notice_useless(flags):
+def notice_ineffective_flags(flags):
     """Yields a line for each explicit flag that has no effect."""
     for name, needed in REQUIRED_FLAGS.items():
         others = needed.split()
@@ -3142,7 +3142,7 @@ def run_identity(flags, sha256, parents):
     identity = {name: flags[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
     identity |= sha256 | parents
     for name in PRETRAINED_FLAGS:
-        # Soon, "latest" will be the run itself, so the word counts.
+        # The model that "latest" names will soon be this run's own, so the word itself counts.
         if flags[name] in CHECKPOINT_WORDS:
             identity[name] = flags[name]
     return identity
@@ -3157,7 +3157,7 @@ def run_name(dataset, identity):
     return f"{dataset}-{sha1_of_text(json.dumps(changed, sort_keys=True))[:8]}"
 
 
-def refuse_contradiction(flags, values, owner):
+def refuse_conflict(flags, values, owner):
     """Raises UsageError if an explicit flag in INIT_FLAGS contradicts `values`, which `owner` has.
 
     Texts and tokenizer files are compared by content, in reload_data.
@@ -3289,7 +3289,7 @@ def flags_from_pretrained(models, flags):
             values["context_size"] = flags.context_size
         elif is_foreign(flags.init_from):
             values["context_size"] = min(config.context_size, MAX_IMPORTED_CONTEXT)
-    refuse_contradiction(flags, values, "--init_from" if flags.init_from else "--teacher")
+    refuse_conflict(flags, values, "--init_from" if flags.init_from else "--teacher")
     return values
 
 
@@ -3398,7 +3398,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
     if contents:
         contents.restore(run)
     versions = list_versions(flags, ranks)
-    session = Session(run.iteration, flags.num_iters, hash_code(code), versions)
+    session = Session(run.iteration, flags.num_iters, sha1_of_code(code), versions)
     if run.sessions[-1:] != [session]:
         run.sessions.append(session)
     mx.eval(model.parameters(), optimizer.state)
@@ -3437,7 +3437,7 @@ def set_up(flags, ranks):
     chosen = choose_checkpoint(flags)
     if chosen:
         flags = resolve_flags(flags.explicit, chosen.flags)
-        refuse_contradiction(flags, chosen.flags, chosen.folder_name)
+        refuse_conflict(flags, chosen.flags, chosen.folder_name)
     check_early(flags, ranks)
     if chosen:
         dataset = reload_data(flags, chosen)
@@ -3445,7 +3445,7 @@ def set_up(flags, ranks):
     else:
         models, flags, dataset = load_inputs(flags)
         parents = {name: loaded.id for name, loaded in models.items()}
-    sha1 = hash_code(read_code(vars(flags)))  # before that code has run
+    sha1 = sha1_of_code(read_code(vars(flags)))  # before that code has run
     if chosen and continues_run(flags, chosen):
         folder = chosen.folder
         if not flags.identifier and chosen.sessions[-1].code_sha1 != sha1:
@@ -3459,10 +3459,10 @@ def set_up(flags, ranks):
             raise RunError(line)
         contents = None
         if existing or chosen:
-            # For a branch of the named one, any undamaged checkpoint of its own will do.
+            # A branch resumes from any undamaged checkpoint of its own, not from the named one.
             is_named = flags.identifier and (not existing or folder == chosen.folder)
             contents = open_newest(existing or [chosen], is_named)
-            # All flags are inherited, but the test text has been read already.
+            # All flags come from the checkpoint but those of the test text, already loaded.
             test_flags = get_values(flags, ["test_text", "eval_test"])
             flags = resolve_flags(flags.explicit, contents.checkpoint.flags | test_flags)
             models = {}
@@ -3480,14 +3480,14 @@ def set_up(flags, ranks):
             yield run, interrupts
 
 
-def continues_run(flags, chosen):
+def continues_run(flags, checkpoint):
     """Whether a command goes on with the run of its checkpoint, instead of beginning a branch.
 
     It does so from the run's newest checkpoint, unless a training flag has another value.
     """
-    newest, *_ = checkpoints_in(chosen.folder)
-    is_same = get_values(flags, FLAGS["training"]).items() <= chosen.flags.items()
-    return is_same and newest.id == chosen.id
+    newest, *_ = checkpoints_in(checkpoint.folder)
+    is_same = get_values(flags, FLAGS["training"]).items() <= checkpoint.flags.items()
+    return is_same and newest.id == checkpoint.id
 
 
 # ---- Commands -----------------------------------------------------------------------------------
@@ -3503,7 +3503,7 @@ def open_checkpoint(flags):
         raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
     checkpoint = find_checkpoint(flags.save_dir, checkpoints, flags.identifier or "latest")
     values = checkpoint.flags | {"seed": flags.seed}  # here that of samples
-    refuse_contradiction(flags, values, checkpoint.folder_name)
+    refuse_conflict(flags, values, checkpoint.folder_name)
     if flags.identifier:
         return open_newest([checkpoint], is_named=True)
     return open_newest(checkpoints_in(checkpoint.folder))
@@ -3512,7 +3512,7 @@ def open_checkpoint(flags):
 def announce(checkpoint):
     """Says which checkpoint a command uses, from which folder, and if other code trained it."""
     line = f"{checkpoint}, in {checkpoint.folder.parent}"
-    if checkpoint.sessions[-1].code_sha1 != hash_code(read_code(checkpoint.flags)):
+    if checkpoint.sessions[-1].code_sha1 != sha1_of_code(read_code(checkpoint.flags)):
         line += ", trained by other code than this"
     print(line, file=sys.stderr)
 
@@ -3532,7 +3532,7 @@ def evaluate_checkpoint(flags):
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=False)
     announce(checkpoint)
-    for line in notice_useless(flags):
+    for line in notice_ineffective_flags(flags):
         print(line, file=sys.stderr)
     evaluate_split(flags.evaluate, model, dataset, flags)
 
@@ -3591,7 +3591,7 @@ def names_for_judge():
 
 def execute(argv):
     """Executes the command on rank 0, which the others follow; returns the status, None for 0."""
-    with explained_by_mlx(), join_ranks(argv) as ranks:
+    with explain_mlx_errors(), join_ranks(argv) as ranks:
         if ranks.rank > 0:
             return ranks.follow()
         flags = resolve_flags(read_command_line(argv))
@@ -3605,8 +3605,8 @@ def execute(argv):
             return evaluate_checkpoint(flags)
         if flags.inference or flags.prompt is not None:
             return sample_checkpoint(flags)
-        fault = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
-        with explained(fault, OSError):
+        problem = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
+        with explained(problem, OSError):
             make_writable(flags.save_dir)
         return train_run(flags, ranks)
 
@@ -3637,7 +3637,7 @@ MLX_ERRORS = {
 
 
 @contextlib.contextmanager
-def explained_by_mlx():
+def explain_mlx_errors():
     """Raises RunError where MLX fails in this block for a reason that the user can fix."""
     try:
         yield

@@ -83,7 +83,7 @@ def start(name, function):
     """
 
     def run(arguments):
-        with main.explained_by_mlx():
+        with main.explain_mlx_errors():
             return function(arguments)
 
     run_program(f"extras.{name}", run)

@@ -168,7 +168,7 @@ class Group(contextlib.AbstractContextManager):
             "folder": run.folder,
             "flags": vars(run.flags),
             "configs": {name: vars(model.config) for name, model in models.items()},
-            "progress": run.progress(),
+            "progress": run.progress_fields(),
             "batches": [run.batches.epoch, run.batches.cursor, run.batches.offset],
             "dataset": dataset.name,
             "tokenizer": dataset.tokenizer.to_dict(),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datasets import UsageError, progress_bar, sync
 from extras.features.kept_models import open_kept
-from main import SingleProcess, checkpoints_in, hash_code, list_versions, make_run, make_step
+from main import SingleProcess, checkpoints_in, sha1_of_code, list_versions, make_run, make_step
 from main import needed_models, open_newest, read_code, reload_data, resolve_flags, train_step
 from main import write_checkpoint
 
@@ -71,7 +71,7 @@ def recompute(earlier, later, step, folder):
     flags.num_iters = session.num_iters  # schedules end there
     if any(start < each.iteration < later.iteration for each in later.sessions):
         raise UsageError(f"{what}: flags, code or versions have changed before the next checkpoint")
-    if session.code_sha1 != hash_code(read_code(vars(flags))):
+    if session.code_sha1 != sha1_of_code(read_code(vars(flags))):
         raise UsageError(f"{what} was computed by other code than this")
     for name, version in list_versions(flags, SingleProcess()).items():
         before = session.versions.get(name)
