@@ -706,19 +706,19 @@ def set_learning_rate(optimizer, learning_rate):
         group.learning_rate = learning_rate * getattr(group, "lr_scale", 1)
 
 
-def constant(iteration, flags):
+def constant_schedule(iteration, flags):
     """The peak rate, from the end of warmup to the last step."""
     return 1
 
 
-def cosine(iteration, flags):
+def cosine_schedule(iteration, flags):
     """The peak rate until the cooldown, then half a cosine down to `min_lr`."""
     decay_ratio, min_factor = cooldown(iteration, flags)
     coeff = (1 + math.cos(math.pi * decay_ratio)) / 2
     return 1 - (1 - min_factor) * (1 - coeff)  # exactly 1 before cooldown
 
 
-def linear(iteration, flags):
+def linear_schedule(iteration, flags):
     """The peak rate until the cooldown, then a straight line down to `min_lr`."""
     decay_ratio, min_factor = cooldown(iteration, flags)
     return 1 - (1 - min_factor) * decay_ratio
@@ -740,7 +740,7 @@ def cooldown(iteration, flags):
 
 # The choices of --lr_schedule: functions of the step, counted from 0, that give a multiple of
 # --learning_rate. learning_rate_at applies warmup on top.
-SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
+SCHEDULES = {"constant": constant_schedule, "cosine": cosine_schedule, "linear": linear_schedule}
 
 FLAGS["training"] |= {
     "lr_schedule": Flag("constant", one_of(SCHEDULES), "schedule after warmup"),
@@ -824,9 +824,10 @@ class Batches:
         self.seek(epoch, 0, offset, rng.permutation(np.arange(num_windows, dtype=np.uint32)))
 
     def seek(self, epoch, cursor, offset, perm):
-        """Goes to a position in an epoch, just drawn or saved (each NumPy may draw differently).
+        """Goes to a position in an epoch.
 
-        perm: [num_windows] uint32. Raises ValueError if these are not windows of the text.
+        perm: [num_windows] uint32, saved in checkpoints, as another NumPy may draw a different one.
+        Raises ValueError if these are not windows of the text.
         """
         num_windows = (len(self.tokens) - 1 - offset) // self.context_size
         if perm.dtype != np.uint32 or perm.shape != (num_windows,) or perm.max() >= num_windows:
@@ -1238,9 +1239,9 @@ def save_and_sample(run, interrupts, reporter):
         for prompt in flags.sample_prompt or [""]:
             if interrupts.stop_signal:
                 break
-            sample = Conversation(run.dataset.tokenizer, model)
-            warn_about_prompt(sample, prompt)
-            text = "".join(sample.reply(prompt, flags, flags.seed, interrupts))
+            conversation = Conversation(run.dataset.tokenizer, model)
+            warn_about_prompt(conversation, prompt)
+            text = "".join(conversation.reply(prompt, flags, flags.seed, interrupts))
             if not interrupts.stop_signal:  # else it is cut short
                 reporter.report_sample(run, prompt, text)
 

@@ -44,7 +44,7 @@ CLIP = "return optim.clip_grad_norm(gradients, max_norm)"
 MOMENTUM = "momentum=0.9"
 NEWTON_SCHULZ = "  for _ in range(5):"
 BETAS = "betas = [flags.beta1, flags.beta2]"
-COSINE = '"cosine": cosine'
+COSINE = '"cosine": cosine_schedule'
 SCHEDULES = "SCHEDULES = {"
 WARMUP = "    warmup = min("
 WARMED_UP = "(iteration, flags) * warmup"

@@ -256,7 +256,7 @@ SOURCES = [
     Edit("it prints", NOTHING, [(TOP, TOP + "\nprint('{}')")]),
     Edit("a parameter that is not used", "^No effect seen: other weights", [SPARE]),
     Edit("--same, linear instead of cosine", "^Different weights", [
-        (COSINE, '"cosine": linear')], options=("HEAD --same --pairs 2",), status=1),
+        (COSINE, '"cosine": linear_schedule')], options=("HEAD --same --pairs 2",), status=1),
     Edit("--same, a refactoring", "^The same weights", [("joined = ", "joined: mx.array = ")],
          options=("HEAD --same --pairs 2",)),
 ]  # fmt: skip
@@ -294,7 +294,7 @@ HONEST = [
          "    x = x.astype(mx.bfloat16)\n"
          "    return (x @ weight.T.astype(mx.bfloat16)).astype(mx.float32)\n")),
         ("smaller embeddings at first", EFFECT, ("seed) * 5 / model", "seed) * 2 / model")),
-        ("a linear schedule", EFFECT, (COSINE, '"cosine": linear')),
+        ("a linear schedule", EFFECT, (COSINE, '"cosine": linear_schedule')),
         ("GELU", EFFECT, (RELU2_ENTRY, '"relu2": (nn.gelu,')),
         ("a padded vocabulary", EFFECT, (VOCAB_SIZE,
          "Config(-(-dataset.tokenizer.vocab_size // 64) * 64, **shape)")),
