@@ -3089,9 +3089,9 @@ def resolve_flags(explicit, recorded=None):
     return flags
 
 
-def get_values(flags, names):
-    """These attributes of flags, a Config or Batches, {name: value}."""
-    return {name: getattr(flags, name) for name in names}
+def get_values(namespace, names):
+    """These attributes of an object, such as flags or a Config, {name: value}."""
+    return {name: getattr(namespace, name) for name in names}
 
 
 # {flag: it has no effect without one of these flags}
@@ -3276,9 +3276,9 @@ def flags_from_pretrained(models, flags):
     FLAGS["model"], except for the context. Raises UsageError if an explicit flag contradicts a
     model, or one model the other.
     """
-    tokenizer, *others = [loaded.tokenizer for loaded in models.values()]
-    for other in others:
-        if other.to_dict() != tokenizer.to_dict():
+    tokenizer, *other_tokenizers = [loaded.tokenizer for loaded in models.values()]
+    for other_tokenizer in other_tokenizers:
+        if other_tokenizer.to_dict() != tokenizer.to_dict():
             raise UsageError(
                 "--teacher has another tokenizer than --init_from: use a teacher with the same"
             )
