@@ -348,8 +348,8 @@ def normalize_gradients(inputs, gradients, outputs):
     gradient = gradients[0]
     factor = outputs[1]
     product = gradient * x
-    along = product @ (weight[:, None] / x.shape[-1])  # [N, 1]
-    d_x = (gradient * weight - x * along * mx.square(factor)) * factor
+    along = product @ weight[:, None]  # [N, 1]
+    d_x = (gradient * weight - x * along * (mx.square(factor) / x.shape[-1])) * factor
     d_weight = (product.T @ factor).flatten()
     return d_x, d_weight, mx.zeros_like(eps)
 
@@ -367,12 +367,19 @@ def rotate(x, frequencies, offset):
         return mx.fast.rope(
             x, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods
         )
-    angles = np.arange(offset, offset + L)[:, None] * frequencies  # [L, d / 2]
-    cosines = mx.array(np.cos(angles)[:, None].astype(np.float32))  # [L, 1, d / 2]
-    sines = np.sin(angles).astype(np.float32)
-    sines = mx.array(np.stack([-sines, sines], axis=1))  # [L, 2, d / 2]
+    cosines, sines = cosines_and_sines(offset, L, frequencies.tobytes())
     pairs = x.reshape(B, H, L, 2, d // 2)
     return rotate_pairs(pairs, cosines, sines).reshape(B, H, L, d)
+
+
+@lru_cache(maxsize=1)
+def cosines_and_sines(offset, length, frequencies):
+    """For rotate_pairs, [L, 1, d / 2] and [L, 2, d / 2]: all blocks share them."""
+    positions = np.arange(offset, offset + length)[:, None]  # [L, 1]
+    angles = positions * np.frombuffer(frequencies)  # [L, d / 2]
+    cosines = mx.array(np.cos(angles)[:, None].astype(np.float32))
+    sines = np.sin(angles).astype(np.float32)
+    return cosines, mx.array(np.stack([-sines, sines], axis=1))
 
 
 @mx.custom_function
@@ -383,10 +390,14 @@ def rotate_pairs(pairs, cosines, sines):
 
 @rotate_pairs.vjp
 def rotate_back(inputs, gradient, output):
-    """The gradient is rotated by the negative angles: MLX's own first fills arrays with zeros."""
+    """The gradient is rotated by the negative angles: MLX's own first fills arrays with zeros.
+
+    It is stored by positions, as the projection's gradient wants it, which otherwise copies it.
+    """
     _, cosines, sines = inputs
-    d_pairs = rotate_pairs(gradient, cosines, -sines)
-    return d_pairs, mx.zeros_like(cosines), mx.zeros_like(sines)
+    gradient = gradient.swapaxes(1, 2)  # [B, L, H, 2, d / 2]
+    d_pairs = gradient * cosines[:, None] - gradient[..., ::-1, :] * sines[:, None]
+    return d_pairs.swapaxes(1, 2), mx.zeros_like(cosines), mx.zeros_like(sines)
 
 
 @lru_cache(maxsize=1)
@@ -904,9 +915,9 @@ def clip_grad_norm(gradients, max_norm):
     squares = []
     for i, (_, gradient) in enumerate(leaves):
         with mx.stream(streams[i % len(streams)]):  # the stream of its sum in sum_over_shards
-            squares.append(gradient.flatten() @ gradient.flatten())
+            squares.append(gradient.reshape(1, -1) @ gradient.reshape(-1, 1))
     # The same as sum(squares), which needs other kernels for each number of blocks.
-    norm = mx.sqrt(mx.cumsum(mx.stack(squares))[-1])
+    norm = mx.sqrt(mx.cumsum(mx.concatenate(squares).flatten())[-1])
     scale = mx.minimum(max_norm / (norm + 1e-6), 1)
     clipped = []
     for i, (name, gradient) in enumerate(leaves):
