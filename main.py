@@ -22,9 +22,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # the folder of datasets.py
 
-from datasets import prepare
+import datasets
 
-fast = prepare(globals())  # the module, or None
+fast = datasets.prepare(globals())  # the module, or None
 
 import argparse
 import contextlib
@@ -55,17 +55,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import CORPORA, COUNT, FRACTION, KINDS, MAX_INT32, NONNEGATIVE, SIZE, SPLITS
-from datasets import TEXT_FLAGS, TOKENIZERS, Dataset, Flag
-from datasets import Parser, RunError, UsageError, absolute, add_flags, definition
-from datasets import describe_tokenizer, discard, encode_after, end_of_text, explained, extra
-from datasets import flock, hash_of_code, hash_of_file, load_dataset, make_writable, new_file
-from datasets import no_follow, nonempty, number, one_line, one_of, open_data_dir
-from datasets import open_kernel_dir
-from datasets import other_names, own_file
-from datasets import printable, progress_bar, publish, remove_leftovers, replacing
-from datasets import run_command, run_program, sync, tokenizer_from_dict, use_compiler, user_path
-from datasets import utf8
+from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, Flag, RunError, UsageError, explained
+from datasets import extra, new_file, no_follow, nonempty, number, one_of, printable, user_path
 
 # ---- Model --------------------------------------------------------------------------------------
 # Decoder-only, pre-norm, with RMSNorm, RoPE and grouped-query attention. Layers are named as in
@@ -98,8 +89,8 @@ class Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) is int and not 1 <= value <= MAX_INT32:
-                raise ValueError(f"{name} {value} is not from 1 to {MAX_INT32}")
+            if type(value) is int and not 1 <= value <= datasets.MAX_INT32:
+                raise ValueError(f"{name} {value} is not from 1 to {datasets.MAX_INT32}")
         if self.head_dim is None:  # imported models set it, and H * d may differ from D
             multiple = 2 * self.num_heads  # a head's dimension must be even: RoPE rotates pairs
             if self.dim % multiple:
@@ -110,7 +101,7 @@ class Config:
             self.head_dim = self.dim // self.num_heads
         if self.head_dim % 2 or self.head_dim > 2**16:  # RoPE rotates pairs
             raise ValueError(f"head_dim {self.head_dim} is not an even number up to {2**16}")
-        if self.context_size * self.num_kv_heads * self.head_dim > MAX_INT32:
+        if self.context_size * self.num_kv_heads * self.head_dim > datasets.MAX_INT32:
             raise ValueError(f"context_size {self.context_size}: too many keys for MLX, give less")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -124,7 +115,7 @@ class Config:
 # branch may change only those in `training`; `session` may change whenever a run is resumed. All
 # of these are saved with a run; `sampling`, `mode` and `command` are not. Where a default of None
 # depends on other flags, the help says how; resolve_flags or the code that uses it fills it in.
-FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
+FLAGS = {"data": datasets.TEXT_FLAGS["data"]}  # from datasets.py
 
 FLAGS["model"] = {
     "context_size": Flag(48, SIZE, "context length in tokens"),
@@ -157,7 +148,8 @@ def fast_version(function, dependencies=()):
         return function
     names = [dependency.__name__ for dependency in (function, *dependencies)]
     for name in names:
-        is_edited = hash_of_code(definition(name, SOURCE)) != fast.STANDS_FOR.get(name)
+        sha256 = datasets.hash_of_code(datasets.definition(name, SOURCE))
+        is_edited = sha256 != fast.STANDS_FOR.get(name)
         if is_edited and name not in EDITED_FUNCTIONS:
             EDITED_FUNCTIONS.append(name)
     # extras.versus compares an edited function with its original in plain MLX, as the fast version
@@ -960,7 +952,7 @@ class Run(Progress):
 
     folder: Path  # where it is saved, see run_name
     flags: argparse.Namespace
-    dataset: Dataset
+    dataset: datasets.Dataset
     model: LanguageModel
     optimizer: optim.Optimizer
     batches: Batches
@@ -1561,13 +1553,13 @@ class Conversation:
     def append_text(self, text):
         """Appends `text`, tokenized as a continuation."""
         before = self.tokenizer.decode(self.ids[-1:])[-1:]
-        [ids] = encode_after(self.tokenizer, [before], [text])
+        [ids] = datasets.encode_after(self.tokenizer, [before], [text])
         self.ids.extend(ids.tolist())
 
     def generate_pieces(self, prompt, flags, seed, interrupts):
         """Like `reply`, but without --stop."""
         tokenizer = self.tokenizer
-        end = end_of_text(tokenizer) if flags.stop_at_end else None
+        end = datasets.end_of_text(tokenizer) if flags.stop_at_end else None
         if self.ids and self.ids[-1] != end:
             line_end = "" if tokenizer.decode(self.ids[-1:]).endswith("\n") else "\n"
             self.append_text(line_end + prompt)
@@ -1789,7 +1781,7 @@ class Checkpoint(Progress):
             state = load_arrays(self.metadata_path)
             if sha1_of_arrays(state) != self.state_sha1:
                 raise ValueError("its .metadata has other arrays")
-            tokenizer = tokenizer_from_dict(json.loads(bytes(state.pop("tokenizer"))))
+            tokenizer = datasets.tokenizer_from_dict(json.loads(bytes(state.pop("tokenizer"))))
             if tokenizer.vocab_size > self.config.vocab_size:
                 # MLX does not check indices: it would read beyond the embeddings.
                 raise ValueError("its tokenizer has more ids than its model")
@@ -1885,7 +1877,7 @@ def sha1_of_text(text):
 
 def sha1_of_file(path):
     """The SHA1 of a file that is no link. Raises OSError."""
-    return hash_of_file(path, hashlib.sha1, no_follow)
+    return datasets.hash_of_file(path, hashlib.sha1, no_follow)
 
 
 def sha1_of_arrays(arrays):
@@ -2002,7 +1994,7 @@ def checkpoints_in(folder, warn=False):
             checkpoints.append(read_checkpoint(path.with_suffix(".metadata")))
         except Exception as error:  # an untrusted file can raise any
             if warn:
-                line = f"Skipping {folder.name}, {path.stem[:12]}: {one_line(error)}"
+                line = f"Skipping {folder.name}, {path.stem[:12]}: {datasets.one_line(error)}"
                 print(line, file=sys.stderr)
     return sorted(checkpoints, key=by_time_saved, reverse=True)
 
@@ -2117,10 +2109,10 @@ def write_checkpoint(run):
         record = json.dumps(rename_keys(checkpoint_fields(run) | fields, RECORD_KEYS))
         header = {"record": record, "sha1": sha1_of_text(record)}
         mx.save_safetensors(metadata_file, state, header)
-        publish(metadata_file, run.folder / f"{sha1}.metadata")
-        publish(weights_file, run.folder / f"{sha1}.safetensors")
-    sync(run.folder)
-    sync(run.folder.parent)  # which holds the folder's own name
+        datasets.publish(metadata_file, run.folder / f"{sha1}.metadata")
+        datasets.publish(weights_file, run.folder / f"{sha1}.safetensors")
+    datasets.sync(run.folder)
+    datasets.sync(run.folder.parent)  # which holds the folder's own name
     run.checkpoint_id = sha1
     run.saved_at = saved_at
     run.is_saved = True
@@ -2178,7 +2170,7 @@ def prune_checkpoints(run):
         for checkpoint in checkpoints:
             if checkpoint.id not in kept_ids and checkpoint is not best:
                 checkpoint.weights_path.unlink(missing_ok=True)
-        remove_leftovers(run.folder)
+        datasets.remove_leftovers(run.folder)
         # Without the weights, metadata is no checkpoint.
         for path in run.folder.glob("*.metadata"):
             if not os.path.lexists(path.with_suffix(".safetensors")):
@@ -2388,7 +2380,7 @@ def use_device(gpu):
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
     # MLX loads its compiled kernels from the folder for temporary files, where another user could
     # have put a file of that name.
-    os.environ["TMPDIR"] = str(open_kernel_dir())
+    os.environ["TMPDIR"] = str(datasets.open_kernel_dir())
     if gpu and fast:
         fast.use_gpu()
     elif fast:
@@ -2396,7 +2388,8 @@ def use_device(gpu):
     if not gpu and (not fast or sys.platform != "linux"):  # else, fast.py has set the compiler
         # Where the compiler may fuse a product with a sum, as on ARM, it does so only in some loops
         # of a kernel, and timing decides which loop computes an element.
-        use_compiler(open_kernel_dir(), 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"')
+        compile_command = 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"'
+        datasets.use_compiler(datasets.open_kernel_dir(), compile_command)
 
 
 def bfloat16_products(enabled):
@@ -2455,7 +2448,7 @@ def read_code(flags):
         names += ["extras/features/lora.py"]
     if flags.get("teacher"):
         names += ["extras/features/distil.py"]
-    user_files = [own_file(module, str(HERE)) for module in [*sys.modules.values()]]
+    user_files = [datasets.own_file(module, str(HERE)) for module in [*sys.modules.values()]]
     names += filter(None, user_files)
     for name in names:
         if name not in SOURCES and (HERE / name).exists():
@@ -2468,7 +2461,7 @@ read_code({})  # before anybody edits the files
 
 def sha1_of_code(code):
     """The SHA1 of code, see read_code; comments, docstrings and layout do not count."""
-    return sha1_of_text(json.dumps({name: hash_of_code(code[name]) for name in code}))
+    return sha1_of_text(json.dumps({name: datasets.hash_of_code(code[name]) for name in code}))
 
 
 def code_folder(folder, sha1):
@@ -2487,9 +2480,9 @@ def save_code(run):
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_file(run.folder) as file:  # where `prune_checkpoints` removes leftovers
                 file.write(source.encode())
-                publish(file, path)
+                datasets.publish(file, path)
     for path in [folder, *folder.rglob("*")]:
-        sync(path)
+        datasets.sync(path)
 
 
 def code_mismatch_error(checkpoint, flags):
@@ -2536,7 +2529,7 @@ class Reporter:
         self.train_loss = None  # of the last report
         self.failed_files = set()  # names of files that could not be written
         total = max(run.flags.num_iters, run.iteration)
-        self.bar = progress_bar(total=total, initial=run.iteration, dynamic_ncols=True)
+        self.bar = datasets.progress_bar(total=total, initial=run.iteration, dynamic_ncols=True)
         self.log = Log(run)
         self.dashboards = None
         if run.flags.report_to:
@@ -2625,7 +2618,7 @@ class Reporter:
             yield
         except OSError as error:
             if name not in self.failed_files:
-                say(f"Cannot write {name}; the run goes on. {one_line(error)}")
+                say(f"Cannot write {name}; the run goes on. {datasets.one_line(error)}")
             self.failed_files.add(name)
 
 
@@ -2673,7 +2666,7 @@ class Log:
             if position <= self.kept_up_to:
                 writer.writerow(row)
         writer.writerow(last_row)
-        with replacing(self.path) as file:
+        with datasets.replacing(self.path) as file:
             file.write(text.getvalue().encode())
         self.columns = columns
         self.kept_up_to = (math.inf, True)  # later rows are this session's own
@@ -2711,7 +2704,7 @@ def print_start(run, checkpoint):
     dataset = run.dataset
     versions = run.versions
     lengths = []
-    for name in SPLITS:
+    for name in datasets.SPLITS:
         split = getattr(dataset, name)
         if split:
             lengths.append(f"{len(split.tokens):,} {name}")
@@ -2730,7 +2723,7 @@ def print_start(run, checkpoint):
         f"({plural(config.num_kv_heads, 'key/value head')}), {config.mlp} {config.mlp_dim}, "
         f"context {config.context_size}",
         f"data     {dataset.name}: {' / '.join(lengths)} tokens; "
-        f"{describe_tokenizer(dataset.tokenizer)}; in {dataset.folder}",
+        f"{datasets.describe_tokenizer(dataset.tokenizer)}; in {dataset.folder}",
         f"steps    {rows_per_step} x {config.context_size} tokens, {steps_per_epoch:,} per epoch, "
         f"{epochs:,.2f} epochs in all; {flags.optimizer}, {versions['dtype']}",
         f"rate     {describe_schedule(flags)}",
@@ -2840,7 +2833,7 @@ def describe_changes(old, new, prefix=""):
 def split_name(text):
     """A flag's type: a split, by our name or another program's."""
     others = {"validation": "valid", "val": "valid", "dev": "valid"}
-    return one_of(SPLITS)(others.get(text, text))
+    return one_of(datasets.SPLITS)(others.get(text, text))
 
 
 def bit_width(text):
@@ -2879,7 +2872,7 @@ FLAGS["session"] = {
     ),
     "sample_tokens": Flag(None, COUNT, "tokens of these samples; 0: none (default: max_tokens)"),
     "grad_checkpoint": Flag(False, bool, "gradient checkpointing: less memory, more compute"),
-} | TEXT_FLAGS["session"]
+} | datasets.TEXT_FLAGS["session"]
 
 FLAGS["sampling"] = {
     "max_tokens": Flag(200, SIZE, "maximum number of new tokens"),
@@ -2916,7 +2909,7 @@ FLAGS["command"] = {
     "preset": Flag(None, one_of(PRESETS), "sets dim, num_heads, num_blocks, context_size"),
     "max_minutes": Flag(None, NONNEGATIVE, "stop after this much training time in this session"),
     "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
-} | TEXT_FLAGS["command"]
+} | datasets.TEXT_FLAGS["command"]
 
 ALL_FLAGS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
 DEFAULTS = {name: row.default for name, row in ALL_FLAGS.items()}
@@ -2934,7 +2927,7 @@ RECIPES = HERE / "extras" / "recipes"  # the files that --config finds by name
 @functools.cache
 def make_parser():
     """An argparse parser of FLAGS that returns only the flags passed, without defaults."""
-    parser = Parser(
+    parser = datasets.Parser(
         usage="python main.py [flags]",
         description=(__doc__ or "").partition("\nWhat computes")[0],  # python -OO drops it
         epilog="Exit status: 0 done, 1 failed, 2 usage error; 128 + its number after a signal.",
@@ -2943,7 +2936,7 @@ def make_parser():
         allow_abbrev=False,
     )
     for title, rows in FLAGS.items():
-        add_flags(parser.add_argument_group(title), rows)
+        datasets.add_flags(parser.add_argument_group(title), rows)
     return parser
 
 
@@ -3013,7 +3006,7 @@ def read_config(name):
         raise UsageError(f"--config {name}: no such file; the recipes are {recipes}")
     with explained(f"--config {name} must be a YAML file of flags like dim: 8"):
         canonical = {}  # {another program's name: ours}
-        for name, aliases in other_names().items():
+        for name, aliases in datasets.other_names().items():
             canonical |= dict.fromkeys(aliases.split(), name)
         values = {}
         for key, value in (read_yaml(path) or {}).items():
@@ -3024,7 +3017,7 @@ def read_config(name):
                 if name in values:
                     raise ValueError(f"{name} appears twice, perhaps under two names")
                 values[name] = element
-        flags = parse([utf8(argument) for argument in arguments_of(values)])
+        flags = parse([datasets.utf8(argument) for argument in arguments_of(values)])
         if "config" in flags:
             raise ValueError("it names another file")
         return flags
@@ -3064,15 +3057,15 @@ def resolve_flags(explicit, recorded=None):
     flags.save_dir = Path(user_path(flags.save_dir))
     flags.data_dir = flags.data_dir or explicit.get("save_dir")
     for name in {"text", "valid_text", "test_text"} & {*explicit}:  # recorded ones are absolute
-        setattr(flags, name, [absolute(path) for path in explicit[name]])
+        setattr(flags, name, [datasets.absolute(path) for path in explicit[name]])
     for name in {"init_from", "teacher", "draft"} & {*explicit}:
         # Others name checkpoints, or models on the hub.
         if explicit[name] not in CHECKPOINT_WORDS and is_model_folder(user_path(explicit[name])):
-            setattr(flags, name, absolute(explicit[name]))
+            setattr(flags, name, datasets.absolute(explicit[name]))
     if flags.tokenizer == "auto":
-        flags.tokenizer = CORPORA[flags.dataset].tokenizer
-    elif flags.tokenizer == explicit.get("tokenizer") and flags.tokenizer not in KINDS:
-        flags.tokenizer = absolute(flags.tokenizer)
+        flags.tokenizer = datasets.CORPORA[flags.dataset].tokenizer
+    elif flags.tokenizer == explicit.get("tokenizer") and flags.tokenizer not in datasets.KINDS:
+        flags.tokenizer = datasets.absolute(flags.tokenizer)
     if flags.num_kv_heads is None:
         flags.num_kv_heads = flags.num_heads
     if flags.mlp_dim is None:
@@ -3138,7 +3131,7 @@ def resume_command(flags, identifier):
 def run_identity(flags, sha256, parents):
     """What tells runs apart, {name: value}: texts and models count by content, not by path.
 
-    flags: {name: value}; sha256: see Dataset; parents: see Checkpoint.
+    flags: {name: value}; sha256: see datasets.Dataset; parents: see Checkpoint.
     """
     identity = {name: flags[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
     identity |= sha256 | parents
@@ -3166,7 +3159,7 @@ def refuse_conflict(flags, values, owner):
     for name, value in values.items():
         flag_value = getattr(flags, name)
         is_path = name in PATH_FLAGS and name not in PRETRAINED_FLAGS
-        is_path = is_path and str(value) not in TOKENIZERS
+        is_path = is_path and str(value) not in datasets.TOKENIZERS
         if name in INIT_FLAGS and name in flags.explicit and flag_value != value and not is_path:
             has = "was made without it" if value is None else f"has {value}"
             raise UsageError(
@@ -3241,7 +3234,7 @@ def locked_folder(folder):
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            datasets.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UsageError(
                 f"{folder.name} is being trained by another process: wait for it, or start another "
@@ -3334,10 +3327,10 @@ def load_data(flags, tokenizer=None):
             f"give at most {flags.context_size}"
         )
     arguments = get_values(flags, [*FLAGS["data"], "test_text", "save_dir", "data_dir", "mirror"])
-    arguments["data_dir"] = open_data_dir(flags.data_dir)
+    arguments["data_dir"] = datasets.open_data_dir(flags.data_dir)
     if tokenizer:
         arguments["tokenizer"] = tokenizer
-    dataset = load_dataset(**arguments)
+    dataset = datasets.load_dataset(**arguments)
     if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
         raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
     return dataset
@@ -3349,7 +3342,7 @@ def reload_data(flags, checkpoint):
     If the tokenizer came from a model or a file, it is taken from the run's checkpoints: the
     original may be gone.
     """
-    from_file = flags.tokenizer not in TOKENIZERS and "tokenizer" not in flags.explicit
+    from_file = flags.tokenizer not in datasets.TOKENIZERS and "tokenizer" not in flags.explicit
     tokenizer = None
     if flags.init_from or flags.teacher or from_file:
         tokenizer = open_newest(checkpoints_in(checkpoint.folder)).tokenizer
@@ -3556,7 +3549,7 @@ def train_run(flags, ranks):
         try:
             stream.flush()
         except OSError:  # a run that was saved has not failed
-            discard(stream)
+            datasets.discard(stream)
     return 128 + stop_signal if stop_signal else 0  # how shells report the end by a signal
 
 
@@ -3597,7 +3590,7 @@ def execute(argv):
             return ranks.follow()
         flags = resolve_flags(read_command_line(argv))
         path = str(flags.save_dir.absolute())
-        if utf8(path) != path:
+        if datasets.utf8(path) != path:
             raise UsageError(f"--save_dir {path}: MLX reads only names in UTF-8; rename it")
         use_device(flags.gpu)
         if flags.list:
@@ -3608,7 +3601,7 @@ def execute(argv):
             return sample_checkpoint(flags)
         problem = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
         with explained(problem, OSError):
-            make_writable(flags.save_dir)
+            datasets.make_writable(flags.save_dir)
         return train_run(flags, ranks)
 
 
@@ -3643,7 +3636,7 @@ def explain_mlx_errors():
     try:
         yield
     except RuntimeError as error:
-        reason = one_line(error)
+        reason = datasets.one_line(error)
         for pattern, line in MLX_ERRORS.items():
             if re.search(pattern, reason):
                 # A compiler's message is at its end.
@@ -3656,8 +3649,8 @@ def main(argv=None):
 
     It is 0 on success, 1 on failure, 2 on a usage error, or 128 + the signal that ended it.
     """
-    return run_command("main.py", execute, sys.argv[1:] if argv is None else argv)
+    return datasets.run_command("main.py", execute, sys.argv[1:] if argv is None else argv)
 
 
 if __name__ == "__main__":
-    run_program("main.py", execute)
+    datasets.run_program("main.py", execute)

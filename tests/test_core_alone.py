@@ -204,6 +204,6 @@ def test_beside_another_package_named_datasets(alone, tmp_path):
     """As Hugging Face's that is installed."""
     (tmp_path / "datasets.py").write_text("")
     code = f"import sys; sys.path.append({str(alone['cwd'])!r}); import main"
-    code += "; print(main.load_dataset.__module__)"
+    code += "; print(main.datasets.__file__)"
     out, _ = run(program=["-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
-    assert out == "datasets\n"
+    assert out == f"{alone['cwd'] / 'datasets.py'}\n"
