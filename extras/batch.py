@@ -15,7 +15,7 @@ from datasets import end_of_text, explained, path_name
 from extras.features.decode import BatchDecoder
 from extras.features.quantize import quantize
 from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
-from main import FLAGS, Detokenizer, announce, first_ids
+from main import FLAGS, Conversation, Detokenizer, announce, first_ids, name_unread
 
 BATCH_SIZE = 16
 # The flags that, besides the seed, determine a completion.
@@ -68,6 +68,9 @@ def answer_file(model, tokenizer, checkpoint, flags):
             out, answered = os.fdopen(os.dup(1), "wb"), []  # stdout itself stays open
     with out:
         announce(checkpoint)
+        conversation = Conversation(tokenizer, model)
+        for prompt in dict.fromkeys(job["prompt"] for job in jobs[len(answered) :]):
+            name_unread(conversation, prompt)
         for first in range(len(answered), len(jobs), BATCH_SIZE):
             batch = jobs[first : first + BATCH_SIZE]
             for line in answer_batch(model, tokenizer, batch, flags):
