@@ -52,6 +52,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # idle NumPy threads spin for 2^18 cycles
+if IS_PROGRAM:  # OpenBLAS dies where no thread may start; fast.py asks for those it needs
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @contextlib.contextmanager
