@@ -1921,6 +1921,9 @@ def path_name(text):
     return user_path(nonempty(text))
 
 
+path_name.metavar = "FILE"
+
+
 OTHER_CORPUS = ": download another corpus, and name its files by --text"
 # The flags that choose a text, {group: {flag: row}}; main.py has these and others.
 TEXT_FLAGS = {
@@ -2048,11 +2051,11 @@ def main(arguments):
     for rows in TEXT_FLAGS.values():
         add_flags(parser, rows)
     writes = "also write the tokenizer as a tokenizer.json"
-    parser.add_argument("--save_tokenizer", type=nonempty, metavar="FILE", help=writes)
+    parser.add_argument("--save_tokenizer", type=path_name, metavar="FILE", help=writes)
     options = vars(parser.parse_args(arguments))
     file = options.pop("save_tokenizer", None)
     if file:
-        file = Path(user_path(file))
+        file = Path(file)
         if os.path.lexists(file):
             raise UsageError(f"--save_tokenizer {file} exists: name another file, or delete it")
         with explained(f"cannot write {file}: name another file", OSError):

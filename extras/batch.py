@@ -11,7 +11,7 @@ from extras.common.program import load_checkpoint, make_parser, read_flags, star
 
 import os
 
-from datasets import end_of_text, explained, path_name
+from datasets import Flag, end_of_text, explained, path_name
 from extras.features.decode import BatchDecoder
 from extras.features.quantize import quantize
 from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
@@ -24,18 +24,11 @@ SAMPLING_FLAGS = [name for name in FLAGS["sampling"] if name not in ("num_sample
 
 def main(arguments):
     """Continues prompts as these arguments specify."""
-    parser = make_parser(
-        "batch", __doc__, "identifier", "gpu", "num_samples", "seed", *SAMPLING_FLAGS
-    )
-    add = parser.add_argument
-    add("file", metavar="FILE", type=path_name, help="UTF-8 text, a prompt per line")
-    add(
-        "--output",
-        metavar="FILE",
-        type=path_name,
-        default=None,
-        help="JSON Lines; resumed if it exists (default: stdout)",
-    )
+    output = Flag(None, path_name, "JSON Lines; resumed if it exists (default: stdout)")
+    names = ["identifier", "gpu", "num_samples", "seed", *SAMPLING_FLAGS]
+    parser = make_parser("batch", __doc__, *names, output=output)
+    prompts = "UTF-8 text, a prompt per line"
+    parser.add_argument("file", metavar="FILE", type=path_name, help=prompts)
     flags = read_flags(parser, arguments)
     checkpoint, model, tokenizer = load_checkpoint(flags)
     if flags.quantize:
