@@ -1559,9 +1559,9 @@ def discard(stream):
 
 def repair_streams():
     """Makes the standard streams usable, which may be closed, or unable to encode a text."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed at startup
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not those of a notebook's %run
             stream.reconfigure(errors="replace")
@@ -2007,11 +2007,11 @@ class Parser(argparse.ArgumentParser):
         actions = self._option_string_actions
         spelled = []
         for argument in args:
-            argument = argument.removesuffix("\r")  # of a script with Windows' line ends
-            dashed = re.sub("^[–—]-?", "--", argument)  # as word processors write them
-            if dashed.partition("=")[0] in actions:
-                argument = dashed
-            name, equals, value = argument.partition("=")
+            # Without the \r of a script with Windows' line ends.
+            name, equals, value = argument.removesuffix("\r").partition("=")
+            dashed = re.sub("^[–—]-?", "--", name)  # as word processors write them
+            if dashed in actions:
+                name = dashed
             if re.fullmatch("--[a-z][a-z0-9_-]*", name):
                 name = "--" + name[2:].replace("-", "_")
                 name = name.replace("--no_", "--no-")
