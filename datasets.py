@@ -162,6 +162,7 @@ class Tokenizer:
     bos = ()
     unk = None
     byte_ids = ()
+    settings = {}  # of an imported model, see PackageTokenizer
 
     def encode_batch(self, texts):
         return map(self.encode, texts)
@@ -2048,10 +2049,9 @@ def main(arguments):
         argument_default=argparse.SUPPRESS,  # load_dataset has the defaults
         allow_abbrev=False,
     )
-    for rows in TEXT_FLAGS.values():
+    writes = Flag(None, path_name, "also write the tokenizer as a tokenizer.json")
+    for rows in [*TEXT_FLAGS.values(), {"save_tokenizer": writes}]:
         add_flags(parser, rows)
-    writes = "also write the tokenizer as a tokenizer.json"
-    parser.add_argument("--save_tokenizer", type=path_name, metavar="FILE", help=writes)
     options = vars(parser.parse_args(arguments))
     file = options.pop("save_tokenizer", None)
     if file:

@@ -77,9 +77,4 @@ def start(name, function):
 
     A mistake or a failure is one line on stderr, as in main.py.
     """
-
-    def run(arguments):
-        with main.explained_by_mlx():
-            return function(arguments)
-
-    run_program(f"extras.{name}", run)
+    run_program(f"extras.{name}", main.explained_by_mlx()(function))

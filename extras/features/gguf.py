@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from datasets import UsageError, end_of_text, explained, replacing, utf8
-from extras.features.huggingface import CHAT_TEMPLATE, find_counterpart, package_of, settings_of
+from extras.features.huggingface import CHAT_TEMPLATE, find_counterpart, package_of
 from main import rope_frequencies
 
 # What llama.cpp calls the fields of our Config.
@@ -139,7 +139,7 @@ def add_tokenizer(writer, content, tokenizer, size):
         writer.add_bos_token_id(tokenizer.bos[0] if tokenizer.bos else end)
     writer.add_add_bos_token(bool(tokenizer.bos))
     writer.add_add_eos_token(False)
-    writer.add_chat_template(settings_of(tokenizer).get("chat_template", CHAT_TEMPLATE))
+    writer.add_chat_template(tokenizer.settings.get("chat_template", CHAT_TEMPLATE))
 
 
 def is_gpt2_like(content):

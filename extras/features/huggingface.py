@@ -406,7 +406,7 @@ def export_model(model, tokenizer, folder, bits):
         "clean_up_tokenization_spaces": False,
         "model_max_length": model.config.context_size,
         "chat_template": CHAT_TEMPLATE,
-    } | settings_of(tokenizer)
+    } | tokenizer.settings
     if tokenizer.eos is not None:
         tokenizer_settings["eos_token"] = package.id_to_token(tokenizer.eos)
     if tokenizer.bos:
@@ -472,11 +472,6 @@ def make_settings(config, kind, tokenizer):
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
-def settings_of(tokenizer):
-    """The settings of the model that a run began with, see read_settings."""
-    return getattr(tokenizer, "settings", {})
-
-
 def package_of(tokenizer):
     """A tokenizer of the package `tokenizers` with the same ids, for other programs to read."""
     converters = {"byte": convert_bytes, "char": convert_characters, "word": convert_words}
