@@ -2049,8 +2049,8 @@ def main(arguments):
         argument_default=argparse.SUPPRESS,  # load_dataset has the defaults
         allow_abbrev=False,
     )
-    writes = Flag(None, path_name, "also write the tokenizer as a tokenizer.json")
-    for rows in [*TEXT_FLAGS.values(), {"save_tokenizer": writes}]:
+    own = {"save_tokenizer": Flag(None, path_name, "also write the tokenizer as a tokenizer.json")}
+    for rows in [*TEXT_FLAGS.values(), own]:
         add_flags(parser, rows)
     options = vars(parser.parse_args(arguments))
     file = options.pop("save_tokenizer", None)
