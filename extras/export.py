@@ -19,7 +19,8 @@ from main import EDITED_FUNCTIONS, announce
 def main(arguments):
     """Exports as these arguments specify."""
     parser = make_parser("export", __doc__, "identifier", "quantize")
-    parser.add_argument("path", type=path_name, help="a new folder, or a new file FILE.gguf")
+    target = "a new folder, or a new file FILE.gguf"
+    parser.add_argument("path", metavar="PATH", type=path_name, help=target)
     flags = read_flags(parser, arguments)
     checkpoint, model, tokenizer = load_checkpoint(flags)
     if flags.path.lower().endswith(".gguf"):

@@ -11,7 +11,6 @@ import fnmatch
 import main
 from datasets import Flag, Parser, UsageError, add_flags, nonempty, run_program
 
-
 # A flag that takes several names, for select_checkpoints.
 IDENTIFIERS = Flag(
     [], nonempty, "SHA1 prefixes, run names, latest, best, or patterns of run names (default: all)"
