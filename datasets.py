@@ -52,6 +52,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # idle NumPy threads spin for 2^18 cycles
+if IS_PROGRAM:  # OpenBLAS dies where no thread may start; fast.py asks for those it needs
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 @contextlib.contextmanager
@@ -160,6 +162,7 @@ class Tokenizer:
     bos = ()
     unk = None
     byte_ids = ()
+    settings = {}  # of an imported model, see PackageTokenizer
 
     def encode_batch(self, texts):
         return map(self.encode, texts)
@@ -1557,9 +1560,9 @@ def discard(stream):
 
 def repair_streams():
     """Makes the standard streams usable, which may be closed, or unable to encode a text."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # it was closed at startup
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # not those of a notebook's %run
             stream.reconfigure(errors="replace")
@@ -1919,6 +1922,9 @@ def path_name(text):
     return user_path(nonempty(text))
 
 
+path_name.metavar = "FILE"
+
+
 OTHER_CORPUS = ": download another corpus, and name its files by --text"
 # The flags that choose a text, {group: {flag: row}}; main.py has these and others.
 TEXT_FLAGS = {
@@ -2002,11 +2008,11 @@ class Parser(argparse.ArgumentParser):
         actions = self._option_string_actions
         spelled = []
         for argument in args:
-            argument = argument.removesuffix("\r")  # of a script with Windows' line ends
-            dashed = re.sub("^[–—]-?", "--", argument)  # as word processors write them
-            if dashed.partition("=")[0] in actions:
-                argument = dashed
-            name, equals, value = argument.partition("=")
+            # Without the \r of a script with Windows' line ends.
+            name, equals, value = argument.removesuffix("\r").partition("=")
+            dashed = re.sub("^[–—]-?", "--", name)  # as word processors write them
+            if dashed in actions:
+                name = dashed
             if re.fullmatch("--[a-z][a-z0-9_-]*", name):
                 name = "--" + name[2:].replace("-", "_")
                 name = name.replace("--no_", "--no-")
@@ -2043,14 +2049,13 @@ def main(arguments):
         argument_default=argparse.SUPPRESS,  # load_dataset has the defaults
         allow_abbrev=False,
     )
-    for rows in TEXT_FLAGS.values():
+    own = {"save_tokenizer": Flag(None, path_name, "also write the tokenizer as a tokenizer.json")}
+    for rows in [*TEXT_FLAGS.values(), own]:
         add_flags(parser, rows)
-    writes = "also write the tokenizer as a tokenizer.json"
-    parser.add_argument("--save_tokenizer", type=nonempty, metavar="FILE", help=writes)
     options = vars(parser.parse_args(arguments))
     file = options.pop("save_tokenizer", None)
     if file:
-        file = Path(user_path(file))
+        file = Path(file)
         if os.path.lexists(file):
             raise UsageError(f"--save_tokenizer {file} exists: name another file, or delete it")
         with explained(f"cannot write {file}: name another file", OSError):

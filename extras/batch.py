@@ -11,11 +11,11 @@ from extras.common.program import load_checkpoint, make_parser, read_flags, star
 
 import os
 
-from datasets import end_of_text, explained, path_name
+from datasets import Flag, end_of_text, explained, path_name
 from extras.features.decode import BatchDecoder
 from extras.features.quantize import quantize
 from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
-from main import FLAGS, Detokenizer, announce, encode_prompt
+from main import FLAGS, Conversation, Detokenizer, announce, encode_prompt, warn_about_prompt
 
 BATCH_SIZE = 16
 # The flags that, besides the seed, determine a completion.
@@ -24,18 +24,11 @@ SAMPLING_FLAGS = [name for name in FLAGS["sampling"] if name not in ("num_sample
 
 def main(arguments):
     """Continues prompts as these arguments specify."""
-    parser = make_parser(
-        "batch", __doc__, "identifier", "gpu", "num_samples", "seed", *SAMPLING_FLAGS
-    )
-    add = parser.add_argument
-    add("file", metavar="FILE", type=path_name, help="UTF-8 text, a prompt per line")
-    add(
-        "--output",
-        metavar="FILE",
-        type=path_name,
-        default=None,
-        help="JSON Lines; resumed if it exists (default: stdout)",
-    )
+    output = Flag(None, path_name, "JSON Lines; resumed if it exists (default: stdout)")
+    names = ["identifier", "gpu", "num_samples", "seed", *SAMPLING_FLAGS]
+    parser = make_parser("batch", __doc__, *names, output=output)
+    prompts = "UTF-8 text, a prompt per line"
+    parser.add_argument("file", metavar="FILE", type=path_name, help=prompts)
     flags = read_flags(parser, arguments)
     checkpoint, model, tokenizer = load_checkpoint(flags)
     if flags.quantize:
@@ -68,6 +61,9 @@ def answer_file(model, tokenizer, checkpoint, flags):
             out, answered = os.fdopen(os.dup(1), "wb"), []  # stdout itself stays open
     with out:
         announce(checkpoint)
+        conversation = Conversation(tokenizer, model)
+        for prompt in dict.fromkeys(job["prompt"] for job in jobs[len(answered) :]):
+            warn_about_prompt(conversation, prompt)
         for first in range(len(answered), len(jobs), BATCH_SIZE):
             batch = jobs[first : first + BATCH_SIZE]
             for line in answer_batch(model, tokenizer, batch, flags):

@@ -10,8 +10,7 @@ A case passes if each expected token is among the --top_k most likely ones at it
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import add_identifiers, make_parser, read_flags
-from extras.common.program import select_checkpoints, start
+from extras.common.program import IDENTIFIERS, make_parser, read_flags, select_checkpoints, start
 
 import json
 import math
@@ -22,8 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from datasets import SIZE, RunError, UsageError, encode_after, explained, path_name, user_path
-from datasets import utf8
+from datasets import SIZE, Flag, RunError, UsageError, encode_after, explained, path_name, utf8
 from main import encode_prompt, read_yaml
 
 
@@ -34,12 +32,13 @@ def main(arguments):
     skipped, unless --identifier names them. Raises UsageError if a file cannot be used, RunError
     if no checkpoint can be or --output cannot be written.
     """
-    parser = make_parser("cases", __doc__, "gpu")
-    add = parser.add_argument
-    add("files", metavar="FILE", nargs="+", help="YAML files of cases")
-    add_identifiers(parser)
-    add("--top_k", metavar="N", type=SIZE, default=5, help="default: %(default)s")
-    add("--output", metavar="FILE", type=path_name, default=None, help="for the results, as JSON")
+    own = {
+        "identifier": IDENTIFIERS,
+        "top_k": Flag(5, SIZE, "the tokens expected are to be among so many"),
+        "output": Flag(None, path_name, "file for the results, as JSON"),
+    }
+    parser = make_parser("cases", __doc__, "gpu", **own)
+    parser.add_argument("files", metavar="FILE", nargs="+", type=path_name, help="YAML, of cases")
     flags = read_flags(parser, arguments)
     cases = read_cases(flags.files, flags.output)
     results = []
@@ -77,11 +76,11 @@ def read_cases(files, output):
     needed = "is not a YAML list of entries like - {prompt: a, expected: b}"
     cases = []
     for path in files:
-        if output and os.path.realpath(user_path(path)) == os.path.realpath(output):
+        if output and os.path.realpath(path) == os.path.realpath(output):
             raise UsageError(f"--output {output} would overwrite {path}: rename it")
         with explained(f"{path} {needed}"):
             # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
-            entries = read_yaml(Path(user_path(path)), "BaseLoader")
+            entries = read_yaml(Path(path), "BaseLoader")
             if not entries:
                 raise ValueError("it has no case")
             for entry in entries:

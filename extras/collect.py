@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from datasets import TEXT_FLAGS, Parser, RunError, UsageError, add_flags, explained, load_dataset
-from datasets import nonempty, number, one_line, path_name, run_program, utf8
+from datasets import TEXT_FLAGS, Flag, Parser, RunError, UsageError, add_flags, explained
+from datasets import load_dataset, nonempty, number, one_line, path_name, run_program, utf8
 from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
 
 TIMEOUT = 120  # seconds to wait for the server's next byte
@@ -28,6 +28,14 @@ LARGEST_ANSWER = 4 << 20  # bytes: a million tokens
 # A server; the key that some put before its name comes from the environment.
 ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#\s]*)?")
 OF_TEXT = ["dataset", "text", "data_dir", "mirror"]  # flags of datasets.py
+OWN_FLAGS = {
+    "teacher_prompts": Flag(
+        None, path_name, "a prompt per line, or what extras.batch wrote (default: from a text)"
+    ),
+    "num_prompts": Flag(
+        1000, number(int, 1), "from evenly spaced places of the text, without --teacher_prompts"
+    ),
+}
 PROMPT_LENGTH = 100  # characters of a prompt from a text, about
 # What JSON of another form raises, or a server that fails (of requests: all are OSErrors).
 FAULTS = (OSError, ValueError, LookupError, TypeError, RecursionError)
@@ -50,17 +58,10 @@ def main(arguments):
         help="server with OpenAI's chat completions API",
     )
     add("--teacher_model", metavar="NAME", required=True, type=nonempty, help="the server's model")
-    add(
-        "--teacher_prompts",
-        metavar="FILE",
-        type=path_name,
-        help="one prompt per line, or the .jsonl that extras.batch wrote (default: from a text)",
-    )
     rows = {name: row for group in TEXT_FLAGS.values() for name, row in group.items()}
-    add_flags(parser, {name: rows[name] for name in OF_TEXT})
-    parser.set_defaults(**{name: rows[name].default for name in OF_TEXT})
-    prompts = "from evenly spaced places of the text, if no --teacher_prompts are given (1000)"
-    add("--num_prompts", type=number(int, 1), default=1000, metavar="N", help=prompts)
+    rows = OWN_FLAGS | {name: rows[name] for name in OF_TEXT}
+    add_flags(parser, rows)
+    parser.set_defaults(**{name: row.default for name, row in rows.items()})
     add(
         "--output",
         metavar="DIR",

@@ -12,20 +12,23 @@ from extras.common.program import load_checkpoint, make_parser, read_flags, star
 
 import sys
 
-from datasets import extra
+from datasets import extra, path_name
 from main import EDITED_FUNCTIONS, announce
 
 
 def main(arguments):
     """Exports as these arguments specify."""
     parser = make_parser("export", __doc__, "identifier", "quantize")
-    parser.add_argument("path", metavar="PATH", help="a new folder, or a new file FILE.gguf")
+    target = "a new folder, or a new file FILE.gguf"
+    parser.add_argument("path", metavar="PATH", type=path_name, help=target)
     flags = read_flags(parser, arguments)
     checkpoint, model, tokenizer = load_checkpoint(flags)
     if flags.path.lower().endswith(".gguf"):
-        extra("gguf").export_gguf(model, tokenizer, flags.path, flags.quantize)
+        write = extra("gguf").export_gguf
     else:
-        extra("huggingface").export_model(model, tokenizer, flags.path, flags.quantize)
+        write = extra("huggingface").export_model
+    kind = write(model, tokenizer, flags.path, flags.quantize)
+    print(f"{kind} and its tokenizer are in {flags.path}", file=sys.stderr)
     announce(checkpoint)
     if EDITED_FUNCTIONS:
         edited = ", ".join(EDITED_FUNCTIONS)

@@ -13,22 +13,20 @@ from extras.common.program import make_parser, read_flags, start
 import copy
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from datasets import number, printable
+from datasets import Flag, number, printable
 from extras.features.steps import open_run
-from main import find_checkpoint, list_checkpoints, make_step, resolve_flags, train_step
+from main import find_checkpoint, list_checkpoints, make_step, resolve_flags, token_metrics
+from main import train_step
 
 
 def main(arguments):
     """Shows what these arguments name."""
-    parser = make_parser("inspect_step", __doc__, "gpu")
+    rows = Flag(1, number(int, 0, 10**6), "texts to show, most changed first")
+    parser = make_parser("inspect_step", __doc__, "gpu", rows=rows)
     parser.add_argument("step", metavar="RUN@STEP", help="the step that ended in this checkpoint")
-    parser.add_argument(
-        "--rows", type=number(int, 0, 10**6), default=1, help="texts to show, most changed first"
-    )
     flags = read_flags(parser, arguments)
     checkpoints = list_checkpoints(flags.save_dir)
     after = find_checkpoint(flags.save_dir, checkpoints, flags.step)
@@ -82,8 +80,8 @@ def losses_of(model, inputs, targets, batch_size):
     losses = []
     for begin in range(0, len(inputs), batch_size):
         rows = slice(begin, begin + batch_size)
-        logits = model(inputs[rows]).astype(mx.float32)
-        losses.append(np.array(nn.losses.cross_entropy(logits, targets[rows])))
+        metrics = token_metrics(model, model.model(inputs[rows]), targets[rows])
+        losses.append(np.array(metrics["loss"]))
     return np.concatenate(losses)
 
 

@@ -11,8 +11,7 @@ if there is none.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import add_identifiers, make_parser, read_flags
-from extras.common.program import select_checkpoints, start
+from extras.common.program import IDENTIFIERS, make_parser, read_flags, select_checkpoints, start
 
 import os
 import sys
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import UsageError, explained, printable, user_path, utf8
+from datasets import Flag, UsageError, explained, printable, user_path, utf8
 from extras.features.list import distinguishing_flags
 from extras.common.ngrams import losses_of_ngrams
 from extras.versus.ledger import NAME, read_results
@@ -35,14 +34,15 @@ STYLES = {"train": {"alpha": 0.4}, "valid": {"marker": "o", "markersize": 4}}
 
 def main(arguments):
     """Plots as these arguments specify."""
-    parser = make_parser("plot", __doc__)
+    own = {
+        "identifier": IDENTIFIERS,
+        "ngrams": Flag(
+            False, bool, "with the losses of 1-grams to 4-grams, counted on the training text"
+        ),
+        "versus": Flag(False, bool, "the last comparison of extras.versus"),
+    }
+    parser = make_parser("plot", __doc__, **own)
     parser.add_argument("file", metavar="FILE", help="the picture to write")
-    parser.add_argument(
-        "--versus", action="store_true", default=False, help="the last comparison of extras.versus"
-    )
-    counts = "with the losses of 1-grams to 4-grams, counted on the training text"
-    parser.add_argument("--ngrams", action="store_true", default=False, help=counts)
-    add_identifiers(parser)
     flags = read_flags(parser, arguments)
     if flags.versus:
         plot_comparison(flags.save_dir / "versus", flags.file)

@@ -127,6 +127,16 @@ def test_errors_of_mlx(said, advice, tmp_path, text, monkeypatch, capsys):
             main.main(line)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_numpy_starts_no_threads():
+    """Where none may start, OpenBLAS ends the process by SIGINT, after four lines of its own."""
+    named = f"import sys; sys.argv[0] = {str(ROOT / 'datasets.py')!r}"
+    code = f"{named}; import os, datasets; print(len(os.listdir('/proc/self/task')))"
+    environment = {key: value for key, value in os.environ.items() if "OPENBLAS" not in key}
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, cwd=ROOT, env=environment) == b"1\n"
+
+
 def test_a_signal_that_has_ended_the_compiler(tmp_path, text, monkeypatch, capsys):
     """It came in the moment before the compiler ignores it; the line names it."""
     compute = mx.eval

@@ -158,6 +158,8 @@ def test_named_flags_exist():
     out, _ = run("--help")
     known = {*re.findall(r"--(?:no-)?\w+", out), *OF_OTHERS}
     for program in [ROOT / "datasets.py", *(ROOT / "extras").rglob("*.py")]:
-        known.update(re.findall(r'"(--\w+)"', program.read_text()))
+        source = program.read_text()
+        known.update(re.findall(r'"(--\w+)"', source))
+        known.update(f"--{name}" for name in re.findall(r'"(\w+)": Flag\(', source))
     named = re.findall(r"(?<![\w-])--(?:no-)?[a-z]\w*", PAGES)
     assert set(named) <= known

@@ -9,13 +9,19 @@ import argparse
 import fnmatch
 
 import main
-from datasets import Parser, UsageError, add_flags, nonempty, run_program
+from datasets import Flag, Parser, UsageError, add_flags, nonempty, run_program
+
+# A flag that takes several names, for select_checkpoints.
+IDENTIFIERS = Flag(
+    [], nonempty, "SHA1 prefixes, run names, latest, best, or patterns of run names (default: all)"
+)
 
 
-def make_parser(name, doc, *flags):
+def make_parser(name, doc, *flags, **own):
     """The command-line parser of the program extras.<name>.
 
-    doc: the docstring that --help shows; flags: the names of those flags of main.py that it takes.
+    doc: the docstring that --help shows; flags: the names of those flags of main.py that it takes;
+    own: the rows of flags of its own.
     """
     parser = Parser(
         prog=f"python -m extras.{name}",
@@ -24,7 +30,8 @@ def make_parser(name, doc, *flags):
         argument_default=argparse.SUPPRESS,  # main.resolve_flags knows the defaults
         allow_abbrev=False,
     )
-    add_flags(parser, {flag: main.ALL_FLAGS[flag] for flag in ("save_dir", *flags)})
+    add_flags(parser, {flag: main.ALL_FLAGS[flag] for flag in ("save_dir", *flags)} | own)
+    parser.set_defaults(**{flag: row.default for flag, row in own.items()})
     return parser
 
 
@@ -42,18 +49,6 @@ def load_checkpoint(flags):
     """The checkpoint that --identifier names or, without it, the newest: (it, model, tokenizer)."""
     contents = main.open_checkpoint(flags)
     return contents.checkpoint, contents.load_model(), contents.tokenizer
-
-
-def add_identifiers(parser):
-    """Adds the flag --identifier that takes several names, for select_checkpoints."""
-    parser.add_argument(
-        "--identifier",
-        nargs="+",
-        action="extend",
-        metavar="ID",
-        type=nonempty,
-        help="SHA1 prefixes, run names, latest, best, or patterns of run names (default: all)",
-    )
 
 
 def select_checkpoints(save_dir, identifiers):
@@ -81,9 +76,4 @@ def start(name, function):
 
     A mistake or a failure is one line on stderr, as in main.py.
     """
-
-    def run(arguments):
-        with main.explain_mlx_errors():
-            return function(arguments)
-
-    run_program(f"extras.{name}", run)
+    run_program(f"extras.{name}", main.explain_mlx_errors()(function))

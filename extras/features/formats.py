@@ -50,15 +50,11 @@ def read_json_lines(path, field):
                 raise too_long(path, number)
             if line.isspace():
                 continue
-            try:
+            fault = f'row {number:,} of {path} must be a JSON object, as in {{"{field}": "Hello"}}'
+            with explained(fault, ValueError, RecursionError):
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("it is another value")
-            except (ValueError, RecursionError) as error:
-                raise UsageError(
-                    f'row {number:,} of {path} must be a JSON object, as in {{"{field}": "Hello"}} '
-                    f"({one_line(error)})"
-                ) from None
             text = row.get(field, 0)
             if text is not None and not isinstance(text, str):
                 texts = [name for name, value in row.items() if isinstance(value, str)]

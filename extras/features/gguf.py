@@ -9,14 +9,13 @@ byte-level BPE; a byte tokenizer is one without merges. It has no word or charac
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 from mlx.utils import tree_flatten
 
-from datasets import UsageError, end_of_text, explained, replacing, user_path, utf8
-from extras.features.huggingface import CHAT_TEMPLATE, find_counterpart, package_of, settings_of
+from datasets import UsageError, end_of_text, explained, replacing, utf8
+from extras.features.huggingface import CHAT_TEMPLATE, find_counterpart, package_of
 from main import rope_frequencies
 
 # What llama.cpp calls the fields of our Config.
@@ -39,10 +38,10 @@ SETTINGS = {
 def export_gguf(model, tokenizer, path, bits):
     """Writes a file for llama.cpp; bits: per weight of a matrix, 4, 8 or 16, None for 32.
 
-    Raises UsageError if llama.cpp has no such model or tokenizer, if the package is missing, or if
-    the file exists or cannot be written.
+    Returns the kind of the model in words. Raises UsageError if llama.cpp has no such model or
+    tokenizer, if the package is missing, or if the file exists or cannot be written.
     """
-    path = Path(user_path(path))
+    path = Path(path)
     kind = find_counterpart(model.config)
     content = tokenizer_content(tokenizer)
     with explained("GGUF needs a package: pip install -U gguf", ImportError, KeyError):
@@ -72,8 +71,7 @@ def export_gguf(model, tokenizer, path, bits):
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
             writer.close()
-    name = f"{kind.capitalize()} in {matrix_format.name}"
-    print(f"{name} and its tokenizer are in {path}", file=sys.stderr)
+    return f"{kind.capitalize()} in {matrix_format.name}"
 
 
 def convert_weights(model, names, is_permuted):
@@ -141,7 +139,7 @@ def add_tokenizer(writer, content, tokenizer, size):
         writer.add_bos_token_id(tokenizer.bos[0] if tokenizer.bos else end)
     writer.add_add_bos_token(bool(tokenizer.bos))
     writer.add_add_eos_token(False)
-    writer.add_chat_template(settings_of(tokenizer).get("chat_template", CHAT_TEMPLATE))
+    writer.add_chat_template(tokenizer.settings.get("chat_template", CHAT_TEMPLATE))
 
 
 def is_gpt2_like(content):

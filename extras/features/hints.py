@@ -62,7 +62,8 @@ NOT_HERE = {
     "resume resume_from auto_resume": (
         "the same command resumes its run; --identifier RUN names another, and RUN@5000 its step"
     ),
-    "checkpoints ckpt_path": "--identifier names a checkpoint",
+    # In main.py, --checkpoint is --grad_checkpoint; other programs have no such flag.
+    "checkpoint checkpoints ckpt_path": "--identifier names a checkpoint",
     "checkpoint_dir save_path": "--save_dir is the folder of all runs",
     "overwrite_output_dir": "nothing is overwritten; --new_model begins a new run",
     "logging_dir run_name experiment_name model_tag": (

@@ -25,7 +25,7 @@ from mlx.utils import tree_flatten
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from datasets import LFS, PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
-from datasets import read_whole, replacing, user_path, without_passwords
+from datasets import read_whole, replacing, without_passwords
 from extras.features.memory import describe_shortage
 from main import Config, LanguageModel, LoadedModel, from_untrusted, load_arrays, sha1_of_file
 
@@ -383,10 +383,10 @@ def export_model(model, tokenizer, folder, bits):
     """Writes a folder that transformers and mlx_lm load (only transformers for Arcee's relu2).
 
     bits: 4 or 8, which packs the model in place, 16 for float16, or None for float32.
-    Raises UsageError if Hugging Face has no such model, or if the folder cannot be written or
-    already holds a model, which a run might need unchanged.
+    Returns the kind of the model in words. Raises UsageError if Hugging Face has no such model, or
+    if the folder cannot be written or already holds a model, which a run might need unchanged.
     """
-    folder = Path(user_path(folder))
+    folder = Path(folder)
     kind = find_counterpart(model.config)
     # A reader of the folder would take any other weights for parts of the exported model.
     taken = sorted([*folder.glob("[!.]*.json"), *folder.glob("[!.]*.safetensors")])
@@ -406,7 +406,7 @@ def export_model(model, tokenizer, folder, bits):
         "clean_up_tokenization_spaces": False,
         "model_max_length": model.config.context_size,
         "chat_template": CHAT_TEMPLATE,
-    } | settings_of(tokenizer)
+    } | tokenizer.settings
     if tokenizer.eos is not None:
         tokenizer_settings["eos_token"] = package.id_to_token(tokenizer.eos)
     if tokenizer.bos:
@@ -418,7 +418,7 @@ def export_model(model, tokenizer, folder, bits):
     }
     with explained(f"cannot write to {folder}: name a folder of yours"):
         write_files(folder, model, texts)
-    print(f"{kind.capitalize()} and its tokenizer are in {folder}", file=sys.stderr)
+    return kind.capitalize()
 
 
 def write_files(folder, model, texts):
@@ -472,19 +472,11 @@ def make_settings(config, kind, tokenizer):
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
-def settings_of(tokenizer):
-    """The settings of the model that a run began with, see read_settings."""
-    return getattr(tokenizer, "settings", {})
-
-
 def package_of(tokenizer):
     """A tokenizer of the package `tokenizers` with the same ids, for other programs to read."""
-    if tokenizer.kind == "byte":
-        return convert_bytes(tokenizer)
-    if tokenizer.kind == "char":
-        return convert_characters(tokenizer)
-    if tokenizer.kind == "word":
-        return convert_words(tokenizer)
+    converters = {"byte": convert_bytes, "char": convert_characters, "word": convert_words}
+    if tokenizer.kind in converters:
+        return converters[tokenizer.kind](tokenizer)
     if not hasattr(tokenizer, "package"):
         raise UsageError(f"tokenizers of the kind {tokenizer.kind} cannot be exported")
     if tokenizer.package.num_special_tokens_to_add(False) == 0:
@@ -528,8 +520,7 @@ def convert_characters(tokenizer):
 
 def convert_words(tokenizer):
     """Words between white space, and <eos> for each line end."""
-    vocabulary = {word: i for i, word in enumerate(tokenizer.vocabulary)}
-    package = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    package = Tokenizer(models.WordLevel(tokenizer.ids, "<unk>"))
     line_ends = normalizers.Replace("\n", " <eos> ")
     # str.split, which yields our words, treats these as white space; WhitespaceSplit does not.
     separators = normalizers.Replace(Regex("[\x1c-\x1f]"), " ")

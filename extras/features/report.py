@@ -20,6 +20,8 @@ from main import RECORDED_FLAGS, get_values, say
 class TensorBoard:
     """Event files in the run's folder."""
 
+    package = "tensorboardX"
+
     def __init__(self, run):
         import tensorboardX
 
@@ -45,6 +47,8 @@ class TensorBoard:
 
 class WandB:
     """A run of Weights & Biases. Its id there is that of the run's folder: names are not unique."""
+
+    package = "wandb"
 
     def __init__(self, run):
         import wandb
@@ -78,7 +82,6 @@ class WandB:
 
 
 BOARDS = {"tensorboard": TensorBoard, "wandb": WandB}
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
 def recorded_flags(run):
@@ -89,19 +92,19 @@ def recorded_flags(run):
 
 def names_of(report_to):
     """The dashboards in a --report_to, "wandb,tensorboard"; there are none in "none"."""
-    return [name for name in BOARDS if name in report_to.split(",")]
+    return sorted({*report_to.split(",")} - {"none"})
 
 
 def check(report_to):
     """Raises UsageError unless these dashboards have their packages."""
-    for name in report_to.split(","):
-        if name not in [*BOARDS, "none"]:
-            raise UsageError(f"--report_to: must be one of tensorboard, wandb, none, not {name}")
     for name in names_of(report_to):
-        remedy = f"pip install --upgrade {PACKAGES[name]}, or --report_to none"
+        if name not in BOARDS:
+            raise UsageError(f"--report_to: must be one of tensorboard, wandb, none, not {name}")
+        package = BOARDS[name].package
+        remedy = f"pip install --upgrade {package}, or --report_to none"
         # Of any type: a package that is older than what it needs raises some other error.
         with explained(f"--report_to {name} needs a package: {remedy}", ImportError, Exception):
-            importlib.import_module(PACKAGES[name])
+            importlib.import_module(package)
 
 
 class Dashboards:

@@ -86,8 +86,7 @@ def recompute(earlier, later, step, folder):
     with progress_bar(total=later.iteration - start, unit="step", desc=what) as bar:
         while run.iteration < later.iteration:
             if run.iteration == step:
-                before = [each for each in later.evaluations if each.iteration <= step]
-                run.evaluations = before
+                run.evaluations = [each for each in later.evaluations if each.iteration <= step]
                 write_checkpoint(run)
             train_step(run, take)
             bar.update()

@@ -53,6 +53,18 @@ def test_prompts_end_before_the_stop(model, tmp_path):
     assert any(len(line["tokens"]) < 12 for line in lines)
 
 
+def test_a_prompt_that_is_not_read_whole_is_named(model, tmp_path):
+    """In main.py's words, once for all of its samples."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("fox\n" + 9 * "a lazy dog jumps over the quick brown fox ")
+    line = ["--max_tokens", 1, "--save_dir", model]
+    _, err = run_extra("batch", path, *line, "--num_samples", 2)
+    assert err.count("are more than the context: only their end is read.\n") == 1
+    _, alone = run("--prompt", path.read_text().split("\n")[1], *line)
+    [said] = [each for each in alone.splitlines() if "more than the context" in each]
+    assert said in err.splitlines()
+
+
 def test_file_of_prompts_is_gone_on_with(word_model, tmp_path):
     path = tmp_path / "out.jsonl"
     whole = answers(word_model, path)
