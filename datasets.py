@@ -629,7 +629,6 @@ def unzip(archive, member):
     """Unpacks a member of a zip file, beside it and under its base name; returns its path."""
     path = archive.with_name(os.path.basename(member))  # so a name like ../x leads nowhere else
     with locked(path.parent), zipfile.ZipFile(archive) as members, members.open(member) as data:
-        remove_leftovers(path.parent)
         with replacing(path) as out:
             shutil.copyfileobj(data, out)
     return path
@@ -1161,7 +1160,6 @@ def load_dataset(
     name = f"{kind}-{digest_of(use)[:12]}"
     cache = data_dir / dataset / f"{name}-{digest_of([hash_of_code(SOURCE), key_of(local)])[:8]}"
     with locked(cache):  # only one process encodes
-        remove_leftovers(cache)
         about = read_about(cache)
         if about is None:
             options = {"data_dir": data_dir, "mirror": mirror}
@@ -1776,6 +1774,7 @@ def locked(folder):
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as lock:
         flock(lock)
+        remove_leftovers(folder)
         yield
 
 

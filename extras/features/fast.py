@@ -53,8 +53,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 
-from datasets import UsageError, digest_of, locked, open_kernel_dir, remove_leftovers, replacing
-from datasets import use_compiler
+from datasets import UsageError, digest_of, locked, open_kernel_dir, replacing, use_compiler
 from extras.common.limits import count_cores
 
 # Of main.py's functions that those below stand for, hash_of_code. Where a test finds that a plain
@@ -210,7 +209,6 @@ def compile_once(path, command):
     with locked(path.parent):
         if path.exists():  # another process has just made it
             return
-        remove_leftovers(path.parent)  # of processes that were killed
         environment = {**os.environ, "TMPDIR": str(path.parent)}  # the user's may be full
         with replacing(path) as file:
             subprocess.run(
@@ -367,25 +365,24 @@ def rotate(x, frequencies, offset):
         return mx.fast.rope(
             x, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods
         )
-    cosines, sines = cosines_and_sines(offset, L, frequencies.tobytes())
     pairs = x.reshape(B, H, L, 2, d // 2)
-    return rotate_pairs(pairs, cosines, sines).reshape(B, H, L, d)
+    table = rotation_table(offset, L, frequencies.tobytes())
+    return rotate_pairs(pairs, table).reshape(B, H, L, d)
 
 
 @lru_cache(maxsize=1)
-def cosines_and_sines(offset, length, frequencies):
-    """For rotate_pairs, [L, 1, d / 2] and [L, 2, d / 2]: all blocks share them."""
-    positions = np.arange(offset, offset + length)[:, None]  # [L, 1]
-    angles = positions * np.frombuffer(frequencies)  # [L, d / 2]
-    cosines = mx.array(np.cos(angles)[:, None].astype(np.float32))
-    sines = np.sin(angles).astype(np.float32)
-    return cosines, mx.array(np.stack([-sines, sines], axis=1))
+def rotation_table(offset, length, frequencies):
+    """Cosines and sines [2, L, 2, d / 2] for rotate_pairs; all blocks share them."""
+    angles = np.arange(offset, offset + length)[:, None] * np.frombuffer(frequencies)  # [L, d / 2]
+    cosines, sines = np.cos(angles), np.sin(angles)
+    table = np.array([[cosines, cosines], [-sines, sines]], np.float32)
+    return mx.array(table.swapaxes(1, 2))
 
 
 @mx.custom_function
-def rotate_pairs(pairs, cosines, sines):
-    """RoPE of pairs [B, H, L, 2, d / 2]; sines: [L, 2, d / 2], the first of each two negative."""
-    return pairs * cosines + pairs[..., ::-1, :] * sines
+def rotate_pairs(pairs, table):
+    """RoPE of pairs [B, H, L, 2, d / 2]; table: see rotation_table."""
+    return pairs * table[0] + pairs[..., ::-1, :] * table[1]
 
 
 @rotate_pairs.vjp
@@ -394,10 +391,11 @@ def rotate_back(inputs, gradient, output):
 
     It is stored by positions, as the projection's gradient wants it, which otherwise copies it.
     """
-    _, cosines, sines = inputs
+    table = inputs[1]
+    cosines, sines = table[:, :, None]
     gradient = gradient.swapaxes(1, 2)  # [B, L, H, 2, d / 2]
-    d_pairs = gradient * cosines[:, None] - gradient[..., ::-1, :] * sines[:, None]
-    return d_pairs.swapaxes(1, 2), mx.zeros_like(cosines), mx.zeros_like(sines)
+    d_pairs = gradient * cosines - gradient[..., ::-1, :] * sines
+    return d_pairs.swapaxes(1, 2), mx.zeros_like(table)
 
 
 @lru_cache(maxsize=1)
@@ -606,18 +604,13 @@ def token_metrics(model, hidden, targets):
 
 def chunks(positions, words):
     """Slices of so many positions, for as many logits each as are computed at a time."""
-    size = rows_of_chunk(positions, words)
-    return [slice(start, start + size) for start in range(0, positions, size)]
-
-
-def rows_of_chunk(positions, words):
-    """How many of the positions a chunk has."""
     # Chunks of 2^23 logits (32 MiB) cost no time; with fewer than 128 rows, the products of a large
     # vocabulary become slow. A GPU needs larger ones: each chunk reads all of the head.
     most = max(128, 2**23 // words)
     if on_gpu():
         most = max(1024, 2**27 // words)
-    return math.ceil(positions / math.ceil(positions / most))
+    size = math.ceil(positions / math.ceil(positions / most))
+    return [slice(start, start + size) for start in range(0, positions, size)]
 
 
 def sum_over_chunks(hidden, head, add_chunk):
@@ -874,7 +867,7 @@ def use_streams(rows, context_size):
 
 def current_streams():
     """The streams of the current batch."""
-    if on_gpu() or BLAS.startswith("Accelerate"):
+    if streams_in_use == 1:
         return [mx.default_stream(mx.default_device())]
     return [cpu_stream(i) for i in range(streams_in_use)]
 
@@ -886,14 +879,11 @@ def sum_over_shards(function, *arrays):
     on the next stream in turn. This only builds MLX's graph; when it is evaluated, all streams run
     in parallel.
     """
-    rows, context_size = arrays[0].shape[:2]
-    streams = use_streams(rows, context_size)
+    streams = use_streams(*arrays[0].shape[:2])
     shares = []
-    for i, stream in enumerate(streams):
-        start = rows * i // len(streams)
-        end = rows * (i + 1) // len(streams)
+    for stream, rows in shares_of(len(arrays[0]), streams):
         with mx.stream(stream):  # operations run on the stream under which they are built
-            shares.append(function(*[array[start:end] for array in arrays]))
+            shares.append(function(*[array[rows] for array in arrays]))
     streams_in_turn = itertools.cycle(streams)
 
     def add_up(*leaves):
@@ -901,6 +891,12 @@ def sum_over_shards(function, *arrays):
             return reduce(mx.add, leaves)
 
     return tree_map(add_up, *shares)
+
+
+def shares_of(count, streams):
+    """Yields each stream with its share of `count` rows, a slice."""
+    for i, stream in enumerate(streams):
+        yield stream, slice(count * i // len(streams), count * (i + 1) // len(streams))
 
 
 def clip_grad_norm(gradients, max_norm):
@@ -954,14 +950,11 @@ def parallelize(optimizer):
 
 def in_shares(function, stack):
     """function(stack), arrays [N, ...]; each stream computes it for a share of them."""
-    streams = current_streams()
     shares = []
-    for i, stream in enumerate(streams):
-        start = len(stack) * i // len(streams)
-        end = len(stack) * (i + 1) // len(streams)
-        if start < end:
+    for stream, rows in shares_of(len(stack), current_streams()):
+        if rows.start < rows.stop:
             with mx.stream(stream):
-                shares += [*function(stack[start:end])]
+                shares += [*function(stack[rows])]
     return shares
 
 

@@ -34,7 +34,7 @@ def memory_of_step(model, flags, ranks, optimizer, teacher):
     logits = 4 * positions + config.dim
     if fast:
         streams = fast.count_streams(rows, config.context_size)
-        chunk = fast.rows_of_chunk(math.ceil(positions / streams), config.vocab_size)
+        chunk = fast.chunks(math.ceil(positions / streams), config.vocab_size)[0].stop
         logits = streams * (2 * chunk + config.dim)
     activations += logits * config.vocab_size
     activations += 2 * positions * flags.grad_accumulation  # tokens
