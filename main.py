@@ -55,8 +55,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, Flag, RunError, UsageError, explained
-from datasets import extra, new_file, no_follow, nonempty, number, one_of, printable, user_path
+from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, TEXT_FLAGS, Flag, RunError, UsageError
+from datasets import absolute, explained, extra, new_file, no_follow, nonempty, number, one_of
+from datasets import printable, publish, sync, user_path
 
 # ---- Model --------------------------------------------------------------------------------------
 # Decoder-only, pre-norm, with RMSNorm, RoPE and grouped-query attention. Layers are named as in
@@ -115,7 +116,7 @@ class Config:
 # branch may change only those in `training`; `session` may change whenever a run is resumed. All
 # of these are saved with a run; `sampling`, `mode` and `command` are not. Where a default of None
 # depends on other flags, the help says how; resolve_flags or the code that uses it fills it in.
-FLAGS = {"data": datasets.TEXT_FLAGS["data"]}  # from datasets.py
+FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
 
 FLAGS["model"] = {
     "context_size": Flag(48, SIZE, "context length in tokens"),
@@ -2109,10 +2110,10 @@ def write_checkpoint(run):
         record = json.dumps(rename_keys(checkpoint_fields(run) | fields, RECORD_KEYS))
         header = {"record": record, "sha1": sha1_of_text(record)}
         mx.save_safetensors(metadata_file, state, header)
-        datasets.publish(metadata_file, run.folder / f"{sha1}.metadata")
-        datasets.publish(weights_file, run.folder / f"{sha1}.safetensors")
-    datasets.sync(run.folder)
-    datasets.sync(run.folder.parent)  # which holds the folder's own name
+        publish(metadata_file, run.folder / f"{sha1}.metadata")
+        publish(weights_file, run.folder / f"{sha1}.safetensors")
+    sync(run.folder)
+    sync(run.folder.parent)  # which holds the folder's own name
     run.checkpoint_id = sha1
     run.saved_at = saved_at
     run.is_saved = True
@@ -2480,9 +2481,9 @@ def save_code(run):
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_file(run.folder) as file:  # where `prune_checkpoints` removes leftovers
                 file.write(source.encode())
-                datasets.publish(file, path)
+                publish(file, path)
     for path in [folder, *folder.rglob("*")]:
-        datasets.sync(path)
+        sync(path)
 
 
 def code_mismatch_error(checkpoint, flags):
@@ -2872,7 +2873,7 @@ FLAGS["session"] = {
     ),
     "sample_tokens": Flag(None, COUNT, "tokens of these samples; 0: none (default: max_tokens)"),
     "grad_checkpoint": Flag(False, bool, "gradient checkpointing: less memory, more compute"),
-} | datasets.TEXT_FLAGS["session"]
+} | TEXT_FLAGS["session"]
 
 FLAGS["sampling"] = {
     "max_tokens": Flag(200, SIZE, "maximum number of new tokens"),
@@ -2909,7 +2910,7 @@ FLAGS["command"] = {
     "preset": Flag(None, one_of(PRESETS), "sets dim, num_heads, num_blocks, context_size"),
     "max_minutes": Flag(None, NONNEGATIVE, "stop after this much training time in this session"),
     "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
-} | datasets.TEXT_FLAGS["command"]
+} | TEXT_FLAGS["command"]
 
 ALL_FLAGS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
 DEFAULTS = {name: row.default for name, row in ALL_FLAGS.items()}
@@ -3057,15 +3058,15 @@ def resolve_flags(explicit, recorded=None):
     flags.save_dir = Path(user_path(flags.save_dir))
     flags.data_dir = flags.data_dir or explicit.get("save_dir")
     for name in {"text", "valid_text", "test_text"} & {*explicit}:  # recorded ones are absolute
-        setattr(flags, name, [datasets.absolute(path) for path in explicit[name]])
+        setattr(flags, name, [absolute(path) for path in explicit[name]])
     for name in {"init_from", "teacher", "draft"} & {*explicit}:
         # Others name checkpoints, or models on the hub.
         if explicit[name] not in CHECKPOINT_WORDS and is_model_folder(user_path(explicit[name])):
-            setattr(flags, name, datasets.absolute(explicit[name]))
+            setattr(flags, name, absolute(explicit[name]))
     if flags.tokenizer == "auto":
         flags.tokenizer = datasets.CORPORA[flags.dataset].tokenizer
     elif flags.tokenizer == explicit.get("tokenizer") and flags.tokenizer not in datasets.KINDS:
-        flags.tokenizer = datasets.absolute(flags.tokenizer)
+        flags.tokenizer = absolute(flags.tokenizer)
     if flags.num_kv_heads is None:
         flags.num_kv_heads = flags.num_heads
     if flags.mlp_dim is None:
