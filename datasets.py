@@ -487,7 +487,8 @@ def token_dtype(vocab_size):
 
 
 # ---- Corpora ------------------------------------------------------------------------------------
-# To add a corpus, write a function here, and a row in CORPORA.
+# To add a corpus, write a function here, and a row in CORPORA. Like tinystories, let find_cut find
+# where a text can be cut.
 
 
 class Corpus(NamedTuple):
@@ -498,7 +499,7 @@ class Corpus(NamedTuple):
     # argument is a function that, given a name in `files`, downloads the file and returns its path.
     # None: the texts are on this machine, see load_dataset.
     find_texts: object = None
-    hosts: tuple = ()  # URLs, tried in this order; the name of a file is appended
+    hosts: tuple = ()  # URLs up to the last slash, tried in this order
     files: str = ""  # a line each: SHA256 (as by sha256sum), size in bytes, name
 
 
@@ -620,7 +621,7 @@ def whole(path, **options):
 
 
 def cut(span, *cuts):
-    """The parts of a Span, cut at these bytes."""
+    """The parts of a Span, cut at these bytes; find_cut finds them between characters."""
     edges = itertools.pairwise([span.start, *cuts, span.stop])
     return [span._replace(start=start, stop=stop) for start, stop in edges]
 
