@@ -57,6 +57,7 @@ class Comparison:
             before = make_side(options.before, [*common, *own[0]], Path(temporary, "0"), False)
             after = make_side(options.after, [*common, *own[1]], Path(temporary, "1"), True)
             sides = before, after
+            self.patch = patch(temporary, "0", "1")
             check_flags(before, after, options.same)
             self.texts = [read_text(before, after, split) for split in ("valid", "test")]
             self.unit = self.texts[0].unit
@@ -189,7 +190,7 @@ class Comparison:
             "steps": [self.steps(0), self.steps(1)],
             "tokens": options.tokens,
             "versions": [before.versions, after.versions],
-            "patch": patch(before, after),
+            "patch": self.patch,
             "tuned": self.tuned,
         }
 
