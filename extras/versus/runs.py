@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -19,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import RunError, UsageError, flock, no_follow
+from datasets import RunError, UsageError, digest_of, flock, hash_of_file, no_follow
 from extras.common.limits import count_cores
 from extras.versus import ledger
-from extras.versus.judge import BITS, DIVERGED, Judge, choose_spans, read_text
+from extras.versus.judge import BITS, DIVERGED, NATS, Judge, read_texts
 from extras.versus.sequential import Outcome, column
 from extras.versus.sides import WORKER, SideError, failure, identify, install, make_side, patch
 from extras.versus.sides import short_id, twice
@@ -59,12 +58,10 @@ class Comparison:
             sides = before, after
             self.patch = patch(temporary, "0", "1")
             check_flags(before, after, options.same)
-            self.texts = [read_text(before, after, split) for split in ("valid", "test")]
-            self.unit = self.texts[0].unit
-            contexts = [side.context_size for side in sides]
-            self.spans = []
-            for text in self.texts:
-                self.spans.append(text and choose_spans(text, contexts, options.tokens))
+            self.unit = NATS if before.tokenizer == after.tokenizer else BITS
+            # Of each side, on which it is scored.
+            self.valid_texts = read_texts(sides, "valid", options.tokens)
+            self.test_texts = read_texts(sides, "test", options.tokens)
             self.first_seed = before.flags["seed"] if options.seeds is None else options.seeds
             self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
             is_alone = self.on_gpu or sys.platform == "darwin"
@@ -248,21 +245,17 @@ class Comparison:
         Keeps them in a file in the side's folder.
         """
         side = self.sides[index]
-        tokens = [text and text.tokens[index] for text in self.texts]
-        digest = hashlib.sha1(repr([record["id"], self.unit, self.spans]).encode())
-        digest.update(WORKER.read_bytes() + WORKER.with_name("judge.py").read_bytes())
-        for ids in tokens:
-            digest.update(b"" if ids is None else ids)
-        path = side.folder / f"judged-{digest.hexdigest()}.json"
+        valid, test = self.valid_texts[index], self.test_texts[index]
+        asked = [text and [text.spans, text.scale] for text in (valid, test)]
+        code = [hash_of_file(WORKER.with_name(name)) for name in ("judge.py", "worker.py")]
+        digest = digest_of([record["id"], side.texts, asked, code])
+        path = side.folder / f"judged-{digest}.json"
         with contextlib.suppress(OSError, ValueError):
             return json.loads(path.read_text("utf-8"))
         with Judge(side, record["path"], self.environment) as judge:
             self.processes.add(judge.process)
-            scores, fault = judge.examine_run(tokens, self.spans, own_score(record, tokens[0]))
+            scores, fault = judge.examine_run(valid, test, own_score(record, valid.tokens))
             self.processes.discard(judge.process)
-        for i, text in enumerate(self.texts):
-            if self.unit == BITS and text:
-                scores[i] *= (len(tokens[i]) - 1) / math.log(2) / text.num_bytes
         judged = [*scores, fault]
         path.write_text(json.dumps(judged), "utf-8")
         return judged

@@ -397,7 +397,7 @@ class Drawn(runs.Comparison):
         self.plain = []
         self.patch = ""
         self.unit = "nats/token"
-        self.texts = [(), ()]
+        self.test_texts = [(), ()]
         self.tuned = None
         self.ledger = folder / "comparisons.jsonl"
         self.difference = difference
