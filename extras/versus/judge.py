@@ -148,22 +148,6 @@ class Judge:
             return scores, fault or self.check_evaluation(valid, own)
         return scores, DIVERGED
 
-    def batches(self, text):
-        """Yields windows of a Text: positions there, [B, L], and which of them are scored.
-
-        Windows are as long as the side's context; each span begins a new one.
-        """
-        width = self.side.context_size
-        windows = []
-        for start, stop in text.spans:
-            for begin in range(start, stop, width):
-                windows.append((begin, min(begin + width, stop)))
-        rows = max(1, min(ROWS, FLOATS // (width * self.side.vocab_size)))
-        for first in range(0, len(windows), rows):
-            starts, stops = np.array(windows[first : first + rows]).T[:, :, None]  # [B, 1] each
-            positions = starts + np.arange(width)  # [B, L]
-            yield np.minimum(positions, len(text.tokens) - 2), positions < stops
-
     def score(self, text):
         """The mean loss in nats/token over the scored targets of a Text."""
         loss, _ = self.examine(text, times=0)
@@ -172,28 +156,35 @@ class Judge:
     def examine(self, text, times=ASKED_AGAIN):
         """The score, and how predictions use what they must not know, or None.
 
-        The model predicts each scored batch again in the same shape, with its rows in reverse
-        order, and in each row with other tokens from one position, its cut, on. It does so until
-        each position was a cut, at most `times` times; if that is too few, cuts are evenly spaced.
+        Windows are as long as the side's context; each span begins a new one. The model predicts
+        each scored batch again in the same shape, with its rows in reverse order, and in each row
+        with other tokens from one position, its cut, on. It does so until each position was a cut,
+        at most `times` times; cuts are evenly spaced.
         """
-        batches = list(self.batches(text))
-        windows = sum(len(positions) for positions, _ in batches)
-        last = self.side.context_size - 1
-        times = min(times, math.ceil(last / windows))
-        stride = max(1, last // max(1, times * windows))
-        total = count = done = 0
+        width = self.side.context_size
+        windows = []
+        for start, stop in text.spans:
+            for begin in range(start, stop, width):
+                windows.append((begin, min(begin + width, stop)))
+        size = max(1, min(ROWS, FLOATS // (width * self.side.vocab_size)))  # of a batch
+        times = min(times, math.ceil((width - 1) / len(windows)))
+        cuts = np.linspace(1, width - 1, times * len(windows)).astype(int)
+        cuts = cuts.reshape(times, len(windows))
+        total = count = 0
         fault = None
-        for positions, is_scored in batches:
+        for first in range(0, len(windows), size):
+            starts, stops = np.array(windows[first : first + size]).T[:, :, None]  # [B, 1] each
+            positions = starts + np.arange(width)  # [B, L]
+            is_scored = positions < stops
+            positions = np.minimum(positions, len(text.tokens) - 2)
             rows = text.tokens[positions]
             found = log_softmax(self.logits(rows))
             targets = text.tokens[positions + 1].astype(int)[:, :, None]
             gains = np.take_along_axis(found, targets, axis=-1)
             total -= gains[is_scored].sum(dtype=float)
             count += is_scored.sum()
-            for _ in range(times):
-                cuts = 1 + (done + np.arange(len(rows))) * stride % last  # [B]
-                done += len(rows)
-                fault = fault or self.ask_again(rows, np.maximum(found, LOWEST), cuts)
+            for own in cuts[:, first : first + size]:
+                fault = fault or self.ask_again(rows, np.maximum(found, LOWEST), own)
         return total / count, fault
 
     def check_evaluation(self, valid, own):
@@ -221,13 +212,12 @@ class Judge:
         moved = self.has_moved(changed, expected) & is_before
         if not moved.any():
             return None
-        # Which change was it? First the order alone, then also the tokens of one row.
-        if self.has_moved(rows, expected).any():
-            return DEPENDS_ON_OTHERS
+        # Which change was it? The order alone, or the tokens of one row alone?
         row, position = np.argwhere(moved)[0]
         alone = rows.copy()
         alone[row] = changed[row]
-        if not self.has_moved(alone, expected)[row, position]:
+        is_own = self.has_moved(alone, expected)[row, position]
+        if self.has_moved(rows, expected).any() or not is_own:
             return DEPENDS_ON_OTHERS
         what = f"the prediction at position {position} depends on tokens from {cuts[row]} on"
         return f"it sees the future: {what}"
