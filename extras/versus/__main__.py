@@ -29,7 +29,7 @@ try:  # nothing imports main.py here: the current one may be broken
     from extras.versus.judge import DIVERGED, LIMIT
     from extras.versus.runs import SAME_STEPS, Comparison, tuned
     from extras.versus.sequential import RACE, SCREENED, measure, race, screen, t_quantile
-    from extras.versus.sides import count_words, is_flags
+    from extras.versus.sides import SideError, count_words, is_flags
     from extras.versus.verdict import describe_numbers, describe_verdict, unlike
 except Exception as error:
     print(f"extras.versus: cannot run with these files: {error!r}", file=sys.stderr)
@@ -51,15 +51,16 @@ def main(arguments):
         make = tuned if options.tune else Comparison
         return command(make(options, common))
     except (UsageError, RunError, OSError) as error:
-        has_status = options.same or (options.gate and not isinstance(error, UsageError))
-        if not has_status:
-            raise
         reason = one_line(error)
-        if options.gate and getattr(error, "name", None) == (options.after or "your files"):
+        # The other side comes first: what this one does not accept is no mistake in the command.
+        is_after = reason.startswith(f"{options.after or 'your files'} cannot ")
+        if options.gate and is_after and isinstance(error, (SideError, UsageError)):
             print(f"{reason}\nDrop.")
             return 1
-    print(f"Cannot tell: {reason}", file=sys.stderr)
-    return CANNOT_TELL
+        if options.same or (options.gate and not isinstance(error, UsageError)):
+            print(f"Cannot tell: {reason}", file=sys.stderr)
+            return CANNOT_TELL
+        raise
 
 
 def stop(number, frame):

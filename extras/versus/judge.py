@@ -8,16 +8,12 @@ positions that it must not see.
 
 import json
 import math
-import subprocess
-import sys
-import tempfile
-import threading
 from typing import NamedTuple
 
 import numpy as np
 
 from datasets import UsageError, tokenizer_from_dict
-from extras.versus.sides import LONGEST, WORKER, SideError, failure
+from extras.versus.sides import SideError, Worker
 
 NATS = "nats/token"
 BITS = "bits per byte"  # where the tokenizers differ
@@ -85,48 +81,24 @@ def choose_spans(count, width, limit):
     return [(start, start + width) for start in starts.tolist()]
 
 
-class Judge:
-    """Queries a checkpoint, in a process that runs its side's code; a context manager."""
+class Judge(Worker):
+    """Queries a checkpoint by its side's code."""
 
     def __init__(self, side, metadata, environment):
         """metadata: the path of the checkpoint's .metadata."""
         self.side = side
-        self.tolerance = TOLERANCE["gpu" if side.flags["gpu"] else "cpu"]
-        self.messages = tempfile.TemporaryFile("w+", errors="replace")
-        self.process = subprocess.Popen(
-            [sys.executable, "-B", WORKER, side.folder, "serve", metadata, str(side.flags["gpu"])],
-            env=environment,
-            cwd=side.folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.messages,
-        )
-        self.killer = threading.Timer(LONGEST, self.process.kill)
-        self.killer.start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.killer.cancel()
-        self.process.kill()
-        self.process.communicate()
-        self.messages.close()
+        is_on_gpu = side.flags["gpu"]
+        self.tolerance = TOLERANCE["gpu" if is_on_gpu else "cpu"]
+        words = ["serve", metadata, str(is_on_gpu)]
+        super().__init__(side.name, side.folder, *words, env=environment, cwd=side.folder)
 
     def logits(self, rows):
         """Logits [B, L, V] of rows of tokens [B, L], without those that pad a vocabulary."""
-        try:
-            self.process.stdin.write(json.dumps(rows.tolist()).encode() + b"\n")
-            self.process.stdin.flush()
-            shape = json.loads(self.process.stdout.readline())
-        except (OSError, ValueError):
-            self.process.wait()
-            self.messages.seek(0)
-            raise failure(self.side.name, self.process.returncode, self.messages.read()) from None
+        shape = self.answer(json.dumps(rows.tolist()).encode() + b"\n")
         size = self.side.vocab_size
         if tuple(shape[:-1]) != rows.shape or shape[-1] < size:
             what = f"its logits have the shape {shape}, not {[*rows.shape, size]}"
-            raise SideError(f"{self.side.name} cannot be scored: {what}", self.side.name)
+            raise SideError(f"{self.side.name} cannot be scored: {what}")
         content = self.process.stdout.read(4 * math.prod(shape))
         return np.frombuffer(content, np.float32).reshape(shape)[:, :, :size]
 

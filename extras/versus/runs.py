@@ -53,8 +53,8 @@ class Comparison:
         self.tuned = None  # or the values of --tune, see `tuned`
         with tempfile.TemporaryDirectory() as temporary:
             temporary = os.path.realpath(temporary)
-            before = make_side(options.before, [*common, *own[0]], Path(temporary, "0"), False)
-            after = make_side(options.after, [*common, *own[1]], Path(temporary, "1"), True)
+            before = make_side(options.before, [*common, *own[0]], Path(temporary, "0"))
+            after = make_side(options.after, [*common, *own[1]], Path(temporary, "1"))
             sides = before, after
             self.patch = patch(temporary, "0", "1")
             check_flags(before, after, options.same)
@@ -128,7 +128,7 @@ class Comparison:
                     flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 time.sleep(0.2)
-            return twice(side.name, self.outcome, index, seed, output)
+            return twice(self.outcome, index, seed, output)
 
     def outcome(self, index, seed, output):
         """Trains a run, unless it has ended, and judges it; output: the file for what it prints."""
@@ -153,7 +153,7 @@ class Comparison:
                 raise error
             record = newest_record(side.folder, seed)
         if not record:
-            raise SideError(f"{side.name} cannot run: it has saved nothing", side.name)
+            raise SideError(f"{side.name} cannot run: it has saved nothing")
         if record["tokens_sha256"] != side.texts:
             fault = "has changed meanwhile: repeat, or name a --test_text that is no part of it"
             raise UsageError(f"the text of {side.name} {fault}")
@@ -225,7 +225,7 @@ class Comparison:
                 break
             elapsed = time.monotonic() - began
             if elapsed > GRACE + ENDLESS * max(self.times[1 - index], default=math.inf):
-                error = SideError(f"{side.name} cannot run: it does not end", side.name)
+                error = SideError(f"{side.name} cannot run: it does not end")
             if shutil.disk_usage(side.folder).free < SAVED * side.parameters:
                 error = RunError(f"no space is left for {side.folder}: make some, and repeat")
             if error:

@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,28 +50,19 @@ class Side(NamedTuple):
 
 
 class SideError(RunError):
-    """A side cannot run, through its own fault, not the machine's."""
-
-    def __init__(self, text, name):
-        super().__init__(text)
-        self.name = name  # the side's
+    """A side cannot run, through its own fault, not the machine's; its name comes first."""
 
 
-class Died(RunError):
-    """A signal or a lack of memory has ended a process of a side."""
+class Died(SideError):
+    """A signal or a lack of memory has ended a process of a side; perhaps the machine did it."""
 
 
-def twice(name, function, *arguments):
-    """What a function returns; if it raises Died, perhaps by the machine's fault, it runs again.
-
-    Raises SideError if it dies again; name: the side's.
-    """
-    with contextlib.suppress(Died):
-        return function(*arguments)
+def twice(function, *arguments):
+    """What a function returns; if it raises Died, it runs again."""
     try:
         return function(*arguments)
-    except Died as error:
-        raise SideError(f"{error}, twice", name) from None
+    except Died:
+        return function(*arguments)
 
 
 def failure(name, status, output):
@@ -87,7 +80,48 @@ def failure(name, status, output):
         return Died(line)
     if status == 2:
         return UsageError(line)
-    return RunError(line) if "OSError" in line else SideError(line, name)
+    return RunError(line) if "OSError" in line else SideError(line)
+
+
+class Worker:
+    """A process that answers questions about a side by its code, see worker.py.
+
+    A context manager.
+    """
+
+    def __init__(self, name, folder, *words, **options):
+        """name: the side's; words: the question; options: of Popen."""
+        self.name = name
+        self.messages = tempfile.TemporaryFile("w+", errors="replace")
+        self.process = subprocess.Popen(
+            [sys.executable, "-B", WORKER, folder, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.messages,
+            **options,
+        )
+        self.killer = threading.Timer(LONGEST, self.process.kill)
+        self.killer.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.killer.cancel()
+        self.process.kill()
+        self.process.communicate()
+        self.messages.close()
+
+    def answer(self, question=b""):
+        """The next answer, plain data, after a question is written to its stdin."""
+        try:
+            self.process.stdin.write(question)
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            self.process.wait()
+            self.messages.seek(0)
+            raise failure(self.name, self.process.returncode, self.messages.read()) from None
 
 
 def is_flags(side):
@@ -95,11 +129,8 @@ def is_flags(side):
     return not side or side.startswith("-")
 
 
-def make_side(typed, common, folder, is_second):
-    """The Side of a commit, or of flags for the current files; folder: is made for its files.
-
-    is_second: whether the other side has accepted the flags in `common`.
-    """
+def make_side(typed, common, folder):
+    """The Side of a commit, or of flags for the current files; folder: is made for its files."""
     name = typed or "your files"
     words = common
     folder.mkdir()
@@ -112,12 +143,7 @@ def make_side(typed, common, folder, is_second):
     else:
         names = tracked = copy_commit(typed, folder)
     linked = copy_files([*names, *list_files("--others", "--exclude-standard")], folder)
-    try:
-        answer = twice(name, describe, name, folder, words)
-    except UsageError as error:
-        if is_second and words == common:
-            raise SideError(str(error), name) from None
-        raise
+    answer = twice(describe, name, folder, words)
     for path in map(Path, answer["flags"].get("test_text") or []):
         if HERE in path.parents:  # the runs must not see it
             (folder / path.relative_to(HERE)).unlink(missing_ok=True)
@@ -134,16 +160,8 @@ def make_side(typed, common, folder, is_second):
 
 def describe(name, folder, words):
     """Asks the code of a side for the fields of a Side and more, see worker.py."""
-    command = [sys.executable, "-B", WORKER, folder, "describe", *words]
-    try:
-        asked = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=LONGEST
-        )
-    except subprocess.TimeoutExpired:
-        raise SideError(f"{name} cannot run: its first step does not end", name) from None
-    if asked.returncode or not asked.stdout:
-        raise failure(name, asked.returncode, asked.stderr)
-    return json.loads(asked.stdout)
+    with Worker(name, folder, "describe", *words) as worker:
+        return worker.answer()
 
 
 def git(*words):

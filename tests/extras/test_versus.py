@@ -530,8 +530,8 @@ def test_a_gate_goes_on_with_its_fresh_seeds(tmp_path, capsys):
 
 
 DEATHS = [
-    ("import os; os.kill(os.getpid(), 11)", "SIGSEGV, twice$"),
-    ("raise MemoryError", r"MemoryError \(main.py, line 1\), twice$"),
+    ("import os; os.kill(os.getpid(), 11)", "your files cannot run: ended by SIGSEGV$"),
+    ("raise MemoryError", r"your files cannot run: MemoryError \(main.py, line 1\)$"),
     ("import time; time.sleep(99)", "your files cannot run: it does not end$"),
 ]
 
@@ -542,9 +542,8 @@ def test_a_run_that_dies(code, reason, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "GRACE", 1)
     comparison = Drawn(tmp_path, None, code=code)
     comparison.start()
-    with pytest.raises(sides.SideError, match=reason) as caught:
+    with pytest.raises(sides.SideError, match=reason):
         comparison.run(1, 42)
-    assert caught.value.name == "your files"
     assert not comparison.processes
 
 
