@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
@@ -82,7 +81,6 @@ class Comparison:
                 path = folder / f"{id}.{len(self.shares[0])}"
                 self.sides.append(install(side._replace(words=words), path))
         self.times = [[], []]  # of the finished runs of each side, in seconds
-        self.processes = set()
 
     def pairs(self, seeds):
         """Yields each seed with the Outcomes of both sides.
@@ -105,13 +103,7 @@ class Comparison:
                 yield seed, before.result(), after.result()
         finally:
             self.is_stopped = True
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in [*self.processes]:
-                process.terminate()
-            killer = threading.Timer(60, lambda: [each.kill() for each in self.processes])
-            killer.start()
-            pool.shutdown()
-            killer.cancel()
+            pool.shutdown(cancel_futures=True)
 
     def run(self, index, seed):
         """Trains a run to its end and has it judged; returns the Outcome.
@@ -137,20 +129,17 @@ class Comparison:
         side = self.sides[index]
         record = newest_record(side.folder, seed)
         path = side.folder / f"seconds-{seed}.json"
-        seconds = math.nan if record else 0.0
-        with contextlib.suppress(OSError, ValueError):
-            seconds = json.loads(path.read_text())  # of the run until it was stopped
         if not record or record["iteration"] < self.steps(index):
             output.truncate(0)
-            status, more = self.train(index, seed, output)
-            seconds += more
-            path.write_text(json.dumps(seconds))
+            status, seconds = self.train(index, seed, output)
             if status:
                 output.seek(0)
                 error = failure(side.name, status, output.read())
                 if "is not finite" in str(error):
                     return Outcome(fault=DIVERGED)
                 raise error
+            if not record:  # all of the run was measured
+                path.write_text(json.dumps(seconds))
             record = newest_record(side.folder, seed)
         if not record:
             raise SideError(f"{side.name} cannot run: it has saved nothing")
@@ -163,7 +152,9 @@ class Comparison:
         steps = record["iteration"]
         if steps != self.steps(index):
             fault = f"it has taken {steps:,} steps, not {self.steps(index):,}"
-        if math.isfinite(seconds):
+        seconds = math.nan
+        if path.exists():
+            seconds = json.loads(path.read_text())
             self.times[index].append(seconds)
         return Outcome(record["id"], *scores, fault, record["tokens_seen"], seconds)
 
@@ -217,7 +208,6 @@ class Comparison:
             stdout=output,
             stderr=output,
         )
-        self.processes.add(process)
         error = None
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
@@ -228,10 +218,11 @@ class Comparison:
                 error = SideError(f"{side.name} cannot run: it does not end")
             if shutil.disk_usage(side.folder).free < SAVED * side.parameters:
                 error = RunError(f"no space is left for {side.folder}: make some, and repeat")
+            if self.is_stopped:
+                error = RunError("stopped")
             if error:
                 process.kill()
             time.sleep(0.05)
-        self.processes.discard(process)
         process.returncode = os.waitstatus_to_exitcode(status)
         if error:
             raise error
@@ -253,9 +244,7 @@ class Comparison:
         with contextlib.suppress(OSError, ValueError):
             return json.loads(path.read_text("utf-8"))
         with Judge(side, record["path"], self.environment) as judge:
-            self.processes.add(judge.process)
             scores, fault = judge.examine_run(valid, test, own_score(record, valid.tokens))
-            self.processes.discard(judge.process)
         judged = [*scores, fault]
         path.write_text(json.dumps(judged), "utf-8")
         return judged
