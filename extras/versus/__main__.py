@@ -22,13 +22,15 @@ import sys
 from functools import partial
 
 CANNOT_TELL = 125  # `git bisect run` then skips the commit
+SAME_STEPS = 20  # of each run of --same; five of them are warm-up
 
 try:  # nothing imports main.py here: the current one may be broken
     from datasets import Parser, RunError, UsageError, number, one_line, run_program
     from extras.versus import ledger
     from extras.versus.judge import DIVERGED, LIMIT
-    from extras.versus.runs import SAME_STEPS, Comparison, tuned
+    from extras.versus.runs import Comparison, tuned
     from extras.versus.sequential import RACE, SCREENED, measure, race, screen, t_quantile
+    from extras.versus.sequential import without_change
     from extras.versus.sides import SideError, count_words, is_flags
     from extras.versus.verdict import describe_numbers, describe_verdict, unlike
 except Exception as error:
@@ -117,6 +119,8 @@ def read_arguments(arguments):
         raise UsageError(f"{error}; flags of main.py stand in quotes, or after --") from None
     if options.gate and (options.pairs or options.same):
         raise UsageError("--gate chooses its own pairs: leave --pairs and --same out")
+    if options.same:
+        common += [f"--num_iters={SAME_STEPS}", "--lr_warmup=5"]
     if options.tune and (options.same or not re.fullmatch(r"\w+=[^,]+(,[^,]+)+", options.tune)):
         raise UsageError("--tune takes a flag and values, like --tune dropout=0,0.1, and no --same")
     if not options.before and not options.list:
@@ -128,16 +132,12 @@ def read_arguments(arguments):
 
 def print_sameness(comparison):
     """Prints whether both sides end in the same weights; returns 0 if so, else 1."""
-    seeds = range(comparison.first_seed, comparison.first_seed + (comparison.options.pairs or 2))
-    with contextlib.closing(comparison.pairs(seeds)) as pairs:
-        for seed, before, after in pairs:
-            if DIVERGED in (before.fault, after.fault):
-                raise RunError(f"a run with seed {seed} has diverged")
-            if before.id != after.id:
-                print(f"Different weights after {SAME_STEPS} steps, seed {seed}.")
-                return 1
-    print(f"The same weights after {SAME_STEPS} steps, seeds {seeds[0]} to {seeds[-1]}.")
-    return 0
+    first = comparison.first_seed
+    seeds = range(first, first + (comparison.options.pairs or 2))
+    outcome = without_change([pair for _, *pair in comparison.pairs(seeds)])
+    what = "The same" if outcome == "same" else "Different"
+    print(f"{what} weights after {SAME_STEPS} steps, seeds {seeds[0]} to {seeds[-1]}.")
+    return int(outcome != "same")
 
 
 def print_comparison(comparison):
@@ -281,8 +281,8 @@ def print_start(comparison, number):
             f"The models differ in size: {before.parameters:,} parameters before, "
             f"{after.parameters:,} after."
         )
-    steps = f"{comparison.steps(0):,} steps before, {comparison.steps(1):,} after"
-    print(f"{number} pairs of runs: {steps}")
+    steps = [side.flags["num_iters"] for side in comparison.sides]
+    print(f"{number} pairs of runs: {steps[0]:,} steps before, {steps[1]:,} after")
 
 
 if __name__ == "__main__":

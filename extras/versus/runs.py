@@ -26,7 +26,6 @@ from extras.versus.sides import WORKER, SideError, failure, identify, install, m
 from extras.versus.sides import short_id, twice
 
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
-SAME_STEPS = 20  # of each run of --same; at most five of them are warm-up
 TUNED = 2  # seeds by which --tune chooses
 # A run counts as endless if, by the clock, it takes more than GRACE seconds and ENDLESS times the
 # processor time of the other side's longest run: machines may be busy.
@@ -34,12 +33,8 @@ ENDLESS = 30
 GRACE = 600
 SAVED = 12  # bytes of a checkpoint per parameter: one float32, and two in the optimizer
 
-# {why: flags of main.py that cannot be compared}
-REFUSED = {
-    "both sides take --num_iters steps": "patience max_minutes",
-    "--init_from RUN begins with the weights of another run": "identifier",
-    "a comparison only trains": "new_model inference prompt evaluate list",
-}
+# Flags of main.py that cannot be compared.
+REFUSED = "patience max_minutes identifier new_model inference prompt evaluate list"
 
 
 class Comparison:
@@ -56,7 +51,7 @@ class Comparison:
             after = make_side(options.after, [*common, *own[1]], Path(temporary, "1"))
             sides = before, after
             self.patch = patch(temporary, "0", "1")
-            check_flags(before, after, options.same)
+            check_flags(before, after)
             self.unit = NATS if before.tokenizer == after.tokenizer else BITS
             # Of each side, on which it is scored.
             self.valid_texts = read_texts(sides, "valid", options.tokens)
@@ -75,8 +70,10 @@ class Comparison:
             self.ledger = folder / ledger.NAME
             self.sides = []
             for side in sides:
-                words = [*side.words, *words_of_run(side.flags, options.same)]
-                id = identify(side, side.versions, self.plain, options.same)
+                # One checkpoint is kept, a part of the text scored at the end, nothing sampled.
+                words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", "--keep=1"]
+                words += [f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
+                id = identify(side, side.versions, self.plain)
                 # The number of cores decides how sums are rounded.
                 path = folder / f"{id}.{len(self.shares[0])}"
                 self.sides.append(install(side._replace(words=words), path))
@@ -129,13 +126,13 @@ class Comparison:
         side = self.sides[index]
         record = newest_record(side.folder, seed)
         path = side.folder / f"seconds-{seed}.json"
-        if not record or record["iteration"] < self.steps(index):
+        if not record or record["iteration"] < side.flags["num_iters"]:
             output.truncate(0)
             status, seconds = self.train(index, seed, output)
             if status:
                 output.seek(0)
                 error = failure(side.name, status, output.read())
-                if "is not finite" in str(error):
+                if "is not finite" in str(error) and not self.options.same:
                     return Outcome(fault=DIVERGED)
                 raise error
             if not record:  # all of the run was measured
@@ -149,9 +146,9 @@ class Comparison:
         if self.options.same:  # only the weights count
             return Outcome(record["id"])
         *scores, fault = self.judge(index, record)
-        steps = record["iteration"]
-        if steps != self.steps(index):
-            fault = f"it has taken {steps:,} steps, not {self.steps(index):,}"
+        steps, expected = record["iteration"], side.flags["num_iters"]
+        if steps != expected:
+            fault = f"it has taken {steps:,} steps, not {expected:,}"
         seconds = math.nan
         if path.exists():
             seconds = json.loads(path.read_text())
@@ -175,7 +172,7 @@ class Comparison:
             "flags": shlex.join(self.common),
             "unit": self.unit,
             "parameters": [before.parameters, after.parameters],
-            "steps": [self.steps(0), self.steps(1)],
+            "steps": [side.flags["num_iters"] for side in self.sides],
             "tokens": options.tokens,
             "versions": [before.versions, after.versions],
             "patch": self.patch,
@@ -185,10 +182,6 @@ class Comparison:
     def results(self):
         """All results in the ledger, see read_results."""
         return ledger.read_results(self.ledger)
-
-    def steps(self, index):
-        """How many steps the runs of a side take."""
-        return int(self.sides[index].words[-1].partition("=")[2])
 
     def train(self, index, seed, output):
         """Starts or resumes a run and waits for it; returns its exit status and time in seconds.
@@ -258,24 +251,6 @@ def own_score(record, tokens):
     return count[0] if count else min(OWN_TOKENS, len(tokens) - 1), loss
 
 
-def words_of_run(flags, same):
-    """What a comparison adds to the flags of a side; the last word is the number of steps.
-
-    A run keeps one checkpoint, and samples nothing. With --same, it is short.
-    """
-    steps = SAME_STEPS if same else flags["num_iters"]
-    words = [
-        f"--steps_per_eval={steps}",
-        f"--steps_per_save={flags['steps_per_save'] or flags['steps_per_eval'] or steps}",
-        "--keep=1",
-        f"--eval_tokens={1 if same else OWN_TOKENS}",
-        "--sample_tokens=0",
-    ]
-    if same:  # leave steps for the schedule after its warm-up
-        words.append(f"--lr_warmup={min(5, flags['lr_warmup'])}")
-    return [*words, f"--num_iters={steps}"]
-
-
 def tuned(options, common):
     """The Comparison of both sides, each with its best value of --tune.
 
@@ -314,13 +289,11 @@ def share_cores(jobs):
     return [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
 
 
-def check_flags(before, after, same):
+def check_flags(before, after):
     """Raises UsageError if two Sides cannot be compared."""
-    for reason, names in REFUSED.items():
-        for name in {*names.split()} & {*before.given, *after.given}:
-            raise UsageError(f"--{name} cannot be compared: {reason}")
-    if same and before.flags["num_iters"] != after.flags["num_iters"]:
-        raise UsageError(f"--same takes {SAME_STEPS} steps of both sides: give one --num_iters")
+    for name in {*REFUSED.split()} & {*before.given, *after.given}:
+        reason = "both sides train new runs for --num_iters steps, perhaps with --init_from"
+        raise UsageError(f"--{name} cannot be compared: {reason}")
     for side in (before, after):
         for path in map(Path, side.flags.get("test_text") or []):
             if {path, *path.parents} & {*map(Path, side.flags["text"] or [])}:
