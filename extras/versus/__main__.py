@@ -250,11 +250,9 @@ def train_pairs(comparison, look, seeds, decide):
 def find_fault(pairs):
     """The side with worthless runs, "before" or "after", and what is wrong; or two Nones."""
     for name, own in zip(("before", "after"), zip(*pairs)):
-        faults = [each.fault for each in own if each.fault]
-        if len(own) > 1 and len({each.id for each in own}) == 1:
-            faults.append("all seeds end in the same weights")
-        if faults:
-            return name, faults[0]
+        for each in own:
+            if each.fault:
+                return name, each.fault
     return None, None
 
 

@@ -63,8 +63,7 @@ def describe(*words):
     SIDE.use_device(flags.gpu)
     models, flags, dataset = SIDE.load_inputs(flags)
     run = SIDE.make_run(flags.save_dir, flags, None, models, dataset, SIDE.SingleProcess())
-    if not models:
-        check_seed(run, flags, dataset)
+    check_seed(run, flags, dataset)
     notices = [line for line in SIDE.start_notices(run) if "edited " not in line]
     # A step reads files that are used only there, and compiles what the first run would have to.
     SIDE.train_step(run, SIDE.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
@@ -118,15 +117,22 @@ def in_copy(word):
 
 
 def check_seed(run, flags, dataset):
-    """Raises RunError unless another seed gives other weights and batches than this run's."""
+    """Raises RunError unless another seed gives other first weights and batches than this run's."""
     other = Namespace(**vars(flags) | {"seed": flags.seed + 1})
     other = SIDE.make_run(flags.save_dir, other, None, {}, dataset, SIDE.SingleProcess())
-    weights = [dict(tree_flatten(each.model.trainable_parameters())) for each in (run, other)]
-    if all(mx.array_equal(weights[0][name], weights[1][name]) for name in weights[0]):
-        raise RunError("all seeds give the same first weights: draw them from flags.seed")
-    batches = [[*map(np.array, each.batches.next())] for each in (run, other)]
-    if all(map(np.array_equal, *batches)):
-        raise RunError("all seeds give the same order of batches: draw it from flags.seed")
+    drawn, others = first_state(run), first_state(other)
+    for name in drawn:
+        if all(map(mx.array_equal, drawn[name], others[name])):
+            raise RunError(f"all seeds give the same {name}: use flags.seed")
+
+
+def first_state(run):
+    """What the seed of a new run decides, {name: arrays}."""
+    state = {"order of batches": map(mx.array, run.batches.next())}
+    if not todays_names(vars(run)).parents:
+        weights = tree_flatten(run.model.trainable_parameters())
+        state["first weights"] = [array for _, array in weights]
+    return state
 
 
 def files_read():
