@@ -19,17 +19,17 @@ import math
 import re
 import signal
 import sys
-from functools import partial
 
 CANNOT_TELL = 125  # `git bisect run` then skips the commit
 SAME_STEPS = 20  # of each run of --same; five of them are warm-up
+NAMES = ("before", "after")  # of sides
 
 try:  # nothing imports main.py here: the current one may be broken
     from datasets import Parser, RunError, UsageError, number, one_line, run_program
     from extras.versus import ledger
     from extras.versus.judge import DIVERGED, LIMIT
     from extras.versus.runs import Comparison, tuned
-    from extras.versus.sequential import RACE, SCREENED, measure, race, screen, t_quantile
+    from extras.versus.sequential import RACE, SCREEN, decide, measure, t_quantile
     from extras.versus.sequential import without_change
     from extras.versus.sides import SideError, count_words, is_flags
     from extras.versus.verdict import describe_numbers, describe_verdict, unlike
@@ -173,8 +173,8 @@ def keep_or_drop(comparison):
         again = "It was dropped before: --again tries it on new seeds."
         finish(comparison, last, again, "Drop.")
         return 1
-    print_start(comparison, f"2 or {SCREENED}, then {min(RACE)} to {max(RACE)}")
-    result = compare(comparison, look, comparison.first_seed, margin)
+    print_start(comparison, f"{min(SCREEN)} or {max(SCREEN)}, then {min(RACE)} to {max(RACE)}")
+    result = compare(comparison, look, comparison.first_seed, margin, SCREEN)
     if result["outcome"] == "promising":
         print("That is promising. On seeds that no comparison has had:")
         used = [seed for each in comparison.results() for seed in each["seeds"]]
@@ -196,39 +196,22 @@ def keep_or_drop(comparison):
     return int(not is_kept)
 
 
-def compare(comparison, look, first, margin, looks=None):
-    """Trains pairs until there is an outcome; returns the result, {name: value}.
+def compare(comparison, look, first, margin, looks):
+    """Trains and prints pairs until there is an outcome; returns the result, {name: value}.
 
-    look: see begin_look; first: the first seed; looks: see race; without, `screen` decides.
+    look: see begin_look, recorded after the first pair; first: the first seed; margin, looks: see
+    `decide`.
     """
-    seeds = range(first, first + max(looks or [SCREENED]))
-    decide = partial(race, looks, margin) if looks else partial(screen, margin or 0)
-    pairs, outcome = train_pairs(comparison, look, seeds, decide)
-    at_fault, fault = find_fault(pairs)
-    result = look | {
-        "seeds": [*seeds[: len(pairs)]],
-        "runs": [[each.id for each in pair] for pair in pairs],
-        "outcome": outcome,
-        "at_fault": at_fault,
-        "fault": fault,
-        "is_race": looks is RACE,
-        "unlike": unlike(*comparison.sides, pairs),
-    }
-    if len(pairs) > 1 and not fault:
-        result |= measure(pairs, looks and looks.get(len(pairs)))
-    return result | {"verdict": describe_verdict(result, comparison.options.margin)}
-
-
-def train_pairs(comparison, look, seeds, decide):
-    """Trains and prints pairs until `decide` names an outcome, or there is a fault.
-
-    Returns the pairs and the outcome. Records the look after the first pair.
-    """
-    pairs = []
     before, after = comparison.sides
+    seeds = range(first, first + max(looks))
+    result = look | {"seeds": [*seeds], "outcome": None, "verdict": "Not finished."}
+    at_fault = fault = None
+    pairs = []
     if before.folder == after.folder:
-        return pairs, "same"
-    print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
+        outcome = "same"
+        seeds = []  # nothing is trained
+    else:
+        print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
     with contextlib.closing(comparison.pairs(seeds)) as trained:
         for seed, *pair in trained:
             pairs.append(pair)
@@ -236,24 +219,27 @@ def train_pairs(comparison, look, seeds, decide):
             change = losses[1] - losses[0]
             print(f"{seed:>10}{losses[0]:>10.4f}{losses[1]:>10.4f}{change:>+14.4f}", flush=True)
             if len(pairs) == 1:
-                begun = {"seeds": [*seeds], "outcome": None, "verdict": "Not finished."}
-                ledger.record(comparison.ledger, look | begun)
-            _, fault = find_fault(pairs)
-            if fault:
+                ledger.record(comparison.ledger, result)
+            faults = [(name, each.fault) for name, each in zip(NAMES, pair) if each.fault]
+            if faults:
+                at_fault, fault = faults[0]
                 outcome = "diverged" if fault == DIVERGED else "cannot tell"
             else:
-                outcome = decide(pairs)
+                outcome = decide(looks, margin, pairs)
             if outcome:
-                return pairs, outcome
-
-
-def find_fault(pairs):
-    """The side with worthless runs, "before" or "after", and what is wrong; or two Nones."""
-    for name, own in zip(("before", "after"), zip(*pairs)):
-        for each in own:
-            if each.fault:
-                return name, each.fault
-    return None, None
+                break
+    result |= {
+        "seeds": [*seeds[: len(pairs)]],
+        "runs": [[each.id for each in pair] for pair in pairs],
+        "outcome": outcome,
+        "at_fault": at_fault,
+        "fault": fault,
+        "is_race": looks is RACE,
+        "unlike": unlike(before, after, pairs),
+    }
+    if len(pairs) > 1 and not fault:
+        result |= measure(pairs, None if looks is SCREEN else looks[len(pairs)])
+    return result | {"verdict": describe_verdict(result, comparison.options.margin)}
 
 
 def finish(comparison, result, *lines):
