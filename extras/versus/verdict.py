@@ -4,7 +4,6 @@ from extras.versus.sequential import RACE
 
 DETECTABLE = 1.5  # times half an interval: the difference that is found four times in five
 SLOWER = 1.05  # a verdict names a ratio of times that is above it
-NOISE = 0.03  # of the ratio of times: half its interval, at most, for advice on equal time
 
 VERDICTS = {
     "helped": "Helped",
@@ -44,23 +43,13 @@ def describe_numbers(result):
         yield f"Seed {seed} is an outlier: without it, differences scatter less than half as far."
     if "test_difference" in result:
         yield f"On test text, the mean difference is {result['test_difference']:+.4f}."
-    else:
-        yield "Not checked on test text, which the sides do not see: name some with --test_text."
-    if "time" not in result:
-        yield "No times: fewer than two pairs were trained without interruption."
-        return
-    time, low, high = result["time"], result["time_low"], result["time_high"]
-    times = f'"After" took {time:.3f} times as long ({low:.3f} to {high:.3f})'
-    steps = result["steps"]
-    if steps[0] != steps[1]:
-        yield f"{times}."
-    elif high - low > 2 * NOISE * time:
-        yield f"This holds at equal steps. {times}: too noisy to say more."
-    elif low <= 1 <= high:
-        yield f"This holds at equal steps and equal time: {times}."
-    else:
-        equal = f'for equal time, add --num_iters {steps[0] / time:.0f} to it'
-        yield f"This holds at equal steps. {times}: {equal}."
+    if "time" in result:
+        time, low, high = result["time"], result["time_low"], result["time_high"]
+        line = f'"After" took {time:.3f} times as long ({low:.3f} to {high:.3f}).'
+        before, after = result["steps"]
+        if before == after and not low <= 1 <= high:
+            line += f" For equal time, add --num_iters {before / time:.0f} to it."
+        yield line
 
 
 def describe_verdict(result, margin):

@@ -670,20 +670,18 @@ def test_verdicts(difference, options, verdict, pairs, tmp_path, capsys):
 @pytest.mark.parametrize(
     "time, low, high, end",
     [
-        (0.9, 0.89, 0.91, "(0.890 to 0.910): for equal time, add --num_iters 333 to it."),
-        (1.01, 0.99, 1.03, ' and equal time: "After" took 1.010 times as long (0.990 to 1.030).'),
-        (0.9, 0.8, 1.0, "(0.800 to 1.000): too noisy to say more."),
+        (0.9, 0.89, 0.91, "(0.890 to 0.910). For equal time, add --num_iters 333 to it."),
+        (1.01, 0.99, 1.03, '"After" took 1.010 times as long (0.990 to 1.030).'),
     ],
 )
 def test_what_equal_time_takes(time, low, high, end):
-    """Nothing where the times agree, and nothing is known where they vary too much."""
+    """Nothing where the times agree."""
     result = {"difference": 0.1, "low": 0.0, "high": 0.2, "unit": "nats/token", "agree": 3}
     result |= {"seeds": [1, 2, 3], "test_difference": 0.1, "steps": [300, 300]}
     result |= {"is_race": False, "outlier": None}
     *_, line = describe_numbers(
         result | {"time": time, "time_low": low, "time_high": high}
     )
-    assert line.startswith("This holds at equal steps")
     assert line.endswith(end)
 
 
