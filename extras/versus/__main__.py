@@ -253,20 +253,17 @@ def finish(comparison, result, *lines):
 
 def print_start(comparison, number):
     """Prints what is compared; number: of pairs."""
-    before, after = comparison.sides
-    print(f"before   {before.name}\nafter    {after.name}")
+    notices = []
+    for name, side in zip(NAMES, comparison.sides):
+        size = f"{side.flags['num_iters']:,} steps, {side.parameters:,} parameters"
+        print(f"{name:<9}{side.name}: {size}")
+        notices += side.notices
     if comparison.plain:
         names = ", ".join(comparison.plain)
         print(f"edited   {names}: both sides run main.py's version, not fast.py's")
-    for line in dict.fromkeys([*before.notices, *after.notices]):
+    for line in dict.fromkeys(notices):
         print(line)
-    if before.parameters != after.parameters:
-        print(
-            f"The models differ in size: {before.parameters:,} parameters before, "
-            f"{after.parameters:,} after."
-        )
-    steps = [side.flags["num_iters"] for side in comparison.sides]
-    print(f"{number} pairs of runs: {steps[0]:,} steps before, {steps[1]:,} after")
+    print(f"{number} pairs of runs")
 
 
 if __name__ == "__main__":

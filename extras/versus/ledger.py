@@ -59,11 +59,7 @@ def print_list(name):
             interval = f"{each['difference']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
         sides = zip((each["before"], each["after"]), each["commits"])
         before, after = [f"{name} {commit}".rstrip() for name, commit in sides]
-        pairs = f"{len(each['seeds']):>2} pairs"
-        outcome = each["outcome"] or "not finished"
-        if each["look"] > 1:
-            outcome += f", look {each['look']}"
         print(
-            f"{each['date']}  {pairs}  {interval:<30}{outcome:<18}{before} -> {after} -- "
-            f"{each['flags']}"
+            f"{each['date']}  {len(each['seeds']):>2} pairs  {interval:<30}{each['verdict']} "
+            f"{before} -> {after} -- {each['flags']}"
         )
