@@ -107,8 +107,6 @@ def read_arguments(arguments):
     end = [*arguments, "--"].index("--")
     common = arguments[end + 1 :]
     own = {*parser._option_string_actions}
-    if re.search(r"--eval_tokens\b", " ".join(arguments)):  # that of a recipe is ignored
-        raise UsageError("--eval_tokens cannot be compared: --tokens says how many are scored")
     # A side that is flags gets a blank before it: argparse then does not read it as an option.
     side_flag = rf"^(?!({'|'.join(own)})\b)-"
     try:

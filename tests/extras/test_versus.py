@@ -22,7 +22,7 @@ from extras.versus.judge import DIVERGED
 from extras.versus.sequential import Outcome
 from extras.versus.verdict import describe_numbers
 
-STEPS = [*TINY[2:], "--num_iters", 24, "--steps_per_eval", 8]  # --eval_tokens is refused
+STEPS = [*TINY[2:], "--num_iters", 24, "--steps_per_eval", 8]
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
 
 
@@ -341,7 +341,6 @@ MISTAKES = [
     (["--stop 'a"], "--stop 'a cannot be read as flags (No closing quotation)"),
     (["--valid_fraction 0.2"], "the sides' valid texts differ: put what chooses them"),
     (["HEAD", "--", "--patience", 3], "--patience cannot be compared: both sides train"),
-    (["HEAD", "--", "--eval_tokens", 9], "--eval_tokens cannot be compared: --tokens says how"),
     (["HEAD", "--keep", "--pairs", 4], "--gate chooses its own pairs"),
     (["HEAD", "--config", "first"], "flags of main.py stand in quotes, or after --"),
     (["HEAD", "--", "--test_text", "text.txt"], "text.txt is also in --text: name text outside"),
