@@ -106,9 +106,8 @@ def read_arguments(arguments):
     add("--list", metavar="SAVE_DIR", nargs="?", const="runs", help=listed)
     end = [*arguments, "--"].index("--")
     common = arguments[end + 1 :]
-    own = {*parser._option_string_actions}
     # A side that is flags gets a blank before it: argparse then does not read it as an option.
-    side_flag = rf"^(?!({'|'.join(own)})\b)-"
+    side_flag = rf"^(?!({'|'.join(parser._option_string_actions)})\b)-"
     try:
         options = parser.parse_args([re.sub(side_flag, " -", word) for word in arguments[:end]])
     except UsageError as error:
