@@ -219,6 +219,7 @@ def compare(comparison, look, first, margin, looks):
             if faults:
                 at_fault, fault = faults[0]
                 outcome = "diverged" if fault == DIVERGED else "cannot tell"
+                fault = f"{look[at_fault]}: {fault}"
             else:
                 outcome = decide(looks, margin, pairs)
             if outcome:
@@ -234,7 +235,7 @@ def compare(comparison, look, first, margin, looks):
     }
     if len(pairs) > 1 and not fault:
         result |= measure(pairs, None if looks is SCREEN else looks[len(pairs)])
-    return result | {"verdict": describe_verdict(result, comparison.options.margin)}
+    return result | {"verdict": describe_verdict(result)}
 
 
 def finish(comparison, result, *lines):

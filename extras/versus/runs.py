@@ -159,21 +159,19 @@ class Comparison:
         """What was compared, {name: value}, for a result in the ledger."""
         before, after = self.sides
         options = self.options
-        limits = [self.first_seed, options.pairs, options.tokens, options.margin, options.gate]
+        asked = {name: getattr(options, name) for name in ("pairs", "tokens", "margin", "gate")}
         return {
             # Without the number of cores: with others, it is the same comparison.
             "comparison": f"{before.folder.stem} {after.folder.stem}",
             "baseline": self.baseline,
-            "asked": limits,
+            "asked": asked | {"seed": self.first_seed},
             "date": time.strftime("%Y-%m-%d %H:%M"),
             "before": before.name,
             "after": after.name,
             "commits": [short_id(options.before), short_id(options.after)],
             "flags": shlex.join(self.common),
             "unit": self.unit,
-            "parameters": [before.parameters, after.parameters],
             "steps": [side.flags["num_iters"] for side in self.sides],
-            "tokens": options.tokens,
             "versions": [before.versions, after.versions],
             "patch": self.patch,
             "tuned": self.tuned,

@@ -11,6 +11,7 @@ import numpy as np
 # without effect are called helpful or harmful if differences are normal (simulate_verdicts.py). An
 # interval of this width is a repeated confidence interval (Jennison and Turnbull 1989).
 RACE = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
+DETECTABLE = 1.5  # times half an interval: the difference that is found four times in five
 FUTILITY_BOUND = 0.7  # from six pairs on, a race ends if |t| is below it
 # The same of --gate on seeds that were used before, where t has to be below minus that; see
 # tests/nightly/simulate_verdicts.py.
@@ -112,6 +113,7 @@ def measure(pairs, quantile=None):
         "difference": mean,
         "low": low,
         "high": high,
+        "detectable": DETECTABLE * (high - low) / 2,
         "agree": int((np.sign(differences) == np.sign(mean)).sum()),
         "scores_before": before.tolist(),
         "scores_after": after.tolist(),

@@ -2,7 +2,6 @@
 
 from extras.versus.sequential import RACE
 
-DETECTABLE = 1.5  # times half an interval: the difference that is found four times in five
 SLOWER = 1.05  # a verdict names a ratio of times that is above it
 
 VERDICTS = {
@@ -10,15 +9,17 @@ VERDICTS = {
     "hurt": "Hurt",
     "partly": "Helped, but less on test text: the rest may be a leak",
     "valid only": "Better on validation text only",
-    "equal": "Equal within {margin:g}",
-    "not worse": "Not worse by more than {margin:g}",
-    "none": "No difference seen",
+    "equal": "Equal within {asked[margin]:g}",
+    "not worse": "Not worse by more than {asked[margin]:g}",
+    "none": (
+        "No difference seen: {pairs} pairs show a difference of {detectable:.2g} four times in five"
+    ),
     "promising": "Promising, on seeds that were used before",
     "not better": "Not better, on seeds that were used before",
     "same": "No effect, proved: the same weights, for these flags and seeds",
     "alike": "No effect seen: other weights, and the same losses",
     "diverged": "Diverged: runs of {at_fault}",
-    "cannot tell": "Cannot tell",
+    "cannot tell": "Cannot tell: {fault}",
 }
 COUNTED = ("helped", "partly", "hurt", "valid only")  # what chance alone yields once in twenty
 
@@ -52,18 +53,13 @@ def describe_numbers(result):
         yield line
 
 
-def describe_verdict(result, margin):
+def describe_verdict(result):
     """The verdict on a result, in words."""
-    at_fault, outcome = result["at_fault"], result["outcome"]
-    verdict = VERDICTS[outcome].format(margin=margin, at_fault=at_fault)
-    if outcome == "same" and not result["seeds"]:
+    outcome = result["outcome"]
+    pairs = len(result["seeds"])
+    verdict = VERDICTS[outcome].format(**result, pairs=pairs)
+    if outcome == "same" and not pairs:
         verdict = "The same code and flags on both sides: nothing is trained"
-    elif outcome == "cannot tell":
-        verdict += f": {result[at_fault]}: {result['fault']}"
-    elif outcome == "none":
-        pairs = len(result["seeds"])
-        shown = DETECTABLE * (result["high"] - result["low"]) / 2
-        verdict += f": {pairs} pairs show a difference of {shown:.2g} four times in five"
     verdict = ", ".join([verdict, *conditions(result)])
     if result["look"] > 1 and outcome in COUNTED:
         verdict += f": look {result['look']}"
