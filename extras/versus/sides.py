@@ -1,7 +1,6 @@
 """The two sides of a comparison: copies of their files, and what their code says of itself."""
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import RunError, UsageError, explained, hash_of_code, hash_of_file, locked
+from datasets import RunError, UsageError, digest_of, explained, hash_of_file, locked
 from datasets import one_line, words_of_code
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -35,12 +34,11 @@ class Side(NamedTuple):
     words: list  # its flags as a command line, with models by their ids
     flags: dict  # the values of all flags, as its main.py resolves them
     given: list  # the names of those that were set by command line or recipe
-    shape: dict  # the values of those that decide how a run ends
+    shape: dict  # the values of those that decide how a run ends, and the ids of its models
     edited: list  # functions of its main.py that differ from their fast version
     notices: list  # lines for the user
     files: dict  # of checkpoints that its flags name, {path in its folder: original path}
     sources: list  # the files that decide how its runs end, relative to its folder
-    origins: dict  # the ids of the models that its runs start from
     versions: dict  # what its last bits depend on: libraries, device and the like
     parameters: int  # of its model
     vocab_size: int
@@ -232,10 +230,9 @@ def short_id(typed):
 
 
 def identify(side, *others):
-    """A hash of all that decides how the runs of a side end; others: more of it, as plain data."""
-    hashes = {name: hash_of(side.folder / name) for name in side.sources}
-    data = [side.shape, side.origins, side.texts, hashes, *others]
-    return hashlib.sha1(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+    """A digest of all that decides how the runs of a side end; others: more of it, plain data."""
+    contents = {name: words_of(side.folder / name) for name in side.sources}
+    return digest_of([side.shape, side.texts, contents, *others])[:12]
 
 
 def install(side, folder):
@@ -257,20 +254,16 @@ def install(side, folder):
     return side._replace(folder=folder)
 
 
-def code_of(path):
-    """The text of a file, whatever its bytes."""
-    return path.read_text("utf-8", errors="replace")
-
-
-def hash_of(path):
-    """The hash of a file of a side; layout and comments of Python code do not count."""
-    return hash_of_code(code_of(path)) if path.suffix == ".py" else hash_of_file(path)
+def words_of(path):
+    """What counts of a file, a list: not the layout and comments of Python code."""
+    if path.suffix == ".py":
+        return words_of_code(path.read_text("utf-8", errors="replace"))
+    return [hash_of_file(path)]
 
 
 def count_words(side):
-    """The length of a side's Python code, see words_of_code."""
-    paths = [side.folder / name for name in side.sources if name.endswith(".py")]
-    return sum(len(words_of_code(code_of(path))) for path in paths)
+    """The length of a side's files, of which each counts as one word if it is not Python."""
+    return sum(len(words_of(side.folder / name)) for name in side.sources)
 
 
 def patch(folder, before, after):

@@ -82,7 +82,8 @@ def describe(*words):
             for file, path in source.files.items():
                 files[f"{name}/{file}"] = str(path.resolve())
     # Without what other fields hold, and what does not decide how a run ends.
-    shape = {*SIDE.RECORDED_FLAGS} - {*SIDE.PATH_FLAGS, "test_text", "seed"}
+    names = {*SIDE.RECORDED_FLAGS} - {*SIDE.PATH_FLAGS, "test_text", "seed"}
+    shape = {name: getattr(flags, name) for name in sorted(names)}
     for name in ("valid", "test"):
         split = getattr(dataset, name)
         if split:  # a copy, as preparing the other side may rewrite the files that it maps
@@ -93,12 +94,11 @@ def describe(*words):
             "words": [*SIDE.arguments_of(values), f"--data_dir={data_dir}"],
             "flags": vars(flags),
             "given": explicit,
-            "shape": {name: getattr(flags, name) for name in shape},
+            "shape": shape | todays_names(vars(run)).parents,
             "edited": SIDE.EDITED_FUNCTIONS,
             "notices": notices,
             "files": files,
             "read": files_read(),
-            "origins": todays_names(vars(run)).parents,
             "versions": run.versions,
             "parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
             "vocab_size": run.model.config.vocab_size,
