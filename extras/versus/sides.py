@@ -186,7 +186,8 @@ def files_without_git():
 def copy_files(names, folder):
     """Copies the program's current files, since the user may go on editing them.
 
-    A file that exists in `folder` stays. Links large files; returns their names.
+    A file that exists in `folder` stays. Links large files, and folders that git lists, such as a
+    repository in this one; returns their names.
     """
     linked = []
     total = 0  # bytes
@@ -197,9 +198,7 @@ def copy_files(names, folder):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         size = path.stat().st_size
-        if path.is_dir():  # a link, as extras/ may be
-            shutil.copytree(path, target, ignore=shutil.ignore_patterns("__pycache__"))
-        elif size > LARGE or total + size > MOST:
+        if path.is_dir() or size > LARGE or total + size > MOST:
             target.symlink_to(path)
             linked.append(name)
         else:
