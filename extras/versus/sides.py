@@ -209,16 +209,10 @@ def copy_files(names, folder):
 
 def copy_commit(commit, folder):
     """Copies the program as it is in a commit; returns the files' paths."""
-    with explained("to compare commits, install git and tar", FileNotFoundError):
-        asked = subprocess.run(["git", "-C", HERE, "archive", commit], capture_output=True)
-        subprocess.run(["tar", "-x", "-C", folder], input=asked.stdout, capture_output=True)
+    subprocess.run(["tar", "-x", "-C", folder], input=git("archive", commit), capture_output=True)
     paths = [*folder.rglob("*")]
-    for path in paths:
-        if path.is_symlink() and folder not in path.resolve().parents:
-            path.unlink()  # its target is in no commit: the current one is copied
     if folder / "main.py" not in paths:
-        reason = one_line(asked.stderr.decode(errors="replace")) or "it has no main.py"
-        raise UsageError(f"{commit} is no commit with this program ({reason})")
+        raise UsageError(f"{commit} is no commit with this program, in a git repository at {HERE}")
     return [str(path.relative_to(folder)) for path in paths]
 
 
