@@ -71,10 +71,8 @@ def describe(*words):
     explicit = [*todays_names(vars(flags)).explicit]
     for name in explicit:
         # Only the judge gets the test text.
-        if name in {*SIDE.RECORDED_FLAGS, "mirror", "gpu"} - {"test_text", "eval_test"}:
+        if name in {*SIDE.RECORDED_FLAGS, "gpu"} - {"test_text", "eval_test"}:
             values[name] = getattr(flags, name)
-    if os.path.exists(values.get("mirror") or ""):  # runs have another working directory
-        values["mirror"] = os.path.abspath(values["mirror"])
     files = {}
     for name, source in models.items():
         if not SIDE.is_foreign(getattr(flags, name)):
