@@ -21,7 +21,7 @@ from datasets import RunError, UsageError, digest_of, flock, hash_of_file, no_fo
 from extras.common.limits import count_cores
 from extras.versus import ledger
 from extras.versus.judge import BITS, DIVERGED, NATS, Judge, read_texts
-from extras.versus.sequential import Outcome, column
+from extras.versus.sequential import Outcome
 from extras.versus.sides import WORKER, SideError, failure, identify, install, make_side, patch
 from extras.versus.sides import short_id, twice
 
@@ -256,18 +256,18 @@ def tuned(options, common):
     """
     flag, _, listed = options.tune.partition("=")
     values = listed.split(",")
-    losses = []  # [2] for each value
+    means = []  # [2] for each value
     for value in values:
         comparison = Comparison(options, [*common, f"--{flag}={value}"])
-        seeds = range(comparison.first_seed, comparison.first_seed + TUNED)
-        with contextlib.closing(comparison.pairs(seeds)) as trained:
-            pairs = [pair for _, *pair in trained]
-        has_fault = np.any([[bool(each.fault) for each in pair] for pair in pairs], axis=0)
-        means = np.where(has_fault, math.inf, column(pairs, "score").mean(axis=1))
-        losses.append(means)
-        print(f"--{flag} {value}: before {means[0]:.4f}, after {means[1]:.4f}", flush=True)
-    chosen = [values[i] for i in np.argmin(losses, axis=0)]
-    options.seeds = comparison.first_seed + TUNED
+        end = comparison.first_seed + TUNED
+        losses = []
+        for _, *pair in comparison.pairs(range(comparison.first_seed, end)):
+            losses.append([math.inf if each.fault else each.score for each in pair])
+        before, after = np.mean(losses, axis=0)
+        means.append([before, after])
+        print(f"--{flag} {value}: before {before:.4f}, after {after:.4f}", flush=True)
+    options.seeds = end
+    chosen = [values[i] for i in np.argmin(means, axis=0)]
     comparison = Comparison(options, common, [[f"--{flag}={value}"] for value in chosen])
     at_edge = bool({*chosen} & {values[0], values[-1]})
     comparison.tuned = {"flag": flag, "values": chosen, "at_edge": at_edge}
@@ -313,9 +313,7 @@ def read_record(path):
 def newest_record(folder, seed):
     """The record, and its `path`, of the newest checkpoint of a seed; None if there is none."""
     records = []
-    for path in folder.glob("*/[!.]*.metadata"):
-        if path.parent.name in ("init_from", "teacher"):  # models that the runs read
-            continue
+    for path in folder.glob("*-*/[!.]*.metadata"):  # not in init_from and teacher
         # Meanwhile, runs of other seeds delete older checkpoints.
         with contextlib.suppress(FileNotFoundError):
             record = read_record(path)
