@@ -160,13 +160,11 @@ def keep_or_drop(comparison):
     margin = options.margin if after < before else None  # only less code is kept without a gain
     results = comparison.results()
     look = ledger.begin_look(comparison.describe(), results, options.again)
-    last = None  # the last decision on this edit
-    for each in results:
-        if each["comparison"] == look["comparison"] and "kept" in each:
-            last = each
-    if last and not last["kept"] and not options.again:
+    decisions = [each for each in results if each["comparison"] == look["comparison"]]
+    decisions = [each for each in decisions if "kept" in each]
+    if decisions and not decisions[-1]["kept"] and not options.again:
         again = "It was dropped before: --again tries it on new seeds."
-        finish(comparison, last, again, "Drop.")
+        finish(comparison, decisions[-1], again, "Drop.")
         return 1
     print_start(comparison, f"{min(SCREEN)} or {max(SCREEN)}, then {min(RACE)} to {max(RACE)}")
     result = compare(comparison, look, comparison.first_seed, margin, SCREEN)
@@ -178,16 +176,13 @@ def keep_or_drop(comparison):
     if result["at_fault"] == "before":
         finish(comparison, result)
         return CANNOT_TELL
-    kept = ["helped", "partly", "equal", "not worse"]
+    kept = ["helped", "partly"]
     if margin is not None:
-        kept += ["same", "alike"]
+        kept += ["equal", "not worse", "same", "alike"]
     is_equal = len({*result["steps"]}) == 1 and not result["unlike"]
-    time = float(result.get("time", math.inf))
-    is_kept = result["outcome"] in kept and is_equal and time <= options.max_time
-    lines = ["Keep." if is_kept else "Drop."]
-    if result["outcome"] in kept and time > options.max_time:
-        lines.insert(0, f"It takes {time:.2f} times as long: more than --max_time allows.")
-    finish(comparison, result | {"kept": is_kept}, *lines)
+    is_fast = float(result.get("time", math.inf)) <= options.max_time
+    is_kept = result["outcome"] in kept and is_equal and is_fast
+    finish(comparison, result | {"kept": is_kept}, "Keep." if is_kept else "Drop.")
     return int(not is_kept)
 
 
