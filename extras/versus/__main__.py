@@ -154,7 +154,7 @@ def keep_or_drop(comparison):
     If they look promising, a race on new seeds, by which nothing was chosen, has to confirm it.
     """
     options = comparison.options
-    if comparison.test_texts[0] is None:
+    if comparison.sides[0].test is None:
         raise UsageError("--gate needs text that the runs do not see: name some with --test_text")
     before, after = map(count_words, comparison.sides)
     margin = options.margin if after < before else None  # only less code is kept without a gain

@@ -38,16 +38,17 @@ class Text(NamedTuple):
     scale: float  # from nats/token to the unit of the comparison
 
 
-def read_texts(sides, split, limit):
+def read_texts(before, after, split, limit):
     """The Text of each Side, or Nones if one of them lacks this split.
 
     Raises UsageError if the Sides do not have the same text. limit: see choose_spans.
     """
+    sides = (before, after)
     paths = [side.folder.with_suffix(f".{split}") for side in sides]  # uint32 each
     if not all(path.exists() for path in paths):
         return [None, None]
     tokens = [np.fromfile(path, np.uint32) for path in paths]
-    if sides[0].tokenizer == sides[1].tokenizer:
+    if before.tokenizer == after.tokenizer:
         if not np.array_equal(*tokens):
             raise UsageError(f"the sides' {split} texts differ: put what chooses them after --")
         width = max(side.context_size for side in sides)
@@ -117,8 +118,8 @@ class Judge(Worker):
         # likely, or some 5 if there are few.
         limit = max(5, math.log(self.side.vocab_size)) + 2
         if all(loss < limit for loss in losses):
-            return scores, fault or self.check_evaluation(valid, own)
-        return scores, DIVERGED
+            return [*scores, fault or self.check_evaluation(valid, own)]
+        return [*scores, DIVERGED]
 
     def score(self, text):
         """The mean loss in nats/token over the scored targets of a Text."""

@@ -28,7 +28,7 @@ from extras.versus.sides import short_id, twice
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
 TUNED = 2  # seeds by which --tune chooses
 # A run counts as endless if, by the clock, it takes more than GRACE seconds and ENDLESS times the
-# processor time of the other side's longest run: machines may be busy.
+# processor time of the longest run that has ended: machines may be busy.
 ENDLESS = 30
 GRACE = 600
 SAVED = 12  # bytes of a checkpoint per parameter: one float32, and two in the optimizer
@@ -49,13 +49,12 @@ class Comparison:
             temporary = os.path.realpath(temporary)
             before = make_side(options.before, [*common, *own[0]], Path(temporary, "0"))
             after = make_side(options.after, [*common, *own[1]], Path(temporary, "1"))
-            sides = before, after
             self.patch = patch(temporary, "0", "1")
             check_flags(before, after)
             self.unit = NATS if before.tokenizer == after.tokenizer else BITS
-            # Of each side, on which it is scored.
-            self.valid_texts = read_texts(sides, "valid", options.tokens)
-            self.test_texts = read_texts(sides, "test", options.tokens)
+            texts = []
+            for split in ("valid", "test"):
+                texts.append(read_texts(before, after, split, options.tokens))
             self.first_seed = before.flags["seed"] if options.seeds is None else options.seeds
             self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
             is_alone = self.on_gpu or sys.platform == "darwin"
@@ -69,15 +68,16 @@ class Comparison:
             folder = Path(before.flags["save_dir"], "versus").absolute()
             self.ledger = folder / ledger.NAME
             self.sides = []
-            for side in sides:
+            for side, valid, test in zip((before, after), *texts):
                 # One checkpoint is kept, a part of the text scored at the end, nothing sampled.
                 words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", "--keep=1"]
                 words += [f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
                 id = identify(side, side.versions, self.plain)
                 # The number of cores decides how sums are rounded.
                 path = folder / f"{id}.{len(self.shares[0])}"
-                self.sides.append(install(side._replace(words=words), path))
-        self.times = [[], []]  # of the finished runs of each side, in seconds
+                side = side._replace(words=words, valid=valid, test=test)
+                self.sides.append(install(side, path))
+        self.times = []  # of finished runs, in seconds
 
     def pairs(self, seeds):
         """Yields each seed with the Outcomes of both sides.
@@ -95,19 +95,15 @@ class Comparison:
         self.is_stopped = False
         pool = ThreadPoolExecutor(len(shares), initializer=take_share)
         try:
-            pairs = [[pool.submit(self.run, index, seed) for index in (0, 1)] for seed in seeds]
+            pairs = [[pool.submit(self.run, side, seed) for side in self.sides] for seed in seeds]
             for seed, (before, after) in zip(seeds, pairs):
                 yield seed, before.result(), after.result()
         finally:
             self.is_stopped = True
             pool.shutdown(cancel_futures=True)
 
-    def run(self, index, seed):
-        """Trains a run to its end and has it judged; returns the Outcome.
-
-        index: 0 for the side before, 1 for that after.
-        """
-        side = self.sides[index]
+    def run(self, side, seed):
+        """Trains a run to its end and has it judged; returns the Outcome."""
         # Another comparison may train the same run. The run inherits this lock, and keeps it if
         # only this program is killed.
         path = side.folder / f"output-{seed}.txt"
@@ -117,18 +113,17 @@ class Comparison:
                     flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 time.sleep(0.2)
-            return twice(self.outcome, index, seed, output)
+            return twice(self.outcome, side, seed, output)
 
-    def outcome(self, index, seed, output):
+    def outcome(self, side, seed, output):
         """Trains a run, unless it has ended, and judges it; output: the file for what it prints."""
         if self.is_stopped:
             raise RunError("stopped")
-        side = self.sides[index]
         record = newest_record(side.folder, seed)
         path = side.folder / f"seconds-{seed}.json"
         if not record or record["iteration"] < side.flags["num_iters"]:
             output.truncate(0)
-            status, seconds = self.train(index, seed, output)
+            status, seconds = self.train(side, seed, output)
             if status:
                 output.seek(0)
                 error = failure(side.name, status, output.read())
@@ -145,14 +140,14 @@ class Comparison:
             raise UsageError(f"the text of {side.name} {fault}")
         if self.options.same:  # only the weights count
             return Outcome(record["id"])
-        *scores, fault = self.judge(index, record)
+        *scores, fault = self.judge(side, record)
         steps, expected = record["iteration"], side.flags["num_iters"]
         if steps != expected:
             fault = f"it has taken {steps:,} steps, not {expected:,}"
         seconds = math.nan
         if path.exists():
             seconds = json.loads(path.read_text())
-            self.times[index].append(seconds)
+            self.times.append(seconds)
         return Outcome(record["id"], *scores, fault, record["tokens_seen"], seconds)
 
     def describe(self):
@@ -181,14 +176,13 @@ class Comparison:
         """All results in the ledger, see read_results."""
         return ledger.read_results(self.ledger)
 
-    def train(self, index, seed, output):
+    def train(self, side, seed, output):
         """Starts or resumes a run and waits for it; returns its exit status and time in seconds.
 
         That is the process's processor time, which other programs do not prolong; on a GPU, time by
-        the clock. Raises SideError if it takes far longer than runs of the other side, RunError if
+        the clock. Raises SideError if it takes far longer than those that have ended, RunError if
         the disk is full.
         """
-        side = self.sides[index]
         words = [*side.words, f"--seed={seed}", f"--save_dir={side.folder}"]
         began = time.monotonic()
         process = subprocess.Popen(
@@ -205,7 +199,7 @@ class Comparison:
             if pid:
                 break
             elapsed = time.monotonic() - began
-            if elapsed > GRACE + ENDLESS * max(self.times[1 - index], default=math.inf):
+            if elapsed > GRACE + ENDLESS * max(self.times, default=math.inf):
                 error = SideError(f"{side.name} cannot run: it does not end")
             if shutil.disk_usage(side.folder).free < SAVED * side.parameters:
                 error = RunError(f"no space is left for {side.folder}: make some, and repeat")
@@ -221,22 +215,20 @@ class Comparison:
             return process.returncode, time.monotonic() - began
         return process.returncode, usage.ru_utime + usage.ru_stime
 
-    def judge(self, index, record):
+    def judge(self, side, record):
         """The scores of a checkpoint on both texts, and what is wrong with them, see Outcome.
 
         Keeps them in a file in the side's folder.
         """
-        side = self.sides[index]
-        valid, test = self.valid_texts[index], self.test_texts[index]
-        asked = [text and [text.spans, text.scale] for text in (valid, test)]
+        asked = [text and [text.spans, text.scale] for text in (side.valid, side.test)]
         code = [hash_of_file(WORKER.with_name(name)) for name in ("judge.py", "worker.py")]
         digest = digest_of([record["id"], side.texts, asked, code])
         path = side.folder / f"judged-{digest}.json"
         with contextlib.suppress(OSError, ValueError):
             return json.loads(path.read_text("utf-8"))
         with Judge(side, record["path"], self.environment) as judge:
-            scores, fault = judge.examine_run(valid, test, own_score(record, valid.tokens))
-        judged = [*scores, fault]
+            own = own_score(record, side.valid.tokens)
+            judged = judge.examine_run(side.valid, side.test, own)
         path.write_text(json.dumps(judged), "utf-8")
         return judged
 

@@ -45,6 +45,8 @@ class Side(NamedTuple):
     context_size: int
     texts: dict  # {split: the SHA256 of its tokens and tokenizer}
     tokenizer: dict  # its to_dict()
+    valid: tuple | None = None  # the Text on which it is scored, see judge.py
+    test: tuple | None = None  # another, if there is one
 
 
 class SideError(RunError):

@@ -80,8 +80,8 @@ def test_layers_with_two_modes(text, tmp_path):
     side = side_of(checkpoint, program.parent)
     with judge.Judge(side, checkpoint.metadata_path, None) as referee:
         own = (checkpoint.evaluation.tokens, checkpoint.evaluation.nats)
-        scores, fault = referee.examine_run(whole(tokens), None, own)
-    assert 0 < scores[0] < 7
+        score, _, fault = referee.examine_run(whole(tokens), None, own)
+    assert 0 < score < 7
     assert fault is None
 
 
@@ -227,9 +227,9 @@ def test_of_a_long_context_places_all_over_it_are_tried():
 def test_a_loss_far_above_that_of_an_untrained_model(table, is_diverged):
     tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
     referee = FakeJudge(lambda rows: table[rows])
-    scores, fault = referee.examine_run(whole(tokens), None, referee.own(tokens))
+    _, score, fault = referee.examine_run(whole(tokens), None, referee.own(tokens))
     assert (fault == judge.DIVERGED) == is_diverged
-    assert math.isnan(scores[1]), "there is no test text"
+    assert math.isnan(score), "there is no test text"
 
 
 def test_a_test_text_with_what_is_never_predicted():
@@ -237,9 +237,9 @@ def test_a_test_text_with_what_is_never_predicted():
     tokens = np.random.default_rng(1).integers(0, V - 1, 30 * WIDTH)
     referee = FakeJudge(hiding(causal, -np.inf))
     own = referee.own(tokens)
-    assert referee.examine_run(whole(tokens), whole(tokens), own)[1] is None
+    assert referee.examine_run(whole(tokens), whole(tokens), own)[2] is None
     test = whole(np.append(tokens, V - 1))
-    scores, fault = referee.examine_run(whole(tokens), test, own)
+    *scores, fault = referee.examine_run(whole(tokens), test, own)
     assert math.isfinite(scores[0]) and math.isinf(scores[1])
     assert fault == judge.DIVERGED
 
@@ -248,7 +248,7 @@ def test_a_score_that_the_side_finds_otherwise():
     tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
     referee = FakeJudge(causal)
     count, loss = referee.own(tokens)
-    _, fault = referee.examine_run(whole(tokens), None, (count, 0.999 * loss))
+    *_, fault = referee.examine_run(whole(tokens), None, (count, 0.999 * loss))
     assert re.match(r"the run's own loss, 3[.]\d+ for 1,000 tokens, is not the judge's", fault)
 
 

@@ -366,7 +366,7 @@ def side_of(folder, name, code):
     """A Side with this code in a folder of its own."""
     folder.mkdir(exist_ok=True)
     (folder / "main.py").write_text(code)
-    empty = sides.Side(*[None] * len(sides.Side._fields))
+    empty = sides.Side(*[None] * (len(sides.Side._fields) - 2))
     return empty._replace(
         name=name,
         sources=["main.py"],
@@ -376,6 +376,7 @@ def side_of(folder, name, code):
         notices=[],
         parameters=100,
         texts={"train": "a"},
+        test=(),
         tokenizer={},
     )
 
@@ -398,7 +399,6 @@ class Drawn(runs.Comparison):
         self.plain = []
         self.patch = ""
         self.unit = "nats/token"
-        self.test_texts = [(), ()]
         self.tuned = None
         self.ledger = folder / "comparisons.jsonl"
         self.difference = difference
@@ -408,7 +408,7 @@ class Drawn(runs.Comparison):
         """What a thread of the real one would have."""
         self.environment = {}
         self.on_gpu = self.is_stopped = False
-        self.times = [[0.01], []]
+        self.times = [0.01]
 
     def pairs(self, seeds):
         for seed in seeds:
@@ -543,7 +543,7 @@ def test_a_run_that_dies(code, reason, tmp_path, monkeypatch):
     comparison = Drawn(tmp_path, None, code=code)
     comparison.start()
     with pytest.raises(sides.SideError, match=reason):
-        comparison.run(1, 42)
+        comparison.run(comparison.sides[1], 42)
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
@@ -551,7 +551,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1199))
     comparison.start()
     with pytest.raises(RunError, match="^no space is left for ") as caught:
-        comparison.run(1, 42)
+        comparison.run(comparison.sides[1], 42)
     assert not isinstance(caught.value, sides.SideError)
 
 
@@ -693,11 +693,9 @@ def test_the_steps_of_a_run_are_counted(num_iters, fault, base, tmp_path):
     comparison = Drawn(tmp_path, None)
     side = comparison.sides[0]._replace(folder=folder, texts=record.tokens_sha256)
     side = side._replace(flags={"num_iters": num_iters})
-    comparison.sides[0] = side
     comparison.start()
-    comparison.judge = lambda index, record: [2.0, 2.0, None]
-    outcome = comparison.run(0, record.flags["seed"])
+    comparison.judge = lambda side, record: [2.0, 2.0, None]
+    outcome = comparison.run(side, record.flags["seed"])
     assert (outcome.id, outcome.fault) == (record.id, fault)
-    comparison.sides[0] = side._replace(texts={})
     with pytest.raises(UsageError, match="the text of HEAD has changed"):
-        comparison.run(0, record.flags["seed"])
+        comparison.run(side._replace(texts={}), record.flags["seed"])
