@@ -285,9 +285,6 @@ def check_flags(before, after):
         reason = "both sides train new runs for --num_iters steps, perhaps with --init_from"
         raise UsageError(f"--{name} cannot be compared: {reason}")
     for side in (before, after):
-        for path in map(Path, side.flags.get("test_text") or []):
-            if {path, *path.parents} & {*map(Path, side.flags["text"] or [])}:
-                raise UsageError(f"--test_text {path} is also in --text: name text outside of it")
         for name, path in side.files.items():
             learned = name.endswith(".metadata") and read_record(path)["tokens_sha256"]["train"]
             if learned == side.texts["valid"]:

@@ -343,7 +343,6 @@ MISTAKES = [
     (["HEAD", "--", "--patience", 3], "--patience cannot be compared: both sides train"),
     (["HEAD", "--keep", "--pairs", 4], "--gate chooses its own pairs"),
     (["HEAD", "--config", "first"], "flags of main.py stand in quotes, or after --"),
-    (["HEAD", "--", "--test_text", "text.txt"], "text.txt is also in --text: name text outside"),
     (["HEAD", "--", "--seeds", 7], "HEAD cannot run: unrecognized arguments: --seeds"),
     (["--list", "nowhere"], "nothing was compared in nowhere"),
     (["--tokenizer word"], "the tokens of the sides do not decode to the same valid text"),
