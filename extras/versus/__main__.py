@@ -22,7 +22,6 @@ import sys
 
 CANNOT_TELL = 125  # `git bisect run` then skips the commit
 SAME_STEPS = 20  # of each run of --same; five of them are warm-up
-NAMES = ("before", "after")  # of sides
 
 try:  # nothing imports main.py here: the current one may be broken
     from datasets import Parser, RunError, UsageError, number, one_line, run_program
@@ -192,27 +191,25 @@ def compare(comparison, look, first, margin, looks):
     look: see begin_look, recorded after the first pair; first: the first seed; margin, looks: see
     `decide`.
     """
-    before, after = comparison.sides
     seeds = range(first, first + max(looks))
     result = look | {"seeds": [*seeds], "outcome": None, "verdict": "Not finished."}
     at_fault = fault = None
     pairs = []
-    if before.folder == after.folder:
+    if comparison.sides[0].folder == comparison.sides[1].folder:
         outcome = "same"
         seeds = []  # nothing is trained
     else:
         print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
     with contextlib.closing(comparison.pairs(seeds)) as trained:
-        for seed, *pair in trained:
-            pairs.append(pair)
-            losses = [each.score for each in pair]
-            change = losses[1] - losses[0]
-            print(f"{seed:>10}{losses[0]:>10.4f}{losses[1]:>10.4f}{change:>+14.4f}", flush=True)
+        for seed, before, after in trained:
+            pairs.append((before, after))
+            losses = f"{before.score:>10.4f}{after.score:>10.4f}"
+            print(f"{seed:>10}{losses}{after.score - before.score:>+14.4f}", flush=True)
             if len(pairs) == 1:
                 ledger.record(comparison.ledger, result)
-            faults = [(name, each.fault) for name, each in zip(NAMES, pair) if each.fault]
-            if faults:
-                at_fault, fault = faults[0]
+            if before.fault or after.fault:
+                at_fault = "before" if before.fault else "after"
+                fault = before.fault or after.fault
                 outcome = "diverged" if fault == DIVERGED else "cannot tell"
                 fault = f"{look[at_fault]}: {fault}"
             else:
@@ -225,8 +222,7 @@ def compare(comparison, look, first, margin, looks):
         "outcome": outcome,
         "at_fault": at_fault,
         "fault": fault,
-        "is_race": looks is RACE,
-        "unlike": unlike(before, after, pairs),
+        "unlike": unlike(*comparison.sides, pairs),
     }
     if len(pairs) > 1 and not fault:
         result |= measure(pairs, None if looks is SCREEN else looks[len(pairs)])
@@ -245,7 +241,7 @@ def finish(comparison, result, *lines):
 def print_start(comparison, number):
     """Prints what is compared; number: of pairs."""
     notices = []
-    for name, side in zip(NAMES, comparison.sides):
+    for name, side in zip(("before", "after"), comparison.sides):
         size = f"{side.flags['num_iters']:,} steps, {side.parameters:,} parameters"
         print(f"{name:<9}{side.name}: {size}")
         notices += side.notices

@@ -13,13 +13,12 @@ def read_results(path):
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     results = {}
     with explained(f"{path} is damaged: delete its last line", ValueError, kind=RunError):
-        for line in lines:
+        for line in reversed(lines):
             older = {"look": 1, "asked": None, "baseline": None}  # older commits lack these
             result = older | json.loads(line)
             key = (result["comparison"], str(result["asked"]), result["look"])
-            results.pop(key, None)
-            results[key] = result
-    return [*results.values()]
+            results.setdefault(key, result)
+    return [*reversed(results.values())]
 
 
 def begin_look(described, results, again=False):

@@ -677,7 +677,7 @@ def test_what_equal_time_takes(time, low, high, end):
     """Nothing where the times agree."""
     result = {"difference": 0.1, "low": 0.0, "high": 0.2, "unit": "nats/token", "agree": 3}
     result |= {"seeds": [1, 2, 3], "test_difference": 0.1, "steps": [300, 300]}
-    result |= {"is_race": False, "outlier": None}
+    result |= {"outcome": "none", "outlier": None}
     *_, line = describe_numbers(
         result | {"time": time, "time_low": low, "time_high": high}
     )
