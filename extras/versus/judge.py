@@ -57,8 +57,6 @@ def read_texts(before, after, split, limit):
     texts = []
     for side, ids in zip(sides, tokens):
         tokenizer = tokenizer_from_dict(side.tokenizer)
-        if tokenizer.unk is not None and np.any(ids == tokenizer.unk):
-            raise UsageError(f"{side.name} reads <unk>, which has no bytes: use other tokenizers")
         if tokenizer.eos is not None:  # it may separate documents, but is not text
             ids = ids[ids != tokenizer.eos]
         texts.append(tokenizer.decode(ids))
