@@ -19,6 +19,7 @@ import math
 import re
 import signal
 import sys
+import textwrap
 
 CANNOT_TELL = 125  # `git bisect run` then skips the commit
 SAME_STEPS = 20  # of each run of --same; five of them are warm-up
@@ -240,16 +241,14 @@ def finish(comparison, result, *lines):
 
 def print_start(comparison, number):
     """Prints what is compared; number: of pairs."""
-    notices = []
     for name, side in zip(("before", "after"), comparison.sides):
         size = f"{side.flags['num_iters']:,} steps, {side.parameters:,} parameters"
         print(f"{name:<9}{side.name}: {size}")
-        notices += side.notices
+        if side.linked:
+            print(textwrap.shorten(f"Linked, not copied: {', '.join(side.linked)}", 200))
     if comparison.plain:
         names = ", ".join(comparison.plain)
         print(f"edited   {names}: both sides run main.py's version, not fast.py's")
-    for line in dict.fromkeys(notices):
-        print(line)
     print(f"{number} pairs of runs")
 
 

@@ -36,7 +36,7 @@ class Side(NamedTuple):
     given: list  # the names of those that were set by command line or recipe
     shape: dict  # the values of those that decide how a run ends, and the ids of its models
     edited: list  # functions of its main.py that differ from their fast version
-    notices: list  # lines for the user
+    linked: list  # its files that were too large for a copy
     files: dict  # of checkpoints that its flags name, {path in its folder: original path}
     sources: list  # the files that decide how its runs end, relative to its folder
     versions: dict  # what its last bits depend on: libraries, device and the like
@@ -152,10 +152,7 @@ def make_side(typed, common, folder):
         is_page = path.startswith(("tests/", ".git")) or path.endswith(PAGES)
         if (folder / path).is_file() and not is_page:
             sources.append(path)
-    if linked:
-        more = f" and {len(linked) - 5} more" if len(linked) > 5 else ""
-        answer["notices"].append(f"Linked, not copied: {', '.join(linked[:5])}{more}")
-    return Side(name, folder, sources=sources, **answer)
+    return Side(name, folder, sources=sources, linked=linked, **answer)
 
 
 def describe(name, folder, words):

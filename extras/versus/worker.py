@@ -64,7 +64,6 @@ def describe(*words):
     models, flags, dataset = SIDE.load_inputs(flags)
     run = SIDE.make_run(flags.save_dir, flags, None, models, dataset, SIDE.SingleProcess())
     check_seed(run, flags, dataset)
-    notices = [line for line in SIDE.start_notices(run) if "edited " not in line]
     # A step reads files that are used only there, and compiles what the first run would have to.
     SIDE.train_step(run, SIDE.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
     values = {}
@@ -94,7 +93,6 @@ def describe(*words):
             "given": explicit,
             "shape": shape | todays_names(vars(run)).parents,
             "edited": SIDE.EDITED_FUNCTIONS,
-            "notices": notices,
             "files": files,
             "read": files_read(),
             "versions": run.versions,

@@ -372,7 +372,7 @@ def side_of(folder, name, code):
         folder=folder,
         words=[],
         flags={"num_iters": 300},
-        notices=[],
+        linked=[],
         parameters=100,
         texts={"train": "a"},
         test=(),
