@@ -179,9 +179,8 @@ def keep_or_drop(comparison):
     kept = ["helped", "partly"]
     if margin is not None:
         kept += ["equal", "not worse", "same", "alike"]
-    is_equal = len({*result["steps"]}) == 1 and not result["unlike"]
     is_fast = float(result.get("time", math.inf)) <= options.max_time
-    is_kept = result["outcome"] in kept and is_equal and is_fast
+    is_kept = result["outcome"] in kept and is_fast and not result["unlike"]
     finish(comparison, result | {"kept": is_kept}, "Keep." if is_kept else "Drop.")
     return int(not is_kept)
 

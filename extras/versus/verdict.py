@@ -72,13 +72,10 @@ def conditions(result):
         return
     if result["outcome"] == "helped" and "test_difference" not in result:
         yield "on validation text (there was no test text)"
-    before, after = result["steps"]
-    if before != after:
-        yield f"with {after / before:.3g} times the steps"
-    elif result.get("time_low", 0) > SLOWER:
-        yield f"in {result['time']:.2g} times the time"
     for what in result["unlike"]:
-        yield f"with another {what}"
+        yield f"with {what}"
+    if result.get("time_low", 0) > SLOWER:
+        yield f"in {result['time']:.2g} times the time"
     if result["tuned"]:
         before, after = result["tuned"]["values"]
         at_edge = " (at the edge of the list: give more)" if result["tuned"]["at_edge"] else ""
@@ -86,13 +83,16 @@ def conditions(result):
 
 
 def unlike(before, after, pairs):
-    """What differs between the data of two Sides, besides their edit: names for `conditions`."""
-    names = []
-    if before.tokenizer != after.tokenizer:
-        return names
+    """What differs between the runs of two Sides, besides their edit: words for `conditions`."""
+    what = []
+    ratio = after.flags["num_iters"] / before.flags["num_iters"]
+    if ratio != 1:
+        what.append(f"{ratio:.3g} times the steps")
+    if before.tokenizer != after.tokenizer:  # the same text is read as other tokens
+        return what
     if before.texts["train"] != after.texts["train"]:
-        names.append("training text")
+        what.append("another training text")
     read = {each.read for pair in pairs for each in pair if each.read}
-    if before.flags["num_iters"] == after.flags["num_iters"] and len(read) > 1:
-        names.append("number of tokens read")
-    return names
+    if ratio == 1 and len(read) > 1:
+        what.append("another number of tokens read")
+    return what
