@@ -140,7 +140,8 @@ def print_comparison(comparison):
     options = comparison.options
     looks = {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE
     print_start(comparison, options.pairs or f"{min(RACE)} to {max(RACE)}")
-    look = ledger.begin_look(comparison.describe(), comparison.results())
+    results = ledger.read_results(comparison.ledger)
+    look = ledger.begin_look(comparison.describe(), results)
     finish(comparison, compare(comparison, look, comparison.first_seed, options.margin, looks))
 
 
@@ -158,7 +159,7 @@ def keep_or_drop(comparison):
         raise UsageError("--gate needs text that the runs do not see: name some with --test_text")
     before, after = map(count_words, comparison.sides)
     margin = options.margin if after < before else None  # only less code is kept without a gain
-    results = comparison.results()
+    results = ledger.read_results(comparison.ledger)
     look = ledger.begin_look(comparison.describe(), results, options.again)
     decisions = [each for each in results if each["comparison"] == look["comparison"]]
     decisions = [each for each in decisions if "kept" in each]
@@ -170,8 +171,6 @@ def keep_or_drop(comparison):
     result = compare(comparison, look, comparison.first_seed, margin, SCREEN)
     if result["outcome"] == "promising":
         print("That is promising. On seeds that no comparison has had:")
-        used = [seed for each in comparison.results() for seed in each["seeds"]]
-        look["fresh"] = look["fresh"] or 1 + max(used)
         result = compare(comparison, look, look["fresh"], margin, RACE)
     if result["at_fault"] == "before":
         finish(comparison, result)

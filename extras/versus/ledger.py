@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from datasets import RunError, UsageError, explained, no_follow
+from extras.versus.sequential import SCREEN
 
 NAME = "comparisons.jsonl"
 
@@ -26,16 +27,19 @@ def begin_look(described, results, again=False):
 
     described: see Comparison.describe. Looks are counted by baseline: another edit, other seeds or
     more pairs are the next. A repeated command is the same, unless `again` is set and it has ended.
+    The look has the first of its `fresh` seeds, by which no comparison before it has judged.
     """
     asked = [described["comparison"], described["asked"]]
-    same = [each for each in results if [each["comparison"], each["asked"]] == asked]
-    if same and not (again and same[-1]["outcome"]):
-        return described | {name: same[-1][name] for name in ("look", "fresh")}
-    baseline = described["baseline"]
+    fresh = described["asked"]["seed"] + max(SCREEN)
     look = 1
-    for each in results:
-        look += each["baseline"] == baseline and each["outcome"] not in ("same", "alike")
-    return described | {"look": look, "fresh": None}
+    for each in reversed(results):
+        is_same = [each["comparison"], each["asked"]] == asked
+        if is_same and not (again and each["outcome"]):
+            return described | {name: each[name] for name in ("look", "fresh")}
+        if each["baseline"] == described["baseline"]:
+            look += each["outcome"] not in ("same", "alike")
+        fresh = max([fresh, *[seed + 1 for seed in each["seeds"]]])
+    return described | {"look": look, "fresh": fresh}
 
 
 def record(path, result):

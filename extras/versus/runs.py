@@ -22,7 +22,7 @@ from extras.common.limits import count_cores
 from extras.versus import ledger
 from extras.versus.judge import BITS, DIVERGED, NATS, Judge, read_texts
 from extras.versus.sequential import Outcome
-from extras.versus.sides import WORKER, SideError, failure, identify, install, make_side, patch
+from extras.versus.sides import WORKER, SideError, failure, git, identify, install, make_side
 from extras.versus.sides import short_id, twice
 
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
@@ -49,7 +49,8 @@ class Comparison:
             temporary = os.path.realpath(temporary)
             before = make_side(options.before, [*common, *own[0]], Path(temporary, "0"))
             after = make_side(options.after, [*common, *own[1]], Path(temporary, "1"))
-            self.patch = patch(temporary, "0", "1")
+            compared = ["diff", "--no-index", "--no-color", "--no-ext-diff", "0", "1"]
+            self.patch = git("-C", temporary, *compared).decode(errors="replace")
             check_flags(before, after)
             self.unit = NATS if before.tokenizer == after.tokenizer else BITS
             texts = []
@@ -171,10 +172,6 @@ class Comparison:
             "patch": self.patch,
             "tuned": self.tuned,
         }
-
-    def results(self):
-        """All results in the ledger, see read_results."""
-        return ledger.read_results(self.ledger)
 
     def train(self, side, seed, output):
         """Starts or resumes a run and waits for it; returns its exit status and time in seconds.

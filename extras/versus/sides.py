@@ -256,9 +256,3 @@ def words_of(path):
 def count_words(side):
     """The length of a side's files, of which each counts as one word if it is not Python."""
     return sum(len(words_of(side.folder / name)) for name in side.sources)
-
-
-def patch(folder, before, after):
-    """What git's diff says of two subfolders of a folder; "" without git."""
-    words = ["diff", "--no-index", "--no-color", "--no-ext-diff", before, after]
-    return git("-C", folder, *words).decode(errors="replace")

@@ -19,6 +19,7 @@ from extras import plot
 from extras.versus import __main__ as versus
 from extras.versus import runs, sides
 from extras.versus.judge import DIVERGED
+from extras.versus.ledger import read_results
 from extras.versus.sequential import Outcome
 from extras.versus.verdict import describe_numbers
 
@@ -656,7 +657,7 @@ VERDICTS = [
 def test_verdicts(difference, options, verdict, pairs, tmp_path, capsys):
     comparison = Drawn(tmp_path, difference, *options)
     versus.print_comparison(comparison)
-    [result] = comparison.results()
+    [result] = read_results(comparison.ledger)
     assert result["verdict"].startswith(verdict)
     assert len(result["seeds"]) == pairs
     assert capsys.readouterr().out.endswith(f"{result['verdict']}\n")
