@@ -1,6 +1,7 @@
 """The two sides of a comparison: copies of their files, and what their code says of itself."""
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from datasets import one_line, words_of_code
 WORKER = Path(__file__).with_name("worker.py")
 HERE = Path(os.path.abspath(__file__)).parents[2]  # not resolved: extras/ may be a link
 
-PAGES = (".md", ".rst", ".ipynb", ".svg", ".png", ".jpg", ".pdf")
+PAGES = (".md", ".rst", ".ipynb", ".svg", ".png", ".jpg", ".pdf", ".pyc", ".log", ".out", "~")
 LARGE = 1 << 20  # bytes; a larger file is linked instead of copied
 MOST = 20 << 20  # bytes that are copied in all; further files are linked
 LONGEST = 3600  # seconds that a side has for its texts and a first step, or for being judged
@@ -38,7 +39,7 @@ class Side(NamedTuple):
     edited: list  # functions of its main.py that differ from their fast version
     linked: list  # its files that were too large for a copy
     files: dict  # of checkpoints that its flags name, {path in its folder: original path}
-    sources: list  # the files that decide how its runs end, relative to its folder
+    sources: list  # its files but pages and tests, relative to its folder
     versions: dict  # what its last bits depend on: libraries, device and the like
     parameters: int  # of its model
     vocab_size: int
@@ -137,21 +138,18 @@ def make_side(typed, common, folder):
     if is_flags(typed):
         with explained(f"{name} cannot be read as flags", ValueError):
             words = [*common, *shlex.split(typed)]
-        names = tracked = list_files("--cached")
-        if "main.py" not in tracked:  # no repository, or another one
-            names, tracked = files_without_git(), []
+        names = list_files("--cached", "--others") or files_without_git()
     else:
-        names = tracked = copy_commit(typed, folder)
-    linked = copy_files([*names, *list_files("--others", "--exclude-standard")], folder)
-    answer = twice(describe, name, folder, words)
-    for path in map(Path, answer["flags"].get("test_text") or []):
-        if HERE in path.parents:  # the runs must not see it
-            (folder / path.relative_to(HERE)).unlink(missing_ok=True)
+        copy_commit(typed, folder)
+        names = list_files("--others")
+    linked = copy_files(names, folder)
     sources = []
-    for path in sorted({*tracked, *answer.pop("read")}):
-        is_page = path.startswith(("tests/", ".git")) or path.endswith(PAGES)
-        if (folder / path).is_file() and not is_page:
-            sources.append(path)
+    for path in sorted(folder.rglob("*")):
+        source = str(path.relative_to(folder))
+        is_page = source.startswith(("tests/", ".git")) or source.endswith(PAGES)
+        if path.is_file() and not is_page:
+            sources.append(source)
+    answer = twice(describe, name, folder, words)
     return Side(name, folder, sources=sources, linked=linked, **answer)
 
 
@@ -169,8 +167,9 @@ def git(*words):
 
 
 def list_files(*kinds):
-    """The paths of files that git lists; kinds: options of `git ls-files`."""
-    return os.fsdecode(git("ls-files", "-z", *kinds)).split("\0")[:-1]
+    """The paths of files that git lists and does not ignore; kinds: options of `git ls-files`."""
+    names = git("ls-files", "-z", "--exclude-standard", *kinds)
+    return os.fsdecode(names).split("\0")[:-1]
 
 
 def files_without_git():
@@ -207,12 +206,10 @@ def copy_files(names, folder):
 
 
 def copy_commit(commit, folder):
-    """Copies the program as it is in a commit; returns the files' paths."""
+    """Copies the program as it is in a commit."""
     subprocess.run(["tar", "-x", "-C", folder], input=git("archive", commit), capture_output=True)
-    paths = [*folder.rglob("*")]
-    if folder / "main.py" not in paths:
+    if not (folder / "main.py").exists():
         raise UsageError(f"{commit} is no commit with this program, in a git repository at {HERE}")
-    return [str(path.relative_to(folder)) for path in paths]
 
 
 def short_id(typed):
@@ -223,7 +220,7 @@ def short_id(typed):
 
 def identify(side, *others):
     """A digest of all that decides how the runs of a side end; others: more of it, plain data."""
-    contents = {name: words_of(side.folder / name) for name in side.sources}
+    contents = {name: words_of((side.folder / name).resolve()) for name in side.sources}
     return digest_of([side.shape, side.texts, contents, *others])[:12]
 
 
@@ -246,6 +243,7 @@ def install(side, folder):
     return side._replace(folder=folder)
 
 
+@functools.cache
 def words_of(path):
     """What counts of a file, a list: not the layout and comments of Python code."""
     if path.suffix == ".py":
@@ -255,4 +253,4 @@ def words_of(path):
 
 def count_words(side):
     """The length of a side's files, of which each counts as one word if it is not Python."""
-    return sum(len(words_of(side.folder / name)) for name in side.sources)
+    return sum(len(words_of((side.folder / name).resolve())) for name in side.sources)

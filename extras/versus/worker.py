@@ -18,17 +18,6 @@ sys.path[0] = str(FOLDER)  # instead of this file's folder
 ANSWERS = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)
 
-READ = set()  # the paths of files that were opened for reading
-
-
-def note(event, arguments):
-    """A hook for sys.addaudithook: fills READ."""
-    if event == "open" and isinstance(arguments[0], str) and "w" not in str(arguments[1]):
-        READ.add(arguments[0])
-
-
-sys.addaudithook(note)
-
 import main
 import mlx.core as mx
 import numpy as np
@@ -64,7 +53,7 @@ def describe(*words):
     models, flags, dataset = SIDE.load_inputs(flags)
     run = SIDE.make_run(flags.save_dir, flags, None, models, dataset, SIDE.SingleProcess())
     check_seed(run, flags, dataset)
-    # A step reads files that are used only there, and compiles what the first run would have to.
+    # A step compiles what the first run would have to.
     SIDE.train_step(run, SIDE.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
     values = {}
     explicit = [*todays_names(vars(flags)).explicit]
@@ -94,7 +83,6 @@ def describe(*words):
             "shape": shape | todays_names(vars(run)).parents,
             "edited": SIDE.EDITED_FUNCTIONS,
             "files": files,
-            "read": files_read(),
             "versions": run.versions,
             "parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
             "vocab_size": run.model.config.vocab_size,
@@ -129,12 +117,6 @@ def first_state(run):
         weights = tree_flatten(run.model.trainable_parameters())
         state["first weights"] = [array for _, array in weights]
     return state
-
-
-def files_read():
-    """The files in FOLDER that the side has read, by their paths there."""
-    paths = [FOLDER / path for path in sorted(READ)]  # relative ones, too: its runs work in FOLDER
-    return [str(path.relative_to(FOLDER)) for path in paths if FOLDER in path.parents]
 
 
 def serve(metadata, gpu):

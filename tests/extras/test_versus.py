@@ -71,7 +71,7 @@ def losses(project, result):
 
     By the text of now, whatever the runs themselves have scored.
     """
-    folder = project / "alone"
+    folder = project.with_name(f"{project.name} alone")  # a new file there would count
     tokens = load_dataset("text", folder, [project / "text.txt"]).valid.tokens
     found = []
     for side in result["comparison"].split():
