@@ -31,7 +31,7 @@ try:  # nothing imports main.py here: the current one may be broken
     from extras.versus.runs import Comparison, tuned
     from extras.versus.sequential import RACE, SCREEN, decide, measure, t_quantile
     from extras.versus.sequential import without_change
-    from extras.versus.sides import SideError, count_words, is_flags
+    from extras.versus.sides import SideError, is_flags
     from extras.versus.verdict import describe_numbers, describe_verdict, unlike
 except Exception as error:
     print(f"extras.versus: cannot run with these files: {error!r}", file=sys.stderr)
@@ -157,7 +157,7 @@ def keep_or_drop(comparison):
     options = comparison.options
     if comparison.sides[0].test is None:
         raise UsageError("--gate needs text that the runs do not see: name some with --test_text")
-    before, after = map(count_words, comparison.sides)
+    before, after = [sum(map(len, side.sources.values())) for side in comparison.sides]
     margin = options.margin if after < before else None  # only less code is kept without a gain
     results = ledger.read_results(comparison.ledger)
     look = ledger.begin_look(comparison.describe(), results, options.again)

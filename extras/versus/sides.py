@@ -39,7 +39,7 @@ class Side(NamedTuple):
     edited: list  # functions of its main.py that differ from their fast version
     linked: list  # its files that were too large for a copy
     files: dict  # of checkpoints that its flags name, {path in its folder: original path}
-    sources: list  # its files but pages and tests, relative to its folder
+    sources: dict  # its files but pages and tests, {path in its folder: what counts of it}
     versions: dict  # what its last bits depend on: libraries, device and the like
     parameters: int  # of its model
     vocab_size: int
@@ -143,12 +143,12 @@ def make_side(typed, common, folder):
         copy_commit(typed, folder)
         names = list_files("--others")
     linked = copy_files(names, folder)
-    sources = []
+    sources = {}
     for path in sorted(folder.rglob("*")):
         source = str(path.relative_to(folder))
         is_page = source.startswith(("tests/", ".git")) or source.endswith(PAGES)
         if path.is_file() and not is_page:
-            sources.append(source)
+            sources[source] = words_of(path.resolve())
     answer = twice(describe, name, folder, words)
     return Side(name, folder, sources=sources, linked=linked, **answer)
 
@@ -177,8 +177,15 @@ def files_without_git():
     paths = [*HERE.iterdir()]
     for each in HERE.glob("*/__init__.py"):
         paths += each.parent.rglob("*")
-    names = [str(path.relative_to(HERE)) for path in paths if path.is_file()]
-    return [name for name in names if "__pycache__" not in name]
+    return [str(path.relative_to(HERE)) for path in paths if path.is_file()]
+
+
+@functools.cache
+def words_of(path):
+    """What counts of a file, a list: of Python code, not layout and comments."""
+    if path.suffix == ".py":
+        return words_of_code(path.read_text("utf-8", errors="replace"))
+    return [hash_of_file(path)]
 
 
 def copy_files(names, folder):
@@ -220,8 +227,7 @@ def short_id(typed):
 
 def identify(side, *others):
     """A digest of all that decides how the runs of a side end; others: more of it, plain data."""
-    contents = {name: words_of((side.folder / name).resolve()) for name in side.sources}
-    return digest_of([side.shape, side.texts, contents, *others])[:12]
+    return digest_of([side.shape, side.texts, side.sources, *others])[:12]
 
 
 def install(side, folder):
@@ -241,16 +247,3 @@ def install(side, folder):
                     shutil.copy(path, target)
             partial.rename(folder)
     return side._replace(folder=folder)
-
-
-@functools.cache
-def words_of(path):
-    """What counts of a file, a list: not the layout and comments of Python code."""
-    if path.suffix == ".py":
-        return words_of_code(path.read_text("utf-8", errors="replace"))
-    return [hash_of_file(path)]
-
-
-def count_words(side):
-    """The length of a side's files, of which each counts as one word if it is not Python."""
-    return sum(len(words_of((side.folder / name).resolve())) for name in side.sources)

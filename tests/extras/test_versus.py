@@ -369,7 +369,7 @@ def side_of(folder, name, code):
     empty = sides.Side(*[None] * (len(sides.Side._fields) - 2))
     return empty._replace(
         name=name,
-        sources=["main.py"],
+        sources={"main.py": code.split()},
         folder=folder,
         words=[],
         flags={"num_iters": 300},
