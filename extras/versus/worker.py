@@ -104,19 +104,14 @@ def check_seed(run, flags, dataset):
     """Raises RunError unless another seed gives other first weights and batches than this run's."""
     other = Namespace(**vars(flags) | {"seed": flags.seed + 1})
     other = SIDE.make_run(flags.save_dir, other, None, {}, dataset, SIDE.SingleProcess())
-    drawn, others = first_state(run), first_state(other)
-    for name in drawn:
-        if all(map(mx.array_equal, drawn[name], others[name])):
+    drawn = {"order of batches": [each.batches.next() for each in (run, other)]}
+    if not todays_names(vars(run)).parents:  # else, the first weights are a model's
+        models = (run.model, other.model)
+        weights = [dict(tree_flatten(each.trainable_parameters())).values() for each in models]
+        drawn["first weights"] = weights
+    for name, arrays in drawn.items():
+        if all(map(mx.array_equal, *arrays)):
             raise RunError(f"all seeds give the same {name}: use flags.seed")
-
-
-def first_state(run):
-    """What the seed of a new run decides, {name: arrays}."""
-    state = {"order of batches": map(mx.array, run.batches.next())}
-    if not todays_names(vars(run)).parents:
-        weights = tree_flatten(run.model.trainable_parameters())
-        state["first weights"] = [array for _, array in weights]
-    return state
 
 
 def serve(metadata, gpu):
