@@ -60,9 +60,7 @@ def print_list(name):
         interval = ""
         if "difference" in each:
             interval = f"{each['difference']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
-        sides = zip((each["before"], each["after"]), each["commits"])
-        before, after = [f"{name} {commit}".rstrip() for name, commit in sides]
         print(
             f"{each['date']}  {len(each['seeds']):>2} pairs  {interval:<30}{each['verdict']} "
-            f"{before} -> {after} -- {each['flags']}"
+            f"{each['before']} -> {each['after']} ({', '.join(each['commits'])}) -- {each['flags']}"
         )

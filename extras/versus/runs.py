@@ -22,8 +22,8 @@ from extras.common.limits import count_cores
 from extras.versus import ledger
 from extras.versus.judge import BITS, DIVERGED, NATS, Judge, read_texts
 from extras.versus.sequential import Outcome
-from extras.versus.sides import WORKER, SideError, failure, git, identify, install, make_side
-from extras.versus.sides import short_id, twice
+from extras.versus.sides import WORKER, SideError, failure, git, identify, install, is_flags
+from extras.versus.sides import make_side, twice
 
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
 TUNED = 2  # seeds by which --tune chooses
@@ -155,6 +155,10 @@ class Comparison:
         """What was compared, {name: value}, for a result in the ledger."""
         before, after = self.sides
         options = self.options
+        commits = []
+        for typed in (options.before, options.after):
+            commit = "HEAD" if is_flags(typed) else typed
+            commits.append(git("rev-parse", "--short", commit).decode().strip())
         asked = {name: getattr(options, name) for name in ("pairs", "tokens", "margin", "gate")}
         return {
             # Without the number of cores: with others, it is the same comparison.
@@ -164,7 +168,7 @@ class Comparison:
             "date": time.strftime("%Y-%m-%d %H:%M"),
             "before": before.name,
             "after": after.name,
-            "commits": [short_id(options.before), short_id(options.after)],
+            "commits": commits,
             "flags": shlex.join(self.common),
             "unit": self.unit,
             "steps": [side.flags["num_iters"] for side in self.sides],

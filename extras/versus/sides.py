@@ -219,12 +219,6 @@ def copy_commit(commit, folder):
         raise UsageError(f"{commit} is no commit with this program, in a git repository at {HERE}")
 
 
-def short_id(typed):
-    """The short id of a commit, or of HEAD for flags; "" without a repository."""
-    commit = "HEAD" if is_flags(typed) else typed
-    return git("rev-parse", "--short", commit).decode().strip()
-
-
 def identify(side, *others):
     """A digest of all that decides how the runs of a side end; others: more of it, plain data."""
     return digest_of([side.shape, side.texts, side.sources, *others])[:12]
