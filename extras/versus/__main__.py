@@ -139,7 +139,7 @@ def print_comparison(comparison):
     """Trains pairs until the outcome is clear; prints and records it."""
     options = comparison.options
     looks = {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE
-    print_start(comparison, options.pairs or f"{min(RACE)} to {max(RACE)}")
+    print_start(comparison)
     results = ledger.read_results(comparison.ledger)
     look = ledger.begin_look(comparison.describe(), results)
     finish(comparison, compare(comparison, look, comparison.first_seed, options.margin, looks))
@@ -167,7 +167,7 @@ def keep_or_drop(comparison):
         again = "It was dropped before: --again tries it on new seeds."
         finish(comparison, decisions[-1], again, "Drop.")
         return 1
-    print_start(comparison, f"{min(SCREEN)} or {max(SCREEN)}, then {min(RACE)} to {max(RACE)}")
+    print_start(comparison)
     result = compare(comparison, look, comparison.first_seed, margin, SCREEN)
     if result["outcome"] == "promising":
         print("That is promising. On seeds that no comparison has had:")
@@ -198,6 +198,7 @@ def compare(comparison, look, first, margin, looks):
         outcome = "same"
         seeds = []  # nothing is trained
     else:
+        print(f"Looks after {', '.join(map(str, looks))} pairs of runs.")
         print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
     with contextlib.closing(comparison.pairs(seeds)) as trained:
         for seed, before, after in trained:
@@ -237,8 +238,8 @@ def finish(comparison, result, *lines):
         print(json.dumps(result))
 
 
-def print_start(comparison, number):
-    """Prints what is compared; number: of pairs."""
+def print_start(comparison):
+    """Prints what is compared."""
     for name, side in zip(("before", "after"), comparison.sides):
         size = f"{side.flags['num_iters']:,} steps, {side.parameters:,} parameters"
         print(f"{name:<9}{side.name}: {size}")
@@ -247,7 +248,6 @@ def print_start(comparison, number):
     if comparison.plain:
         names = ", ".join(comparison.plain)
         print(f"edited   {names}: both sides run main.py's version, not fast.py's")
-    print(f"{number} pairs of runs")
 
 
 if __name__ == "__main__":
