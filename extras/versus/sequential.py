@@ -136,5 +136,5 @@ def find_outlier(differences):
     """The index of a pair without which the others scatter less than half as far, or None."""
     index = np.abs(differences - np.median(differences)).argmax()
     others = np.delete(differences, index)
-    if len(others) >= 5 and others.std(ddof=1) < differences.std(ddof=1) / 2:
+    if len(others) >= 5 and others.std() < differences.std() / 2:
         return int(index)
