@@ -107,17 +107,15 @@ class Judge(Worker):
         test: may be None; its score is nan then. own: see check_evaluation.
         """
         loss, fault = self.examine(valid)
-        losses = [loss]
-        scores = [loss * valid.scale, math.nan]
-        if test:
-            losses.append(self.score(test))
-            scores[1] = losses[1] * test.scale
+        test_loss = self.score(test) if test else 0.0
         # 2 nats above an untrained model. That has log(vocab_size), as if all tokens were equally
         # likely, or some 5 if there are few.
         limit = max(5, math.log(self.side.vocab_size)) + 2
-        if all(loss < limit for loss in losses):
-            return [*scores, fault or self.check_evaluation(valid, own)]
-        return [*scores, DIVERGED]
+        if not np.max([loss, test_loss]) < limit:  # also if one of them is nan
+            fault = DIVERGED
+        fault = fault or self.check_evaluation(valid, own)
+        test_score = test_loss * test.scale if test else math.nan
+        return [loss * valid.scale, test_score, fault]
 
     def score(self, text):
         """The mean loss in nats/token over the scored targets of a Text."""

@@ -221,25 +221,24 @@ class Comparison:
 
         Keeps them in a file in the side's folder.
         """
-        asked = [text and [text.spans, text.scale] for text in (side.valid, side.test)]
+        asked = [text and text[1:] for text in (side.valid, side.test)]  # all but the tokens
         code = [hash_of_file(WORKER.with_name(name)) for name in ("judge.py", "worker.py")]
         digest = digest_of([record["id"], side.texts, asked, code])
         path = side.folder / f"judged-{digest}.json"
         with contextlib.suppress(OSError, ValueError):
             return json.loads(path.read_text("utf-8"))
         with Judge(side, record["path"], self.environment) as judge:
-            own = own_score(record, side.valid.tokens)
-            judged = judge.examine_run(side.valid, side.test, own)
+            judged = judge.examine_run(side.valid, side.test, own_score(record, side.valid))
         path.write_text(json.dumps(judged), "utf-8")
         return judged
 
 
-def own_score(record, tokens):
+def own_score(record, valid):
     """How many tokens a run has scored at its end, and their loss."""
     *_, last = record["scores"] or [[0, math.inf]]
     _, loss, *count = last
     # Older commits did not record the count.
-    return count[0] if count else min(OWN_TOKENS, len(tokens) - 1), loss
+    return count[0] if count else min(OWN_TOKENS, len(valid.tokens) - 1), loss
 
 
 def tuned(options, common):
