@@ -33,9 +33,6 @@ ENDLESS = 30
 GRACE = 600
 SAVED = 12  # bytes of a checkpoint per parameter: one float32, and two in the optimizer
 
-# Flags of main.py that cannot be compared.
-REFUSED = "patience max_minutes identifier new_model inference prompt evaluate list"
-
 
 class Comparison:
     """Two Sides and their runs; those of one side differ only in their seeds."""
@@ -281,9 +278,6 @@ def share_cores(jobs):
 
 def check_flags(before, after):
     """Raises UsageError if two Sides cannot be compared."""
-    for name in {*REFUSED.split()} & {*before.given, *after.given}:
-        reason = "both sides train new runs for --num_iters steps, perhaps with --init_from"
-        raise UsageError(f"--{name} cannot be compared: {reason}")
     for side in (before, after):
         for name, path in side.files.items():
             learned = name.endswith(".metadata") and read_record(path)["tokens_sha256"]["train"]

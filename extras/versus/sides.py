@@ -34,7 +34,6 @@ class Side(NamedTuple):
     folder: Path  # a copy of its files
     words: list  # its flags as a command line, with models by their ids
     flags: dict  # the values of all flags, as its main.py resolves them
-    given: list  # the names of those that were set by command line or recipe
     shape: dict  # the values of those that decide how a run ends, and the ids of its models
     edited: list  # functions of its main.py that differ from their fast version
     linked: list  # its files that were too large for a copy

@@ -56,8 +56,7 @@ def describe(*words):
     # A step compiles what the first run would have to.
     SIDE.train_step(run, SIDE.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
     values = {}
-    explicit = [*todays_names(vars(flags)).explicit]
-    for name in explicit:
+    for name in todays_names(vars(flags)).explicit:
         # Only the judge gets the test text.
         if name in {*SIDE.RECORDED_FLAGS, "gpu"} - {"test_text", "eval_test"}:
             values[name] = getattr(flags, name)
@@ -79,7 +78,6 @@ def describe(*words):
         {
             "words": [*SIDE.arguments_of(values), f"--data_dir={data_dir}"],
             "flags": vars(flags),
-            "given": explicit,
             "shape": shape | todays_names(vars(run)).parents,
             "edited": SIDE.EDITED_FUNCTIONS,
             "files": files,

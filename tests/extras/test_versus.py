@@ -341,7 +341,6 @@ MISTAKES = [
     (["HEAD~1"], "HEAD~1 is no commit with this program"),  # it has no main.py
     (["--stop 'a"], "--stop 'a cannot be read as flags (No closing quotation)"),
     (["--valid_fraction 0.2"], "the sides' valid texts differ: put what chooses them"),
-    (["HEAD", "--", "--patience", 3], "--patience cannot be compared: both sides train"),
     (["HEAD", "--keep", "--pairs", 4], "--gate chooses its own pairs"),
     (["HEAD", "--config", "first"], "flags of main.py stand in quotes, or after --"),
     (["HEAD", "--", "--seeds", 7], "HEAD cannot run: unrecognized arguments: --seeds"),
