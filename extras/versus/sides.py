@@ -234,9 +234,6 @@ def install(side, folder):
             for name, path in side.files.items():
                 target = partial / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(path, target)
-                except OSError:  # another file system
-                    shutil.copy(path, target)
+                os.link(path, target)
             partial.rename(folder)
     return side._replace(folder=folder)
