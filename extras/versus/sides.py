@@ -145,7 +145,7 @@ def make_side(typed, common, folder):
     sources = {}
     for path in sorted(folder.rglob("*")):
         source = str(path.relative_to(folder))
-        is_page = source.startswith(("tests/", ".git")) or source.endswith(PAGES)
+        is_page = re.match(r"tests/|(.*/)?\.", source) or source.endswith(PAGES)
         if path.is_file() and not is_page:
             sources[source] = words_of(path.resolve())
     answer = twice(describe, name, folder, words)
