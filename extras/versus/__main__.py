@@ -232,8 +232,7 @@ def compare(comparison, look, first, margin, looks):
 def finish(comparison, result, *lines):
     """Records a result, and prints it with further lines."""
     ledger.record(comparison.ledger, result)
-    for line in [*describe_numbers(result), result["verdict"], *lines]:
-        print(line)
+    print(*describe_numbers(result), result["verdict"], *lines, sep="\n")
     if comparison.options.json:
         print(json.dumps(result))
 

@@ -225,8 +225,7 @@ def identify(side, *others):
 
 def install(side, folder):
     """Copies the files of a Side into a folder, unless it exists; returns the Side with it."""
-    fault = f"cannot write to {folder}: name another --save_dir"
-    with explained(fault, OSError), locked(folder.parent):
+    with locked(folder.parent):
         if not folder.exists():
             # Renamed when complete, so that `folder` never holds half a copy.
             partial = folder.with_name(f"{folder.name}.{os.getpid()}")

@@ -68,8 +68,6 @@ def describe_verdict(result):
 
 def conditions(result):
     """Yields the conditions under which a verdict holds, besides the edit itself."""
-    if "difference" not in result:
-        return
     if result["outcome"] == "helped" and "test_difference" not in result:
         yield "on validation text (there was no test text)"
     for what in result["unlike"]:
