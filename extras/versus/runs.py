@@ -41,7 +41,7 @@ class Comparison:
         """options, common: see read_arguments; own: further flags of each side."""
         self.options = options
         self.common = common
-        self.tuned = None  # or the values of --tune, see `tuned`
+        self.tuned = None  # or a condition of the verdict: the values that --tune has chosen
         with tempfile.TemporaryDirectory() as temporary:
             temporary = os.path.realpath(temporary)
             before = make_side(options.before, [*common, *own[0]], Path(temporary, "0"))
@@ -258,8 +258,9 @@ def tuned(options, common):
     options.seeds = end
     chosen = [values[i] for i in np.argmin(means, axis=0)]
     comparison = Comparison(options, common, [[f"--{flag}={value}"] for value in chosen])
-    at_edge = bool({*chosen} & {values[0], values[-1]})
-    comparison.tuned = {"flag": flag, "values": chosen, "at_edge": at_edge}
+    is_at_edge = {*chosen} & {values[0], values[-1]}
+    edge = " (at the edge of the list: give more)" if is_at_edge else ""
+    comparison.tuned = f"each at its best {flag}: {chosen[0]} before, {chosen[1]} after{edge}"
     return comparison
 
 

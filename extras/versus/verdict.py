@@ -75,9 +75,7 @@ def conditions(result):
     if result.get("time_low", 0) > SLOWER:
         yield f"in {result['time']:.2g} times the time"
     if result["tuned"]:
-        before, after = result["tuned"]["values"]
-        at_edge = " (at the edge of the list: give more)" if result["tuned"]["at_edge"] else ""
-        yield f"each at its best {result['tuned']['flag']}: {before} before, {after} after{at_edge}"
+        yield result["tuned"]
 
 
 def unlike(before, after, pairs):

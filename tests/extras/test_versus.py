@@ -584,7 +584,8 @@ def test_each_side_at_its_best(monkeypatch, capsys):
     line = ["HEAD", "--tune", "learning_rate=0.1,0.2,0.4", "--", "--dim", "8"]
     best = runs.tuned(*versus.read_arguments(line))
     assert best.rates == (0.2, 0.2)
-    assert best.tuned == {"flag": "learning_rate", "values": ["0.2", "0.1"], "at_edge": True}
+    chosen = "each at its best learning_rate: 0.2 before, 0.1 after"
+    assert best.tuned == f"{chosen} (at the edge of the list: give more)"
     assert best.first_seed == 44, "other seeds than it was chosen by"
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "--learning_rate 0.4: before 0.2000, after inf"
@@ -592,12 +593,9 @@ def test_each_side_at_its_best(monkeypatch, capsys):
 
 def test_a_tuned_verdict_names_the_values(tmp_path, capsys):
     comparison = Drawn(tmp_path, noisy(-0.05))
-    comparison.tuned = {"flag": "dropout", "values": ["0", "0.1"], "at_edge": True}
+    comparison.tuned = "each at its best dropout: 0 before, 0.1 after"
     versus.print_comparison(comparison)
-    assert capsys.readouterr().out.endswith(
-        "\nHelped, each at its best dropout: 0 before, 0.1 after "
-        "(at the edge of the list: give more).\n"
-    )
+    assert capsys.readouterr().out.endswith(f"\nHelped, {comparison.tuned}.\n")
 
 
 def test_a_side_before_that_fails_keeps_nothing(tmp_path):
