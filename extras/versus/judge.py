@@ -15,8 +15,6 @@ import numpy as np
 from datasets import UsageError, tokenizer_from_dict
 from extras.versus.sides import SideError, Worker
 
-NATS = "nats/token"
-BITS = "bits per byte"  # where the tokenizers differ
 LIMIT = 128_000  # scored tokens of a text, by default
 ROWS = 64  # in a batch, at most
 ASKED_AGAIN = 3  # times at most that a batch is predicted with other tokens
@@ -24,7 +22,7 @@ LOWEST = -30  # smaller log-probabilities count as this one when they are compar
 FLOATS = 1 << 24  # logits in a batch, at most if it has several rows
 # How far rounding may move a log-probability: on a CPU, another number of rows has moved one by
 # 2e-5; on a GPU, the order of a sum may depend on the shape of the batch.
-TOLERANCE = {"cpu": 1e-4, "gpu": 1e-2}
+TOLERANCE = {False: 1e-4, True: 1e-2}  # whether on a GPU
 
 DIVERGED = "diverged"  # the fault of a run, see Outcome
 DEPENDS_ON_OTHERS = "the predictions for a text depend on what other texts the model is given"
@@ -38,17 +36,16 @@ class Text(NamedTuple):
     scale: float  # from nats/token to the unit of the comparison
 
 
-def read_texts(before, after, split, limit):
+def read_texts(sides, split, limit):
     """The Text of each Side, or Nones if one of them lacks this split.
 
     Raises UsageError if the Sides do not have the same text. limit: see choose_spans.
     """
-    sides = (before, after)
     paths = [side.folder.with_suffix(f".{split}") for side in sides]  # uint32 each
     if not all(path.exists() for path in paths):
         return [None, None]
     tokens = [np.fromfile(path, np.uint32) for path in paths]
-    if before.tokenizer == after.tokenizer:
+    if sides[0].tokenizer == sides[1].tokenizer:
         if not np.array_equal(*tokens):
             raise UsageError(f"the sides' {split} texts differ: put what chooses them after --")
         width = max(side.context_size for side in sides)
@@ -86,9 +83,8 @@ class Judge(Worker):
     def __init__(self, side, metadata, environment):
         """metadata: the path of the checkpoint's .metadata."""
         self.side = side
-        is_on_gpu = side.flags["gpu"]
-        self.tolerance = TOLERANCE["gpu" if is_on_gpu else "cpu"]
-        words = ["serve", metadata, str(is_on_gpu)]
+        self.tolerance = TOLERANCE[side.flags["gpu"]]
+        words = ["serve", metadata, str(side.flags["gpu"])]
         super().__init__(side.name, side.folder, *words, env=environment, cwd=side.folder)
 
     def logits(self, rows):

@@ -20,7 +20,7 @@ import numpy as np
 from datasets import RunError, UsageError, digest_of, flock, hash_of_file, no_follow
 from extras.common.limits import count_cores
 from extras.versus import ledger
-from extras.versus.judge import BITS, DIVERGED, NATS, Judge, read_texts
+from extras.versus.judge import DIVERGED, Judge, read_texts
 from extras.versus.sequential import Outcome
 from extras.versus.sides import WORKER, SideError, failure, git, identify, install, is_flags
 from extras.versus.sides import make_side, twice
@@ -48,11 +48,12 @@ class Comparison:
             after = make_side(options.after, [*common, *own[1]], Path(temporary, "1"))
             compared = ["diff", "--no-index", "--no-color", "--no-ext-diff", "0", "1"]
             self.patch = git("-C", temporary, *compared).decode(errors="replace")
-            check_flags(before, after)
-            self.unit = NATS if before.tokenizer == after.tokenizer else BITS
+            check_models(before, after)
+            is_same = before.tokenizer == after.tokenizer
+            self.unit = "nats/token" if is_same else "bits per byte"
             texts = []
             for split in ("valid", "test"):
-                texts.append(read_texts(before, after, split, options.tokens))
+                texts.append(read_texts([before, after], split, options.tokens))
             self.first_seed = before.flags["seed"] if options.seeds is None else options.seeds
             self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
             is_alone = self.on_gpu or sys.platform == "darwin"
@@ -277,9 +278,9 @@ def share_cores(jobs):
     return [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
 
 
-def check_flags(before, after):
-    """Raises UsageError if two Sides cannot be compared."""
-    for side in (before, after):
+def check_models(*sides):
+    """Raises UsageError if a model that a Side begins with has learned the validation text."""
+    for side in sides:
         for name, path in side.files.items():
             learned = name.endswith(".metadata") and read_record(path)["tokens_sha256"]["train"]
             if learned == side.texts["valid"]:

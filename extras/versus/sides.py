@@ -70,13 +70,13 @@ def failure(name, status, output):
 
     Its message has the last line of `output` and the place to which a traceback there points.
     """
-    line = one_line(output.strip().rpartition("\n")[2]) or f"exit status {status}"
     if status < 0:
-        line = f"ended by {signal.Signals(-status).name}"
+        return Died(f"{name} cannot run: ended by {signal.Signals(-status).name}")
+    line = one_line(output.strip().rpartition("\n")[2]) or f"exit status {status}"
     for file, place in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
         line += f" ({file}, line {place})"
     line = f"{name} cannot run: {line}"
-    if status < 0 or re.search("MemoryError|out of memory", line):
+    if re.search("MemoryError|out of memory", line):
         return Died(line)
     if status == 2:
         return UsageError(line)
