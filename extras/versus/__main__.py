@@ -243,8 +243,7 @@ def print_start(comparison):
         if side.linked:
             print(textwrap.shorten(f"Linked, not copied: {', '.join(side.linked)}", 200))
     if comparison.plain:
-        names = ", ".join(comparison.plain)
-        print(f"edited   {names}: both sides run main.py's version, not fast.py's")
+        print(f"edited   {comparison.plain}: both sides run main.py's version, not fast.py's")
 
 
 if __name__ == "__main__":

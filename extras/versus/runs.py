@@ -26,6 +26,8 @@ from extras.versus.sides import WORKER, SideError, failure, git, identify, insta
 from extras.versus.sides import make_side, twice
 
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
+# Flags of runs: one checkpoint is kept, and nothing sampled.
+OF_RUNS = ["--keep=1", f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
 TUNED = 2  # seeds by which --tune chooses
 # A run counts as endless if, by the clock, it takes more than GRACE seconds and ENDLESS times the
 # processor time of the longest run that has ended: machines may be busy.
@@ -48,29 +50,26 @@ class Comparison:
             after = make_side(options.after, [*common, *own[1]], Path(temporary, "1"))
             compared = ["diff", "--no-index", "--no-color", "--no-ext-diff", "0", "1"]
             self.patch = git("-C", temporary, *compared).decode(errors="replace")
-            check_models(before, after)
+            sides = (before, after)
+            check_models(sides)
             is_same = before.tokenizer == after.tokenizer
             self.unit = "nats/token" if is_same else "bits per byte"
-            texts = []
-            for split in ("valid", "test"):
-                texts.append(read_texts([before, after], split, options.tokens))
+            texts = [read_texts(sides, split, options.tokens) for split in ("valid", "test")]
             self.first_seed = before.flags["seed"] if options.seeds is None else options.seeds
             self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
             is_alone = self.on_gpu or sys.platform == "darwin"
             self.shares = share_cores(options.jobs or (1 if is_alone else 4))
             # A function that either side has edited runs without its fast version on both: else
             # they would differ in rounding, too.
-            self.plain = sorted({*before.edited, *after.edited})
-            self.environment = os.environ | {"PLAIN_FUNCTIONS": ",".join(self.plain)}
+            self.plain = ",".join(sorted({*before.edited, *after.edited}))
+            self.environment = os.environ | {"PLAIN_FUNCTIONS": self.plain}
             # Whatever the number of steps, the baseline is the same.
             self.baseline = identify(before._replace(shape=before.shape | {"num_iters": None}))
             folder = Path(before.flags["save_dir"], "versus").absolute()
             self.ledger = folder / ledger.NAME
             self.sides = []
-            for side, valid, test in zip((before, after), *texts):
-                # One checkpoint is kept, a part of the text scored at the end, nothing sampled.
-                words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", "--keep=1"]
-                words += [f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
+            for side, valid, test in zip(sides, *texts):
+                words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", *OF_RUNS]
                 id = identify(side, side.versions, self.plain)
                 # The number of cores decides how sums are rounded.
                 path = folder / f"{id}.{len(self.shares[0])}"
@@ -278,7 +277,7 @@ def share_cores(jobs):
     return [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
 
 
-def check_models(*sides):
+def check_models(sides):
     """Raises UsageError if a model that a Side begins with has learned the validation text."""
     for side in sides:
         for name, path in side.files.items():

@@ -395,7 +395,7 @@ class Drawn(runs.Comparison):
         ]
         self.baseline = "a baseline"
         self.first_seed = self.options.seeds or 42
-        self.plain = []
+        self.plain = ""
         self.patch = ""
         self.unit = "nats/token"
         self.tuned = None
