@@ -111,8 +111,8 @@ def read_arguments(arguments):
         options = parser.parse_args([re.sub(side_flag, " -", word) for word in arguments[:end]])
     except UsageError as error:
         raise UsageError(f"{error}; flags of main.py stand in quotes, or after --") from None
-    if options.gate and (options.pairs or options.same):
-        raise UsageError("--gate chooses its own pairs: leave --pairs and --same out")
+    if options.gate and options.pairs:
+        raise UsageError("--gate chooses its own pairs: leave --pairs out")
     if options.same:
         common += [f"--num_iters={SAME_STEPS}", "--lr_warmup=5"]
     if options.tune and (options.same or "," not in options.tune):
@@ -205,9 +205,9 @@ def compare(comparison, look, first, margin, looks):
         print(f"{seed:>10}{losses}{after.score - before.score:>+14.4f}", flush=True)
         if len(pairs) == 1:
             ledger.record(comparison.ledger, result)
-        if before.fault or after.fault:
+        fault = before.fault or after.fault
+        if fault:
             at_fault = "before" if before.fault else "after"
-            fault = before.fault or after.fault
             outcome = "diverged" if fault == DIVERGED else "cannot tell"
             fault = f"{look[at_fault]}: {fault}"
         else:

@@ -120,19 +120,18 @@ class Comparison:
         record = newest_record(side.folder, seed)
         path = side.folder / f"seconds-{seed}.json"
         if not record or record["iteration"] < side.flags["num_iters"]:
+            is_new = not record
             output.truncate(0)
             status, seconds = self.train(side, seed, output)
-            if status:
+            record = newest_record(side.folder, seed)
+            if status or not record:
                 output.seek(0)
                 error = failure(side.name, status, output.read())
                 if "is not finite" in str(error) and not self.options.same:
                     return Outcome(fault=DIVERGED)
                 raise error
-            if not record:  # all of the run was measured
+            if is_new:  # all of the run was measured
                 path.write_text(json.dumps(seconds))
-            record = newest_record(side.folder, seed)
-        if not record:
-            raise SideError(f"{side.name} cannot run: it has saved nothing")
         if record["tokens_sha256"] != side.texts:
             fault = "has changed meanwhile: repeat, or name a --test_text that is no part of it"
             raise UsageError(f"the text of {side.name} {fault}")
