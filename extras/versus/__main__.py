@@ -80,8 +80,8 @@ def read_arguments(arguments):
     )
     add = parser.add_argument
     sides = "a commit, or flags in quotes"
-    add("before", metavar="SIDE", type=str.strip, nargs="?", default="", help=sides)
-    add("after", metavar="SIDE", type=str.strip, nargs="?", default="", help="another (your files)")
+    add("before", metavar="SIDE", type=str.strip, nargs="?", help=sides)
+    add("after", metavar="SIDE", type=str.strip, nargs="?", help="another (your files)")
     race = f"exactly this number (without it, a race: {min(RACE)} to {max(RACE)})"
     add("--pairs", type=number(int, 2), help=race)
     add("--seeds", type=int, help="the first seed (that of --seed, or 42)")
@@ -120,7 +120,7 @@ def read_arguments(arguments):
     if not options.before and not options.list:
         raise UsageError("name a commit, or flags in quotes, to compare your files with")
     if is_flags(options.before) and not options.after:  # compared with the files without them
-        options.before, options.after = "", options.before
+        options.before, options.after = None, options.before
     return options, common
 
 

@@ -136,7 +136,7 @@ def make_side(typed, common, folder):
     folder.mkdir()
     if is_flags(typed):
         with explained(f"{name} cannot be read as flags", ValueError):
-            words = [*common, *shlex.split(typed)]
+            words = [*common, *shlex.split(typed or "")]
         names = list_files("--cached", "--others") or files_without_git()
     else:
         copy_commit(typed, folder)
