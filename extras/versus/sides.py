@@ -1,7 +1,6 @@
 """The two sides of a comparison: copies of their files, and what their code says of itself."""
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -147,7 +146,7 @@ def make_side(typed, common, folder):
         source = str(path.relative_to(folder))
         is_page = re.match(r"tests/|(.*/)?\.", source) or source.endswith(PAGES)
         if path.is_file() and not is_page:
-            sources[source] = words_of(path.resolve())
+            sources[source] = words_of(path)
     answer = twice(describe, name, folder, words)
     return Side(name, folder, sources=sources, linked=linked, **answer)
 
@@ -179,9 +178,14 @@ def files_without_git():
     return [str(path.relative_to(HERE)) for path in paths if path.is_file()]
 
 
-@functools.cache
 def words_of(path):
-    """What counts of a file, a list: of Python code, not layout and comments."""
+    """What counts of a file, a list: of Python code, not layout and comments.
+
+    A linked file may be too large to be read each time: it is known by its size and time.
+    """
+    if path.is_symlink():
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns]
     if path.suffix == ".py":
         return words_of_code(path.read_text("utf-8", errors="replace"))
     return [hash_of_file(path)]
