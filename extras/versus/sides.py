@@ -20,7 +20,8 @@ from datasets import one_line, words_of_code
 WORKER = Path(__file__).with_name("worker.py")
 HERE = Path(os.path.abspath(__file__)).parents[2]  # not resolved: extras/ may be a link
 
-PAGES = (".md", ".rst", ".ipynb", ".svg", ".png", ".jpg", ".pdf", ".pyc", ".log", ".out", "~")
+# Paths of tests, hidden files, pages, and what programs leave: they do not decide how a run ends.
+IDLE = r"tests/|(.*/)?\.|.*(\.(md|rst|ipynb|svg|png|jpg|pdf|pyc|log|out)|~)$"
 LARGE = 1 << 20  # bytes; a larger file is linked instead of copied
 MOST = 20 << 20  # bytes that are copied in all; further files are linked
 LONGEST = 3600  # seconds that a side has for its texts and a first step, or for being judged
@@ -144,8 +145,7 @@ def make_side(typed, common, folder):
     sources = {}
     for path in sorted(folder.rglob("*")):
         source = str(path.relative_to(folder))
-        is_page = re.match(r"tests/|(.*/)?\.", source) or source.endswith(PAGES)
-        if path.is_file() and not is_page:
+        if path.is_file() and not re.match(IDLE, source):
             sources[source] = words_of(path)
     answer = twice(describe, name, folder, words)
     return Side(name, folder, sources=sources, linked=linked, **answer)
