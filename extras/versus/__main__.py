@@ -177,9 +177,13 @@ def keep_or_drop(comparison):
     kept = ["helped", "partly"]
     if margin is not None:
         kept += ["equal", "not worse", "same", "alike"]
-    is_fast = float(result.get("time", math.inf)) <= options.max_time
-    is_kept = result["outcome"] in kept and is_fast and not result["unlike"]
-    finish(comparison, result | {"kept": is_kept}, "Keep." if is_kept else "Drop.")
+    is_gain = result["outcome"] in kept and not result["unlike"]
+    time = float(result.get("time", math.inf))
+    is_kept = is_gain and time <= options.max_time
+    lines = ["Keep." if is_kept else "Drop."]
+    if is_gain and not is_kept:
+        lines.insert(0, f"It takes {time:.2f} times as long: more than --max_time allows.")
+    finish(comparison, result | {"kept": is_kept}, *lines)
     return int(not is_kept)
 
 
