@@ -3578,7 +3578,7 @@ def describe_end(run, stop_signal):
 
 def names_for_judge():
     """What extras/versus/worker.py uses from any version of main.py, {name: value}."""
-    names = "read_command_line resolve_flags use_device load_inputs make_run start_notices"
+    names = "read_command_line resolve_flags use_device load_inputs make_run"
     names += " make_step train_step SingleProcess is_foreign arguments_of read_checkpoint"
     names += " RECORDED_FLAGS PATH_FLAGS EDITED_FUNCTIONS"
     return {name: globals()[name] for name in names.split()}

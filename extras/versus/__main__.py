@@ -13,23 +13,23 @@ After an interruption, the same command goes on. README.md in this folder explai
 """
 
 import argparse
-import contextlib
 import json
-import math
 import re
 import signal
 import sys
-from functools import partial
+import textwrap
 
 CANNOT_TELL = 125  # `git bisect run` then skips the commit
+SAME_STEPS = 20  # of each run of --same; five of them are warm-up
 
 try:  # nothing imports main.py here: the current one may be broken
     from datasets import Parser, RunError, UsageError, number, one_line, run_program
     from extras.versus import ledger
     from extras.versus.judge import DIVERGED, LIMIT
-    from extras.versus.runs import SAME_STEPS, Comparison, tuned
-    from extras.versus.sequential import RACE, SCREENED, measure, race, screen, t_quantile
-    from extras.versus.sides import count_words, is_flags
+    from extras.versus.runs import Comparison, tuned
+    from extras.versus.sequential import RACE, SCREEN, decide, measure, t_quantile
+    from extras.versus.sequential import without_change
+    from extras.versus.sides import SideError, is_flags
     from extras.versus.verdict import describe_numbers, describe_verdict, unlike
 except Exception as error:
     print(f"extras.versus: cannot run with these files: {error!r}", file=sys.stderr)
@@ -51,15 +51,16 @@ def main(arguments):
         make = tuned if options.tune else Comparison
         return command(make(options, common))
     except (UsageError, RunError, OSError) as error:
-        has_status = options.same or (options.gate and not isinstance(error, UsageError))
-        if not has_status:
-            raise
         reason = one_line(error)
-        if options.gate and getattr(error, "name", None) == (options.after or "your files"):
+        # The other side comes first: what this one does not accept is no mistake in the command.
+        is_after = reason.startswith(f"{options.after or 'your files'} cannot ")
+        if options.gate and is_after and isinstance(error, (SideError, UsageError)):
             print(f"{reason}\nDrop.")
             return 1
-    print(f"Cannot tell: {reason}", file=sys.stderr)
-    return CANNOT_TELL
+        if options.same or (options.gate and not isinstance(error, UsageError)):
+            print(f"Cannot tell: {reason}", file=sys.stderr)
+            return CANNOT_TELL
+        raise
 
 
 def stop(number, frame):
@@ -78,8 +79,8 @@ def read_arguments(arguments):
     )
     add = parser.add_argument
     sides = "a commit, or flags in quotes"
-    add("before", metavar="SIDE", type=str.strip, nargs="?", default="", help=sides)
-    add("after", metavar="SIDE", type=str.strip, nargs="?", default="", help="another (your files)")
+    add("before", metavar="SIDE", type=str.strip, nargs="?", help=sides)
+    add("after", metavar="SIDE", type=str.strip, nargs="?", help="another (your files)")
     race = f"exactly this number (without it, a race: {min(RACE)} to {max(RACE)})"
     add("--pairs", type=number(int, 2), help=race)
     add("--seeds", type=int, help="the first seed (that of --seed, or 42)")
@@ -95,7 +96,7 @@ def read_arguments(arguments):
     same = f"exit status: 0 same weights in {SAME_STEPS} steps, 1 others, {CANNOT_TELL} cannot tell"
     add("--same", action="store_true", help=same)
     keep = f"for loops; exit status: 0 keep, 1 drop, {CANNOT_TELL} cannot tell; see agent.md"
-    add("--gate", "--keep", action="store_true", help=keep)
+    add("--gate", action="store_true", help=keep)
     slower = "--gate: how many times as long an edit may take (%(default)s)"
     add("--max_time", type=number(float, 0), default=1.05, help=slower)
     add("--again", action="store_true", help="--gate: try on new seeds what it has dropped before")
@@ -103,48 +104,42 @@ def read_arguments(arguments):
     add("--list", metavar="SAVE_DIR", nargs="?", const="runs", help=listed)
     end = [*arguments, "--"].index("--")
     common = arguments[end + 1 :]
-    own = {*parser._option_string_actions}
-    for word in own - {"--keep", "--list"} & {*common}:
-        raise UsageError(f"{word} is a flag of extras.versus: put it before --")
-    if re.search(r"--eval_tokens\b", " ".join(arguments)):  # that of a recipe is ignored
-        raise UsageError("--eval_tokens cannot be compared: --tokens says how many are scored")
     # A side that is flags gets a blank before it: argparse then does not read it as an option.
-    side_flag = rf"^(?!({'|'.join(own)})\b)-"
+    side_flag = rf"^(?!({'|'.join(parser._option_string_actions)})\b)-"
     try:
         options = parser.parse_args([re.sub(side_flag, " -", word) for word in arguments[:end]])
     except UsageError as error:
         raise UsageError(f"{error}; flags of main.py stand in quotes, or after --") from None
-    if options.gate and (options.pairs or options.same):
-        raise UsageError("--gate chooses its own pairs: leave --pairs and --same out")
-    if options.tune and (options.same or not re.fullmatch(r"\w+=[^,]+(,[^,]+)+", options.tune)):
+    if options.gate and options.pairs:
+        raise UsageError("--gate chooses its own pairs: leave --pairs out")
+    if options.same:
+        common += [f"--num_iters={SAME_STEPS}", "--lr_warmup=5"]
+    if options.tune and (options.same or "," not in options.tune):
         raise UsageError("--tune takes a flag and values, like --tune dropout=0,0.1, and no --same")
     if not options.before and not options.list:
         raise UsageError("name a commit, or flags in quotes, to compare your files with")
     if is_flags(options.before) and not options.after:  # compared with the files without them
-        options.before, options.after = "", options.before
+        options.before, options.after = None, options.before
     return options, common
 
 
 def print_sameness(comparison):
     """Prints whether both sides end in the same weights; returns 0 if so, else 1."""
-    seeds = range(comparison.first_seed, comparison.first_seed + (comparison.options.pairs or 2))
-    with contextlib.closing(comparison.pairs(seeds)) as pairs:
-        for seed, before, after in pairs:
-            if DIVERGED in (before.fault, after.fault):
-                raise RunError(f"a run with seed {seed} has diverged")
-            if before.id != after.id:
-                print(f"Different weights after {SAME_STEPS} steps, seed {seed}.")
-                return 1
-    print(f"The same weights after {SAME_STEPS} steps, seeds {seeds[0]} to {seeds[-1]}.")
-    return 0
+    first = comparison.first_seed
+    seeds = range(first, first + (comparison.options.pairs or 2))
+    outcome = without_change([pair for _, *pair in comparison.pairs(seeds)])
+    what = "The same" if outcome == "same" else "Different"
+    print(f"{what} weights after {SAME_STEPS} steps, seeds {seeds[0]} to {seeds[-1]}.")
+    return int(outcome != "same")
 
 
 def print_comparison(comparison):
     """Trains pairs until the outcome is clear; prints and records it."""
     options = comparison.options
     looks = {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE
-    print_start(comparison, options.pairs or f"{min(RACE)} to {max(RACE)}")
-    look = ledger.begin_look(comparison.describe(), comparison.results())
+    print_start(comparison)
+    results = ledger.read_results(comparison.ledger)
+    look = ledger.begin_look(comparison.describe(), results)
     finish(comparison, compare(comparison, look, comparison.first_seed, options.margin, looks))
 
 
@@ -158,130 +153,101 @@ def keep_or_drop(comparison):
     If they look promising, a race on new seeds, by which nothing was chosen, has to confirm it.
     """
     options = comparison.options
-    if comparison.texts[1] is None:
+    if comparison.sides[0].test is None:
         raise UsageError("--gate needs text that the runs do not see: name some with --test_text")
-    before, after = map(count_words, comparison.sides)
+    before, after = [sum(map(len, side.sources.values())) for side in comparison.sides]
     margin = options.margin if after < before else None  # only less code is kept without a gain
-    results = comparison.results()
+    results = ledger.read_results(comparison.ledger)
     look = ledger.begin_look(comparison.describe(), results, options.again)
-    last = None  # the last decision on this edit
-    for each in results:
-        if each["comparison"] == look["comparison"] and "kept" in each:
-            last = each
-    if last and not last["kept"] and not options.again:
+    same = look["comparison"]
+    decisions = [each for each in results if each["comparison"] == same and "kept" in each]
+    if decisions and not decisions[-1]["kept"] and not options.again:
         again = "It was dropped before: --again tries it on new seeds."
-        finish(comparison, last, again, "Drop.")
+        finish(comparison, decisions[-1], again, "Drop.")
         return 1
-    print_start(comparison, f"2 or {SCREENED}, then {min(RACE)} to {max(RACE)}")
-    result = compare(comparison, look, comparison.first_seed, margin)
+    print_start(comparison)
+    result = compare(comparison, look, comparison.first_seed, margin, SCREEN)
     if result["outcome"] == "promising":
         print("That is promising. On seeds that no comparison has had:")
-        used = [seed for each in comparison.results() for seed in each["seeds"]]
-        look["fresh"] = look["fresh"] or 1 + max(used)
         result = compare(comparison, look, look["fresh"], margin, RACE)
     if result["at_fault"] == "before":
         finish(comparison, result)
         return CANNOT_TELL
-    kept = ["helped", "partly", "equal", "not worse"]
+    kept = ["helped", "partly"]
     if margin is not None:
-        kept += ["same", "alike"]
-    is_equal = len({*result["steps"]}) == 1 and not result["unlike"]
-    time = float(result.get("time", math.inf))
-    is_kept = result["outcome"] in kept and is_equal and time <= options.max_time
-    lines = ["Keep." if is_kept else "Drop."]
-    if result["outcome"] in kept and time > options.max_time:
-        lines.insert(0, f"It takes {time:.2f} times as long: more than --max_time allows.")
-    finish(comparison, result | {"kept": is_kept}, *lines)
+        kept += ["equal", "not worse", "same", "alike"]
+    is_gain = result["outcome"] in kept and not result["unlike"]
+    if is_gain and "time" not in result:
+        finish(comparison, result, "It was stopped too often to be timed: try --again.")
+        return CANNOT_TELL
+    is_slow = is_gain and result["time"] > options.max_time
+    is_kept = is_gain and not is_slow
+    lines = ["It takes longer than --max_time allows."] if is_slow else []
+    finish(comparison, result | {"kept": is_kept}, *lines, "Keep." if is_kept else "Drop.")
     return int(not is_kept)
 
 
-def compare(comparison, look, first, margin, looks=None):
-    """Trains pairs until there is an outcome; returns the result, {name: value}.
+def compare(comparison, look, first, margin, looks):
+    """Trains and prints pairs until there is an outcome; returns the result, {name: value}.
 
-    look: see begin_look; first: the first seed; looks: see race; without, `screen` decides.
+    look: see begin_look, recorded after the first pair; first: the first seed; margin, looks: see
+    `decide`.
     """
-    seeds = range(first, first + max(looks or [SCREENED]))
-    decide = partial(race, looks, margin) if looks else partial(screen, margin or 0)
-    pairs, outcome = train_pairs(comparison, look, seeds, decide)
-    at_fault, fault = find_fault(pairs)
-    result = look | {
+    seeds = range(first, first + max(looks))
+    result = look | {"seeds": [*seeds], "outcome": None, "verdict": "Not finished."}
+    at_fault = fault = None
+    pairs = []
+    if comparison.sides[0].folder == comparison.sides[1].folder:
+        outcome = "same"
+        seeds = []  # nothing is trained
+    else:
+        print(f"Looks after {', '.join(map(str, looks))} pairs of runs.")
+        print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
+    for seed, before, after in comparison.pairs(seeds):
+        pairs.append((before, after))
+        losses = f"{before.score:>10.4f}{after.score:>10.4f}"
+        print(f"{seed:>10}{losses}{after.score - before.score:>+14.4f}", flush=True)
+        if len(pairs) == 1:
+            ledger.record(comparison.ledger, result)
+        fault = before.fault or after.fault
+        if fault:
+            at_fault = "before" if before.fault else "after"
+            outcome = "diverged" if fault == DIVERGED else "cannot tell"
+            fault = f"{look[at_fault]}: {fault}"
+        else:
+            outcome = decide(looks, margin, pairs)
+        if outcome:
+            break
+    result |= {
         "seeds": [*seeds[: len(pairs)]],
         "runs": [[each.id for each in pair] for pair in pairs],
         "outcome": outcome,
         "at_fault": at_fault,
         "fault": fault,
-        "is_race": looks is RACE,
         "unlike": unlike(*comparison.sides, pairs),
     }
     if len(pairs) > 1 and not fault:
-        result |= measure(pairs, looks and looks.get(len(pairs)))
-    return result | {"verdict": describe_verdict(result, comparison.options.margin)}
-
-
-def train_pairs(comparison, look, seeds, decide):
-    """Trains and prints pairs until `decide` names an outcome, or there is a fault.
-
-    Returns the pairs and the outcome. Records the look after the first pair.
-    """
-    pairs = []
-    before, after = comparison.sides
-    if before.folder == after.folder:
-        return pairs, "same"
-    print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
-    with contextlib.closing(comparison.pairs(seeds)) as trained:
-        for seed, *pair in trained:
-            pairs.append(pair)
-            losses = [each.score for each in pair]
-            change = losses[1] - losses[0]
-            print(f"{seed:>10}{losses[0]:>10.4f}{losses[1]:>10.4f}{change:>+14.4f}", flush=True)
-            if len(pairs) == 1:
-                begun = {"seeds": [*seeds], "outcome": None, "verdict": "Not finished."}
-                ledger.record(comparison.ledger, look | begun)
-            _, fault = find_fault(pairs)
-            if fault:
-                outcome = "diverged" if fault == DIVERGED else "cannot tell"
-            else:
-                outcome = decide(pairs)
-            if outcome:
-                return pairs, outcome
-
-
-def find_fault(pairs):
-    """The side with worthless runs, "before" or "after", and what is wrong; or two Nones."""
-    for name, own in zip(("before", "after"), zip(*pairs)):
-        faults = [each.fault for each in own if each.fault]
-        if len(own) > 1 and len({each.id for each in own}) == 1:
-            faults.append("all seeds end in the same weights")
-        if faults:
-            return name, faults[0]
-    return None, None
+        result |= measure(pairs, None if looks is SCREEN else looks[len(pairs)])
+    return result | {"verdict": describe_verdict(result)}
 
 
 def finish(comparison, result, *lines):
     """Records a result, and prints it with further lines."""
     ledger.record(comparison.ledger, result)
-    for line in [*describe_numbers(result), result["verdict"], *lines]:
-        print(line)
+    print(*describe_numbers(result), result["verdict"], *lines, sep="\n")
     if comparison.options.json:
         print(json.dumps(result))
 
 
-def print_start(comparison, number):
-    """Prints what is compared; number: of pairs."""
-    before, after = comparison.sides
-    print(f"before   {before.name}\nafter    {after.name}")
+def print_start(comparison):
+    """Prints what is compared."""
+    for name, side in zip(("before", "after"), comparison.sides):
+        size = f"{side.flags['num_iters']:,} steps, {side.parameters:,} parameters"
+        print(f"{name:<9}{side.name}: {size}")
+        if side.linked:
+            print(textwrap.shorten(f"Linked, not copied: {', '.join(side.linked)}", 200))
     if comparison.plain:
-        names = ", ".join(comparison.plain)
-        print(f"edited   {names}: both sides run main.py's version, not fast.py's")
-    for line in dict.fromkeys([*before.notices, *after.notices]):
-        print(line)
-    if before.parameters != after.parameters:
-        print(
-            f"The models differ in size: {before.parameters:,} parameters before, "
-            f"{after.parameters:,} after."
-        )
-    steps = f"{comparison.steps(0):,} steps before, {comparison.steps(1):,} after"
-    print(f"{number} pairs of runs: {steps}")
+        print(f"edited   {comparison.plain}: both sides run main.py's version, not fast.py's")
 
 
 if __name__ == "__main__":

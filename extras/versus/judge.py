@@ -8,19 +8,13 @@ positions that it must not see.
 
 import json
 import math
-import subprocess
-import sys
-import tempfile
-import threading
 from typing import NamedTuple
 
 import numpy as np
 
 from datasets import UsageError, tokenizer_from_dict
-from extras.versus.sides import LONGEST, WORKER, SideError, failure
+from extras.versus.sides import SideError, Worker
 
-NATS = "nats/token"
-BITS = "bits per byte"  # where the tokenizers differ
 LIMIT = 128_000  # scored tokens of a text, by default
 ROWS = 64  # in a batch, at most
 ASKED_AGAIN = 3  # times at most that a batch is predicted with other tokens
@@ -28,36 +22,38 @@ LOWEST = -30  # smaller log-probabilities count as this one when they are compar
 FLOATS = 1 << 24  # logits in a batch, at most if it has several rows
 # How far rounding may move a log-probability: on a CPU, another number of rows has moved one by
 # 2e-5; on a GPU, the order of a sum may depend on the shape of the batch.
-TOLERANCE = {"cpu": 1e-4, "gpu": 1e-2}
+TOLERANCE = {False: 1e-4, True: 1e-2}  # whether on a GPU
 
 DIVERGED = "diverged"  # the fault of a run, see Outcome
 DEPENDS_ON_OTHERS = "the predictions for a text depend on what other texts the model is given"
 
 
 class Text(NamedTuple):
-    """A split on which both sides are scored."""
+    """A split on which a side is scored."""
 
-    tokens: tuple  # [N] for each side
-    unit: str  # NATS or BITS
-    num_bytes: int | None  # only with BITS
+    tokens: np.ndarray  # [N]
+    spans: list  # of the scored targets, [(start, stop)]
+    scale: float  # from nats/token to the unit of the comparison
 
 
-def read_text(before, after, split):
-    """The Text of a split, or None if a Side lacks it. Raises UsageError if the Sides' differ."""
-    sides = (before, after)
+def read_texts(sides, split, limit):
+    """The Text of each Side, or Nones if one of them lacks this split.
+
+    Raises UsageError if the Sides do not have the same text. limit: see choose_spans.
+    """
     paths = [side.folder.with_suffix(f".{split}") for side in sides]  # uint32 each
     if not all(path.exists() for path in paths):
-        return None
-    tokens = tuple(np.fromfile(path, np.uint32) for path in paths)
-    if before.tokenizer == after.tokenizer:
+        return [None, None]
+    tokens = [np.fromfile(path, np.uint32) for path in paths]
+    if sides[0].tokenizer == sides[1].tokenizer:
         if not np.array_equal(*tokens):
             raise UsageError(f"the sides' {split} texts differ: put what chooses them after --")
-        return Text(tokens, NATS, None)
+        width = max(side.context_size for side in sides)
+        spans = choose_spans(len(tokens[0]) - 1, width, limit)
+        return [Text(ids, spans, 1) for ids in tokens]
     texts = []
     for side, ids in zip(sides, tokens):
         tokenizer = tokenizer_from_dict(side.tokenizer)
-        if tokenizer.unk is not None and np.any(ids == tokenizer.unk):
-            raise UsageError(f"{side.name} reads <unk>, which has no bytes: use other tokenizers")
         if tokenizer.eos is not None:  # it may separate documents, but is not text
             ids = ids[ids != tokenizer.eos]
         texts.append(tokenizer.decode(ids))
@@ -65,141 +61,104 @@ def read_text(before, after, split):
         raise UsageError(
             f"the tokens of the sides do not decode to the same {split} text: use other tokenizers"
         )
-    return Text(tokens, BITS, len(texts[0].encode()))
+    bits = math.log(2) * len(texts[0].encode())
+    # All of them, as only whole texts are the same where the tokens differ.
+    return [Text(ids, [(0, len(ids) - 1)], (len(ids) - 1) / bits) for ids in tokens]
 
 
-def choose_spans(text, contexts, limit):
+def choose_spans(count, width, limit):
     """The spans of the scored targets, [(start, stop)]: about `limit` of them, evenly spaced.
 
-    None: all targets, as where the tokens differ: only whole texts are then the same. contexts:
-    the context sizes of both sides.
+    count: of all targets, which are scored if `limit` is 0. width: of a span.
     """
-    count = len(text.tokens[0]) - 1  # the first token is only context
-    width = max(contexts)
-    if text.unit == BITS or not limit or count <= max(limit, width):
-        return None
+    if not limit or count <= max(limit, width):
+        return [(0, count)]
     starts = np.linspace(0, count - width, max(1, limit // width)).astype(int)
-    return [(int(start), int(start) + width) for start in starts]
+    return [(start, start + width) for start in starts.tolist()]
 
 
-class Judge:
-    """Queries a checkpoint, in a process that runs its side's code; a context manager."""
+class Judge(Worker):
+    """Queries a checkpoint by its side's code."""
 
     def __init__(self, side, metadata, environment):
         """metadata: the path of the checkpoint's .metadata."""
         self.side = side
-        self.tolerance = TOLERANCE["gpu" if side.flags["gpu"] else "cpu"]
-        self.messages = tempfile.TemporaryFile("w+", errors="replace")
-        self.process = subprocess.Popen(
-            [sys.executable, "-B", WORKER, side.folder, "serve", metadata, str(side.flags["gpu"])],
-            env=environment,
-            cwd=side.folder,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.messages,
-        )
-        self.killer = threading.Timer(LONGEST, self.process.kill)
-        self.killer.start()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.killer.cancel()
-        self.process.kill()
-        self.process.communicate()
-        self.messages.close()
+        self.tolerance = TOLERANCE[side.flags["gpu"]]
+        words = ["serve", metadata, str(side.flags["gpu"])]
+        super().__init__(side.name, side.folder, *words, env=environment, cwd=side.folder)
 
     def logits(self, rows):
         """Logits [B, L, V] of rows of tokens [B, L], without those that pad a vocabulary."""
-        try:
-            self.process.stdin.write(json.dumps(rows.tolist()).encode() + b"\n")
-            self.process.stdin.flush()
-            shape = json.loads(self.process.stdout.readline())
-        except (OSError, ValueError):
-            self.process.wait()
-            self.messages.seek(0)
-            raise failure(self.side.name, self.process.returncode, self.messages.read()) from None
+        shape = self.answer(json.dumps(rows.tolist()).encode() + b"\n")
         size = self.side.vocab_size
         if tuple(shape[:-1]) != rows.shape or shape[-1] < size:
             what = f"its logits have the shape {shape}, not {[*rows.shape, size]}"
-            raise SideError(f"{self.side.name} cannot be scored: {what}", self.side.name)
+            raise SideError(f"{self.side.name} cannot be scored: {what}")
         content = self.process.stdout.read(4 * math.prod(shape))
         return np.frombuffer(content, np.float32).reshape(shape)[:, :, :size]
 
-    def examine_run(self, texts, spans, own):
-        """The losses on validation and test text in nats/token; what is wrong with them, or None.
+    def examine_run(self, valid, test, own):
+        """The scores on both Texts, in the unit of the comparison; what is wrong, or None.
 
-        texts: tokens [N] of both; a text that is None has the loss nan. spans: for both, see
-        `batches`. own: see check_evaluation.
+        test: may be None; its score is nan then. own: see check_evaluation.
         """
-        valid, test = texts
-        loss, sight = self.examine(valid, spans[0])
-        scores = [loss, math.nan if test is None else self.score(test, spans[1])]
+        loss, fault = self.examine(valid)
+        test_loss = self.score(test) if test else 0.0
         # 2 nats above an untrained model. That has log(vocab_size), as if all tokens were equally
         # likely, or some 5 if there are few.
         limit = max(5, math.log(self.side.vocab_size)) + 2
-        if all(score < limit for score, text in zip(scores, texts) if text is not None):
-            return scores, sight or self.check_evaluation(valid, own)
-        return scores, DIVERGED
+        if not np.max([loss, test_loss]) < limit:  # also if one of them is nan
+            fault = DIVERGED
+        fault = fault or self.check_evaluation(valid, own)
+        test_score = test_loss * test.scale if test else math.nan
+        return [loss * valid.scale, test_score, fault]
 
-    def batches(self, tokens, spans=None):
-        """Yields windows of `tokens` [N]: positions there, [B, L], and which of them are scored.
-
-        spans: of the targets, by default all. Windows are as long as the side's context; each span
-        begins a new one.
-        """
-        width = self.side.context_size
-        count = len(tokens) - 1
-        windows = []
-        for start, stop in spans or [(0, count)]:
-            for begin in range(start, stop, width):
-                windows.append((begin, min(begin + width, stop)))
-        rows = max(1, min(ROWS, FLOATS // (width * self.side.vocab_size)))
-        for first in range(0, len(windows), rows):
-            starts, stops = np.array(windows[first : first + rows]).T[:, :, None]  # [B, 1] each
-            positions = starts + np.arange(width)  # [B, L]
-            yield np.minimum(positions, count - 1), positions < stops
-
-    def score(self, tokens, spans=None):
-        """The mean loss in nats/token over the targets in `spans`, see `batches`."""
-        loss, _ = self.examine(tokens, spans, times=0)
+    def score(self, text):
+        """The mean loss in nats/token over the scored targets of a Text."""
+        loss, _ = self.examine(text, times=0)
         return loss
 
-    def examine(self, tokens, spans=None, times=ASKED_AGAIN):
+    def examine(self, text, times=ASKED_AGAIN):
         """The score, and how predictions use what they must not know, or None.
 
-        The model predicts each scored batch again in the same shape, with its rows in reverse
-        order, and in each row with other tokens from one position, its cut, on. It does so until
-        each position was a cut, at most `times` times; if that is too few, cuts are evenly spaced.
+        Windows are as long as the side's context; each span begins a new one. The model predicts
+        each scored batch again in the same shape, with its rows in reverse order, and in each row
+        with other tokens from one position, its cut, on. It does so until each position was a cut,
+        at most `times` times; cuts are evenly spaced.
         """
-        batches = list(self.batches(tokens, spans))
-        windows = sum(len(positions) for positions, _ in batches)
-        last = self.side.context_size - 1
-        times = min(times, math.ceil(last / windows))
-        stride = max(1, last // max(1, times * windows))
-        total = count = done = 0
+        width = self.side.context_size
+        windows = []
+        for start, stop in text.spans:
+            for begin in range(start, stop, width):
+                windows.append((begin, min(begin + width, stop)))
+        size = max(1, min(ROWS, FLOATS // (width * self.side.vocab_size)))  # of a batch
+        times = min(times, math.ceil((width - 1) / len(windows)))
+        cuts = np.linspace(1, width - 1, times * len(windows)).astype(int)
+        cuts = cuts.reshape(times, len(windows))
+        total = count = 0
         fault = None
-        for positions, is_scored in batches:
-            rows = tokens[positions]
+        for first in range(0, len(windows), size):
+            starts, stops = np.array(windows[first : first + size]).T[:, :, None]  # [B, 1] each
+            positions = starts + np.arange(width)  # [B, L]
+            is_scored = positions < stops
+            positions = np.minimum(positions, len(text.tokens) - 2)
+            rows = text.tokens[positions]
             found = log_softmax(self.logits(rows))
-            targets = tokens[positions + 1].astype(int)[:, :, None]
+            targets = text.tokens[positions + 1].astype(int)[:, :, None]
             gains = np.take_along_axis(found, targets, axis=-1)
             total -= gains[is_scored].sum(dtype=float)
             count += is_scored.sum()
-            for _ in range(times):
-                cuts = 1 + (done + np.arange(len(rows))) * stride % last  # [B]
-                done += len(rows)
-                fault = fault or self.ask_again(rows, np.maximum(found, LOWEST), cuts)
+            for own in cuts[:, first : first + size]:
+                fault = fault or self.ask_again(rows, np.maximum(found, LOWEST), own)
         return total / count, fault
 
-    def check_evaluation(self, tokens, own):
+    def check_evaluation(self, valid, own):
         """What is wrong if the run itself has found another loss than the judge, or None.
 
         own: (number of tokens from the start of the text, their loss).
         """
         count, loss = own
-        judged = self.score(tokens[: count + 1])
+        judged = self.score(valid._replace(spans=[(0, count)]))
         if abs(loss - judged) > self.tolerance * max(1, judged):
             return (
                 f"the run's own loss, {loss:.4f} for {count:,} tokens, is not the judge's, "
@@ -218,13 +177,12 @@ class Judge:
         moved = self.has_moved(changed, expected) & is_before
         if not moved.any():
             return None
-        # Which change was it? First the order alone, then also the tokens of one row.
-        if self.has_moved(rows, expected).any():
-            return DEPENDS_ON_OTHERS
+        # Which change was it? The order alone, or the tokens of one row alone?
         row, position = np.argwhere(moved)[0]
         alone = rows.copy()
         alone[row] = changed[row]
-        if not self.has_moved(alone, expected)[row, position]:
+        is_own = self.has_moved(alone, expected)[row, position]
+        if self.has_moved(rows, expected).any() or not is_own:
             return DEPENDS_ON_OTHERS
         what = f"the prediction at position {position} depends on tokens from {cuts[row]} on"
         return f"it sees the future: {what}"

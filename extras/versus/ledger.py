@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from datasets import RunError, UsageError, explained, no_follow
+from extras.versus.sequential import SCREEN
 
 NAME = "comparisons.jsonl"
 
@@ -13,13 +14,12 @@ def read_results(path):
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     results = {}
     with explained(f"{path} is damaged: delete its last line", ValueError, kind=RunError):
-        for line in lines:
+        for line in reversed(lines):
             older = {"look": 1, "asked": None, "baseline": None}  # older commits lack these
             result = older | json.loads(line)
             key = (result["comparison"], str(result["asked"]), result["look"])
-            results.pop(key, None)
-            results[key] = result
-    return [*results.values()]
+            results.setdefault(key, result)
+    return [*reversed(results.values())]
 
 
 def begin_look(described, results, again=False):
@@ -27,16 +27,19 @@ def begin_look(described, results, again=False):
 
     described: see Comparison.describe. Looks are counted by baseline: another edit, other seeds or
     more pairs are the next. A repeated command is the same, unless `again` is set and it has ended.
+    The look has the first of its `fresh` seeds, by which no comparison before it has judged.
     """
     asked = [described["comparison"], described["asked"]]
-    same = [each for each in results if [each["comparison"], each["asked"]] == asked]
-    if same and not (again and same[-1]["outcome"]):
-        return described | {name: same[-1][name] for name in ("look", "fresh")}
-    baseline = described["baseline"]
+    fresh = described["asked"]["seed"] + max(SCREEN)
     look = 1
-    for each in results:
-        look += each["baseline"] == baseline and each["outcome"] not in ("same", "alike")
-    return described | {"look": look, "fresh": None}
+    for each in reversed(results):
+        is_same = [each["comparison"], each["asked"]] == asked
+        if is_same and not (again and each["outcome"]):
+            return described | {name: each[name] for name in ("look", "fresh")}
+        if each["baseline"] == described["baseline"]:
+            look += each["outcome"] not in ("same", "alike")
+        fresh = max([fresh, *[seed + 1 for seed in each["seeds"]]])
+    return described | {"look": look, "fresh": fresh}
 
 
 def record(path, result):
@@ -57,13 +60,7 @@ def print_list(name):
         interval = ""
         if "difference" in each:
             interval = f"{each['difference']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
-        sides = zip((each["before"], each["after"]), each["commits"])
-        before, after = [f"{name} {commit}".rstrip() for name, commit in sides]
-        pairs = f"{len(each['seeds']):>2} pairs"
-        outcome = each["outcome"] or "not finished"
-        if each["look"] > 1:
-            outcome += f", look {each['look']}"
         print(
-            f"{each['date']}  {pairs}  {interval:<30}{outcome:<18}{before} -> {after} -- "
-            f"{each['flags']}"
+            f"{each['date']}  {len(each['seeds']):>2} pairs  {interval:<30}{each['verdict']} "
+            f"{each['before']} -> {each['after']} ({', '.join(each['commits'])}) -- {each['flags']}"
         )

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -11,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
@@ -19,29 +17,23 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import RunError, UsageError, flock, no_follow
+from datasets import RunError, UsageError, digest_of, flock, hash_of_file, no_follow
 from extras.common.limits import count_cores
 from extras.versus import ledger
-from extras.versus.judge import BITS, DIVERGED, Judge, choose_spans, read_text
-from extras.versus.sequential import Outcome, column
-from extras.versus.sides import WORKER, SideError, failure, identify, install, make_side, patch
-from extras.versus.sides import short_id, twice
+from extras.versus.judge import DIVERGED, Judge, read_texts
+from extras.versus.sequential import Outcome
+from extras.versus.sides import WORKER, SideError, failure, git, identify, install, is_flags
+from extras.versus.sides import make_side, twice
 
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
-SAME_STEPS = 20  # of each run of --same; at most five of them are warm-up
+# Flags of runs: one checkpoint is kept, and nothing sampled.
+OF_RUNS = ["--keep=1", f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
 TUNED = 2  # seeds by which --tune chooses
 # A run counts as endless if, by the clock, it takes more than GRACE seconds and ENDLESS times the
-# processor time of the other side's longest run: machines may be busy.
+# processor time of the longest run that has ended: machines may be busy.
 ENDLESS = 30
 GRACE = 600
 SAVED = 12  # bytes of a checkpoint per parameter: one float32, and two in the optimizer
-
-# {why: flags of main.py that cannot be compared}
-REFUSED = {
-    "both sides take --num_iters steps": "patience max_minutes",
-    "--init_from RUN begins with the weights of another run": "identifier",
-    "a comparison only trains": "new_model inference prompt evaluate list",
-}
 
 
 class Comparison:
@@ -51,40 +43,39 @@ class Comparison:
         """options, common: see read_arguments; own: further flags of each side."""
         self.options = options
         self.common = common
-        self.tuned = None  # or the values of --tune, see `tuned`
+        self.tuned = None  # or a condition of the verdict: the values that --tune has chosen
         with tempfile.TemporaryDirectory() as temporary:
             temporary = os.path.realpath(temporary)
-            before = make_side(options.before, [*common, *own[0]], Path(temporary, "0"), False)
-            after = make_side(options.after, [*common, *own[1]], Path(temporary, "1"), True)
-            sides = before, after
-            check_flags(before, after, options.same)
-            self.texts = [read_text(before, after, split) for split in ("valid", "test")]
-            self.unit = self.texts[0].unit
-            contexts = [side.context_size for side in sides]
-            self.spans = []
-            for text in self.texts:
-                self.spans.append(text and choose_spans(text, contexts, options.tokens))
+            before = make_side(options.before, [*common, *own[0]], Path(temporary, "0"))
+            after = make_side(options.after, [*common, *own[1]], Path(temporary, "1"))
+            compared = ["diff", "--no-index", "--no-color", "--no-ext-diff", "0", "1"]
+            self.patch = git("-C", temporary, *compared).decode(errors="replace")
+            sides = (before, after)
+            check_models(sides)
+            is_same = before.tokenizer == after.tokenizer
+            self.unit = "nats/token" if is_same else "bits per byte"
+            texts = [read_texts(sides, split, options.tokens) for split in ("valid", "test")]
             self.first_seed = before.flags["seed"] if options.seeds is None else options.seeds
             self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
             is_alone = self.on_gpu or sys.platform == "darwin"
             self.shares = share_cores(options.jobs or (1 if is_alone else 4))
             # A function that either side has edited runs without its fast version on both: else
             # they would differ in rounding, too.
-            self.plain = sorted({*before.edited, *after.edited})
-            self.environment = os.environ | {"PLAIN_FUNCTIONS": ",".join(self.plain)}
+            self.plain = ",".join(sorted({*before.edited, *after.edited}))
+            self.environment = os.environ | {"PLAIN_FUNCTIONS": self.plain}
             # Whatever the number of steps, the baseline is the same.
             self.baseline = identify(before._replace(shape=before.shape | {"num_iters": None}))
             folder = Path(before.flags["save_dir"], "versus").absolute()
             self.ledger = folder / ledger.NAME
             self.sides = []
-            for side in sides:
-                words = [*side.words, *words_of_run(side.flags, options.same)]
-                id = identify(side, side.versions, self.plain, options.same)
+            for side, valid, test in zip(sides, *texts):
+                words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", *OF_RUNS]
+                id = identify(side, side.versions, self.plain)
                 # The number of cores decides how sums are rounded.
                 path = folder / f"{id}.{len(self.shares[0])}"
-                self.sides.append(install(side._replace(words=words), path))
-        self.times = [[], []]  # of the finished runs of each side, in seconds
-        self.processes = set()
+                side = side._replace(words=words, valid=valid, test=test)
+                self.sides.append(install(side, path))
+        self.times = []  # of finished runs, in seconds
 
     def pairs(self, seeds):
         """Yields each seed with the Outcomes of both sides.
@@ -102,25 +93,15 @@ class Comparison:
         self.is_stopped = False
         pool = ThreadPoolExecutor(len(shares), initializer=take_share)
         try:
-            pairs = [[pool.submit(self.run, index, seed) for index in (0, 1)] for seed in seeds]
+            pairs = [[pool.submit(self.run, side, seed) for side in self.sides] for seed in seeds]
             for seed, (before, after) in zip(seeds, pairs):
                 yield seed, before.result(), after.result()
         finally:
             self.is_stopped = True
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in [*self.processes]:
-                process.terminate()
-            killer = threading.Timer(60, lambda: [each.kill() for each in self.processes])
-            killer.start()
-            pool.shutdown()
-            killer.cancel()
+            pool.shutdown(cancel_futures=True)
 
-    def run(self, index, seed):
-        """Trains a run to its end and has it judged; returns the Outcome.
-
-        index: 0 for the side before, 1 for that after.
-        """
-        side = self.sides[index]
+    def run(self, side, seed):
+        """Trains a run to its end and has it judged; returns the Outcome."""
         # Another comparison may train the same run. The run inherits this lock, and keeps it if
         # only this program is killed.
         path = side.folder / f"output-{seed}.txt"
@@ -130,85 +111,75 @@ class Comparison:
                     flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 time.sleep(0.2)
-            return twice(side.name, self.outcome, index, seed, output)
+            return twice(self.outcome, side, seed, output)
 
-    def outcome(self, index, seed, output):
+    def outcome(self, side, seed, output):
         """Trains a run, unless it has ended, and judges it; output: the file for what it prints."""
         if self.is_stopped:
             raise RunError("stopped")
-        side = self.sides[index]
         record = newest_record(side.folder, seed)
         path = side.folder / f"seconds-{seed}.json"
-        seconds = math.nan if record else 0.0
-        with contextlib.suppress(OSError, ValueError):
-            seconds = json.loads(path.read_text())  # of the run until it was stopped
-        if not record or record["iteration"] < self.steps(index):
+        if not record or record["iteration"] < side.flags["num_iters"]:
+            is_new = not record
             output.truncate(0)
-            status, more = self.train(index, seed, output)
-            seconds += more
-            path.write_text(json.dumps(seconds))
-            if status:
+            status, seconds = self.train(side, seed, output)
+            record = newest_record(side.folder, seed)
+            if status or not record:
                 output.seek(0)
                 error = failure(side.name, status, output.read())
-                if "is not finite" in str(error):
+                if "is not finite" in str(error) and not self.options.same:
                     return Outcome(fault=DIVERGED)
                 raise error
-            record = newest_record(side.folder, seed)
-        if not record:
-            raise SideError(f"{side.name} cannot run: it has saved nothing", side.name)
+            if is_new:  # all of the run was measured
+                path.write_text(json.dumps(seconds))
         if record["tokens_sha256"] != side.texts:
             fault = "has changed meanwhile: repeat, or name a --test_text that is no part of it"
             raise UsageError(f"the text of {side.name} {fault}")
         if self.options.same:  # only the weights count
             return Outcome(record["id"])
-        *scores, fault = self.judge(index, record)
-        steps = record["iteration"]
-        if steps != self.steps(index):
-            fault = f"it has taken {steps:,} steps, not {self.steps(index):,}"
-        if math.isfinite(seconds):
-            self.times[index].append(seconds)
+        *scores, fault = self.judge(side, record)
+        steps, expected = record["iteration"], side.flags["num_iters"]
+        if steps != expected:
+            fault = f"it has taken {steps:,} steps, not {expected:,}"
+        seconds = math.nan
+        if path.exists():
+            seconds = json.loads(path.read_text())
+            self.times.append(seconds)
         return Outcome(record["id"], *scores, fault, record["tokens_seen"], seconds)
 
     def describe(self):
         """What was compared, {name: value}, for a result in the ledger."""
         before, after = self.sides
         options = self.options
-        limits = [self.first_seed, options.pairs, options.tokens, options.margin, options.gate]
+        commits = []
+        for typed in (options.before, options.after):
+            commit = "HEAD" if is_flags(typed) else typed
+            commits.append(git("rev-parse", "--short", commit).decode().strip())
+        asked = {name: getattr(options, name) for name in ("pairs", "tokens", "margin", "gate")}
         return {
             # Without the number of cores: with others, it is the same comparison.
             "comparison": f"{before.folder.stem} {after.folder.stem}",
             "baseline": self.baseline,
-            "asked": limits,
+            "asked": asked | {"seed": self.first_seed},
             "date": time.strftime("%Y-%m-%d %H:%M"),
             "before": before.name,
             "after": after.name,
-            "commits": [short_id(options.before), short_id(options.after)],
+            "commits": commits,
             "flags": shlex.join(self.common),
             "unit": self.unit,
-            "parameters": [before.parameters, after.parameters],
-            "steps": [self.steps(0), self.steps(1)],
-            "tokens": options.tokens,
+            "steps": [side.flags["num_iters"] for side in self.sides],
             "versions": [before.versions, after.versions],
-            "patch": patch(before, after),
+            "patch": self.patch,
             "tuned": self.tuned,
         }
 
-    def results(self):
-        """All results in the ledger, see read_results."""
-        return ledger.read_results(self.ledger)
-
-    def steps(self, index):
-        """How many steps the runs of a side take."""
-        return int(self.sides[index].words[-1].partition("=")[2])
-
-    def train(self, index, seed, output):
+    def train(self, side, seed, output):
         """Starts or resumes a run and waits for it; returns its exit status and time in seconds.
 
         That is the process's processor time, which other programs do not prolong; on a GPU, time by
-        the clock. Raises SideError if it takes far longer than runs of the other side, RunError if
+        the clock. Raises SideError if it takes far longer than those that have ended, RunError if
         the disk is full.
         """
-        side = self.sides[index]
         words = [*side.words, f"--seed={seed}", f"--save_dir={side.folder}"]
         began = time.monotonic()
         process = subprocess.Popen(
@@ -219,21 +190,21 @@ class Comparison:
             stdout=output,
             stderr=output,
         )
-        self.processes.add(process)
         error = None
         while True:
             pid, status, usage = os.wait4(process.pid, os.WNOHANG)
             if pid:
                 break
             elapsed = time.monotonic() - began
-            if elapsed > GRACE + ENDLESS * max(self.times[1 - index], default=math.inf):
-                error = SideError(f"{side.name} cannot run: it does not end", side.name)
+            if elapsed > GRACE + ENDLESS * max(self.times, default=math.inf):
+                error = SideError(f"{side.name} cannot run: it does not end")
             if shutil.disk_usage(side.folder).free < SAVED * side.parameters:
                 error = RunError(f"no space is left for {side.folder}: make some, and repeat")
+            if self.is_stopped:
+                error = RunError("stopped")
             if error:
                 process.kill()
             time.sleep(0.05)
-        self.processes.discard(process)
         process.returncode = os.waitstatus_to_exitcode(status)
         if error:
             raise error
@@ -241,56 +212,29 @@ class Comparison:
             return process.returncode, time.monotonic() - began
         return process.returncode, usage.ru_utime + usage.ru_stime
 
-    def judge(self, index, record):
+    def judge(self, side, record):
         """The scores of a checkpoint on both texts, and what is wrong with them, see Outcome.
 
         Keeps them in a file in the side's folder.
         """
-        side = self.sides[index]
-        tokens = [text and text.tokens[index] for text in self.texts]
-        digest = hashlib.sha1(repr([record["id"], self.unit, self.spans]).encode())
-        digest.update(WORKER.read_bytes() + WORKER.with_name("judge.py").read_bytes())
-        for ids in tokens:
-            digest.update(b"" if ids is None else ids)
-        path = side.folder / f"judged-{digest.hexdigest()}.json"
+        asked = [text and text[1:] for text in (side.valid, side.test)]  # all but the tokens
+        code = [hash_of_file(WORKER.with_name(name)) for name in ("judge.py", "worker.py")]
+        digest = digest_of([record["id"], side.texts, asked, code])
+        path = side.folder / f"judged-{digest}.json"
         with contextlib.suppress(OSError, ValueError):
             return json.loads(path.read_text("utf-8"))
         with Judge(side, record["path"], self.environment) as judge:
-            self.processes.add(judge.process)
-            scores, fault = judge.examine_run(tokens, self.spans, own_score(record, tokens[0]))
-            self.processes.discard(judge.process)
-        for i, text in enumerate(self.texts):
-            if self.unit == BITS and text:
-                scores[i] *= (len(tokens[i]) - 1) / math.log(2) / text.num_bytes
-        judged = [*scores, fault]
+            judged = judge.examine_run(side.valid, side.test, own_score(record, side.valid))
         path.write_text(json.dumps(judged), "utf-8")
         return judged
 
 
-def own_score(record, tokens):
+def own_score(record, valid):
     """How many tokens a run has scored at its end, and their loss."""
     *_, last = record["scores"] or [[0, math.inf]]
     _, loss, *count = last
     # Older commits did not record the count.
-    return count[0] if count else min(OWN_TOKENS, len(tokens) - 1), loss
-
-
-def words_of_run(flags, same):
-    """What a comparison adds to the flags of a side; the last word is the number of steps.
-
-    A run keeps one checkpoint, and samples nothing. With --same, it is short.
-    """
-    steps = SAME_STEPS if same else flags["num_iters"]
-    words = [
-        f"--steps_per_eval={steps}",
-        f"--steps_per_save={flags['steps_per_save'] or flags['steps_per_eval'] or steps}",
-        "--keep=1",
-        f"--eval_tokens={1 if same else OWN_TOKENS}",
-        "--sample_tokens=0",
-    ]
-    if same:  # leave steps for the schedule after its warm-up
-        words.append(f"--lr_warmup={min(5, flags['lr_warmup'])}")
-    return [*words, f"--num_iters={steps}"]
+    return count[0] if count else min(OWN_TOKENS, len(valid.tokens) - 1), loss
 
 
 def tuned(options, common):
@@ -300,21 +244,22 @@ def tuned(options, common):
     """
     flag, _, listed = options.tune.partition("=")
     values = listed.split(",")
-    losses = []  # [2] for each value
+    means = []  # [2] for each value
     for value in values:
         comparison = Comparison(options, [*common, f"--{flag}={value}"])
-        seeds = range(comparison.first_seed, comparison.first_seed + TUNED)
-        with contextlib.closing(comparison.pairs(seeds)) as trained:
-            pairs = [pair for _, *pair in trained]
-        has_fault = np.any([[bool(each.fault) for each in pair] for pair in pairs], axis=0)
-        means = np.where(has_fault, math.inf, column(pairs, "score").mean(axis=1))
-        losses.append(means)
-        print(f"--{flag} {value}: before {means[0]:.4f}, after {means[1]:.4f}", flush=True)
-    chosen = [values[i] for i in np.argmin(losses, axis=0)]
-    options.seeds = comparison.first_seed + TUNED
+        end = comparison.first_seed + TUNED
+        losses = []
+        for _, *pair in comparison.pairs(range(comparison.first_seed, end)):
+            losses.append([math.inf if each.fault else each.score for each in pair])
+        before, after = np.mean(losses, axis=0)
+        means.append([before, after])
+        print(f"--{flag} {value}: before {before:.4f}, after {after:.4f}", flush=True)
+    options.seeds = end
+    chosen = [values[i] for i in np.argmin(means, axis=0)]
     comparison = Comparison(options, common, [[f"--{flag}={value}"] for value in chosen])
-    at_edge = bool({*chosen} & {values[0], values[-1]})
-    comparison.tuned = {"flag": flag, "values": chosen, "at_edge": at_edge}
+    is_at_edge = {*chosen} & {values[0], values[-1]}
+    edge = " (at the edge of the list: give more)" if is_at_edge else ""
+    comparison.tuned = f"each at its best {flag}: {chosen[0]} before, {chosen[1]} after{edge}"
     return comparison
 
 
@@ -331,17 +276,9 @@ def share_cores(jobs):
     return [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
 
 
-def check_flags(before, after, same):
-    """Raises UsageError if two Sides cannot be compared."""
-    for reason, names in REFUSED.items():
-        for name in {*names.split()} & {*before.given, *after.given}:
-            raise UsageError(f"--{name} cannot be compared: {reason}")
-    if same and before.flags["num_iters"] != after.flags["num_iters"]:
-        raise UsageError(f"--same takes {SAME_STEPS} steps of both sides: give one --num_iters")
-    for side in (before, after):
-        for path in map(Path, side.flags.get("test_text") or []):
-            if {path, *path.parents} & {*map(Path, side.flags["text"] or [])}:
-                raise UsageError(f"--test_text {path} is also in --text: name text outside of it")
+def check_models(sides):
+    """Raises UsageError if a model that a Side begins with has learned the validation text."""
+    for side in sides:
         for name, path in side.files.items():
             learned = name.endswith(".metadata") and read_record(path)["tokens_sha256"]["train"]
             if learned == side.texts["valid"]:
@@ -359,9 +296,7 @@ def read_record(path):
 def newest_record(folder, seed):
     """The record, and its `path`, of the newest checkpoint of a seed; None if there is none."""
     records = []
-    for path in folder.glob("*/[!.]*.metadata"):
-        if path.parent.name in ("init_from", "teacher"):  # models that the runs read
-            continue
+    for path in folder.glob("*-*/[!.]*.metadata"):  # not in init_from and teacher
         # Meanwhile, runs of other seeds delete older checkpoints.
         with contextlib.suppress(FileNotFoundError):
             record = read_record(path)

@@ -11,9 +11,11 @@ import numpy as np
 # without effect are called helpful or harmful if differences are normal (simulate_verdicts.py). An
 # interval of this width is a repeated confidence interval (Jennison and Turnbull 1989).
 RACE = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
+DETECTABLE = 1.5  # times half an interval: the difference that is found four times in five
 FUTILITY_BOUND = 0.7  # from six pairs on, a race ends if |t| is below it
-SCREENED = 6  # pairs of --gate on seeds that were used before
-PROMISING = -1.8  # their t has to be below it; see tests/nightly/simulate_verdicts.py
+# The same of --gate on seeds that were used before, where t has to be below minus that; see
+# tests/nightly/simulate_verdicts.py.
+SCREEN = {2: 0, 6: 1.8}
 
 
 class Outcome(NamedTuple):
@@ -64,19 +66,24 @@ def without_change(pairs):
     return "same" if all(before.id == after.id for before, after in pairs) else "alike"
 
 
-def race(looks, margin, pairs):
-    """The outcome of a race after these pairs, a key of VERDICTS; None: more are needed.
+def decide(looks, margin, pairs):
+    """The outcome after these pairs, a key of VERDICTS; None: more are needed.
 
-    looks: like RACE; margin: see --margin.
+    looks: SCREEN, or like RACE; margin: see --margin.
     """
     if len(pairs) not in looks:
         return None
     quantile = looks[len(pairs)]
     is_last = len(pairs) == max(looks)
     differences = changes(pairs)
-    _, low, high, t = interval(differences, quantile)
     if not differences.any():
         return without_change(pairs)
+    if looks is SCREEN:
+        *_, t = interval(differences - (margin or 0))
+        if t >= -quantile:
+            return "not better"
+        return "promising" if is_last else None
+    _, low, high, t = interval(differences, quantile)
     if t > quantile:
         return "hurt"
     if t < -quantile:
@@ -97,21 +104,6 @@ def race(looks, margin, pairs):
     return "none" if is_last else None
 
 
-def screen(worst, pairs):
-    """The outcome of pairs on used seeds, a key of VERDICTS; None: more are needed.
-
-    worst: the difference to stay below, 0 or a margin.
-    """
-    if len(pairs) not in (2, SCREENED):
-        return None
-    mean, *_, t = interval(changes(pairs) - worst)
-    if not changes(pairs).any():
-        return without_change(pairs)
-    if len(pairs) == 2:
-        return None if mean < 0 else "not better"
-    return "promising" if t < PROMISING else "not better"
-
-
 def measure(pairs, quantile=None):
     """What a result says of pairs of Outcomes, {name: number}; quantile: see `interval`."""
     before, after = scores = column(pairs, "score")
@@ -121,6 +113,7 @@ def measure(pairs, quantile=None):
         "difference": mean,
         "low": low,
         "high": high,
+        "detectable": DETECTABLE * (high - low) / 2,
         "agree": int((np.sign(differences) == np.sign(mean)).sum()),
         "scores_before": before.tolist(),
         "scores_after": after.tolist(),
@@ -143,5 +136,5 @@ def find_outlier(differences):
     """The index of a pair without which the others scatter less than half as far, or None."""
     index = np.abs(differences - np.median(differences)).argmax()
     others = np.delete(differences, index)
-    if len(others) >= 5 and others.std(ddof=1) < differences.std(ddof=1) / 2:
+    if len(others) >= 5 and others.std() < differences.std() / 2:
         return int(index)

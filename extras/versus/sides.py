@@ -1,8 +1,6 @@
 """The two sides of a comparison: copies of their files, and what their code says of itself."""
 
 import contextlib
-import difflib
-import hashlib
 import json
 import os
 import re
@@ -11,16 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import RunError, UsageError, explained, hash_of_code, hash_of_file, locked
+from datasets import RunError, UsageError, digest_of, explained, hash_of_file, locked
 from datasets import one_line, words_of_code
 
 WORKER = Path(__file__).with_name("worker.py")
 HERE = Path(os.path.abspath(__file__)).parents[2]  # not resolved: extras/ may be a link
 
-PAGES = (".md", ".rst", ".ipynb", ".svg", ".png", ".jpg", ".pdf")
+# Paths of tests, hidden files, pages, and what programs leave: they do not decide how a run ends.
+IDLE = r"tests/|(.*/)?\.|.*(\.(md|rst|ipynb|svg|png|jpg|pdf|pyc|log|out)|~)$"
 LARGE = 1 << 20  # bytes; a larger file is linked instead of copied
 MOST = 20 << 20  # bytes that are copied in all; further files are linked
 LONGEST = 3600  # seconds that a side has for its texts and a first step, or for being judged
@@ -33,44 +34,35 @@ class Side(NamedTuple):
     folder: Path  # a copy of its files
     words: list  # its flags as a command line, with models by their ids
     flags: dict  # the values of all flags, as its main.py resolves them
-    given: list  # the names of those that were set by command line or recipe
-    shape: dict  # the values of those that decide how a run ends
+    shape: dict  # the values of those that decide how a run ends, and the ids of its models
     edited: list  # functions of its main.py that differ from their fast version
-    notices: list  # lines for the user
+    linked: list  # its files that were too large for a copy
     files: dict  # of checkpoints that its flags name, {path in its folder: original path}
-    sources: list  # the files that decide how its runs end, relative to its folder
-    origins: dict  # the ids of the models that its runs start from
+    sources: dict  # its files but pages and tests, {path in its folder: what counts of it}
     versions: dict  # what its last bits depend on: libraries, device and the like
     parameters: int  # of its model
     vocab_size: int
     context_size: int
     texts: dict  # {split: the SHA256 of its tokens and tokenizer}
     tokenizer: dict  # its to_dict()
+    valid: tuple | None = None  # the Text on which it is scored, see judge.py
+    test: tuple | None = None  # another, if there is one
 
 
 class SideError(RunError):
-    """A side cannot run, through its own fault, not the machine's."""
-
-    def __init__(self, text, name):
-        super().__init__(text)
-        self.name = name  # the side's
+    """A side cannot run, through its own fault, not the machine's; its name comes first."""
 
 
-class Died(RunError):
-    """A signal or a lack of memory has ended a process of a side."""
+class Died(SideError):
+    """A signal or a lack of memory has ended a process of a side; perhaps the machine did it."""
 
 
-def twice(name, function, *arguments):
-    """What a function returns; if it raises Died, perhaps by the machine's fault, it runs again.
-
-    Raises SideError if it dies again; name: the side's.
-    """
-    with contextlib.suppress(Died):
-        return function(*arguments)
+def twice(function, *arguments):
+    """What a function returns; if it raises Died, it runs again."""
     try:
         return function(*arguments)
-    except Died as error:
-        raise SideError(f"{error}, twice", name) from None
+    except Died:
+        return function(*arguments)
 
 
 def failure(name, status, output):
@@ -78,17 +70,58 @@ def failure(name, status, output):
 
     Its message has the last line of `output` and the place to which a traceback there points.
     """
-    line = one_line(output.strip().rpartition("\n")[2]) or f"exit status {status}"
     if status < 0:
-        line = f"ended by {signal.Signals(-status).name}"
+        return Died(f"{name} cannot run: ended by {signal.Signals(-status).name}")
+    line = one_line(output.strip().rpartition("\n")[2]) or f"exit status {status}"
     for file, place in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
         line += f" ({file}, line {place})"
     line = f"{name} cannot run: {line}"
-    if status < 0 or re.search("MemoryError|out of memory", line):
+    if re.search("MemoryError|out of memory", line):
         return Died(line)
     if status == 2:
         return UsageError(line)
-    return RunError(line) if "OSError" in line else SideError(line, name)
+    return RunError(line) if "OSError" in line else SideError(line)
+
+
+class Worker:
+    """A process that answers questions about a side by its code, see worker.py.
+
+    A context manager.
+    """
+
+    def __init__(self, name, folder, *words, **options):
+        """name: the side's; words: the question; options: of Popen."""
+        self.name = name
+        self.messages = tempfile.TemporaryFile("w+", errors="replace")
+        self.process = subprocess.Popen(
+            [sys.executable, "-B", WORKER, folder, *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.messages,
+            **options,
+        )
+        self.killer = threading.Timer(LONGEST, self.process.kill)
+        self.killer.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.killer.cancel()
+        self.process.kill()
+        self.process.communicate()
+        self.messages.close()
+
+    def answer(self, question=b""):
+        """The next answer, plain data, after a question is written to its stdin."""
+        try:
+            self.process.stdin.write(question)
+            self.process.stdin.flush()
+            return json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            self.process.wait()
+            self.messages.seek(0)
+            raise failure(self.name, self.process.returncode, self.messages.read()) from None
 
 
 def is_flags(side):
@@ -96,55 +129,32 @@ def is_flags(side):
     return not side or side.startswith("-")
 
 
-def make_side(typed, common, folder, is_second):
-    """The Side of a commit, or of flags for the current files; folder: is made for its files.
-
-    is_second: whether the other side has accepted the flags in `common`.
-    """
+def make_side(typed, common, folder):
+    """The Side of a commit, or of flags for the current files; folder: is made for its files."""
     name = typed or "your files"
     words = common
     folder.mkdir()
     if is_flags(typed):
         with explained(f"{name} cannot be read as flags", ValueError):
-            words = [*common, *shlex.split(typed)]
-        names = tracked = list_files("--cached")
-        if "main.py" not in tracked:  # no repository, or another one
-            names, tracked = files_without_git(), []
+            words = [*common, *shlex.split(typed or "")]
+        names = list_files("--cached", "--others") or files_without_git()
     else:
-        names = tracked = copy_commit(typed, folder)
-    linked = copy_files([*names, *list_files("--others", "--exclude-standard")], folder)
-    try:
-        answer = twice(name, describe, name, folder, words)
-    except UsageError as error:
-        if is_second and words == common:
-            raise SideError(str(error), name) from None
-        raise
-    for path in map(Path, answer["flags"].get("test_text") or []):
-        if HERE in path.parents:  # the runs must not see it
-            (folder / path.relative_to(HERE)).unlink(missing_ok=True)
-    sources = []
-    for path in sorted({*tracked, *answer.pop("read")}):
-        is_page = path.startswith(("tests/", ".git")) or path.endswith(PAGES)
-        if (folder / path).is_file() and not is_page:
-            sources.append(path)
-    if linked:
-        more = f" and {len(linked) - 5} more" if len(linked) > 5 else ""
-        answer["notices"].append(f"Linked, not copied: {', '.join(linked[:5])}{more}")
-    return Side(name, folder, sources=sources, **answer)
+        copy_commit(typed, folder)
+        names = list_files("--others")
+    linked = copy_files(names, folder)
+    sources = {}
+    for path in sorted(folder.rglob("*")):
+        source = str(path.relative_to(folder))
+        if path.is_file() and not re.match(IDLE, source):
+            sources[source] = words_of(path)
+    answer = twice(describe, name, folder, words)
+    return Side(name, folder, sources=sources, linked=linked, **answer)
 
 
 def describe(name, folder, words):
     """Asks the code of a side for the fields of a Side and more, see worker.py."""
-    command = [sys.executable, "-B", WORKER, folder, "describe", *words]
-    try:
-        asked = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=LONGEST
-        )
-    except subprocess.TimeoutExpired:
-        raise SideError(f"{name} cannot run: its first step does not end", name) from None
-    if asked.returncode or not asked.stdout:
-        raise failure(name, asked.returncode, asked.stderr)
-    return json.loads(asked.stdout)
+    with Worker(name, folder, "describe", *words) as worker:
+        return worker.answer()
 
 
 def git(*words):
@@ -155,8 +165,9 @@ def git(*words):
 
 
 def list_files(*kinds):
-    """The paths of files that git lists; kinds: options of `git ls-files`."""
-    return os.fsdecode(git("ls-files", "-z", *kinds)).split("\0")[:-1]
+    """The paths of files that git lists and does not ignore; kinds: options of `git ls-files`."""
+    names = git("ls-files", "-z", "--exclude-standard", *kinds)
+    return os.fsdecode(names).split("\0")[:-1]
 
 
 def files_without_git():
@@ -164,14 +175,27 @@ def files_without_git():
     paths = [*HERE.iterdir()]
     for each in HERE.glob("*/__init__.py"):
         paths += each.parent.rglob("*")
-    names = [str(path.relative_to(HERE)) for path in paths if path.is_file()]
-    return [name for name in names if "__pycache__" not in name]
+    return [str(path.relative_to(HERE)) for path in paths if path.is_file()]
+
+
+def words_of(path):
+    """What counts of a file, a list: of Python code, not layout and comments.
+
+    A linked file may be too large to be read each time: it is known by its size and time.
+    """
+    if path.is_symlink():
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns]
+    if path.suffix == ".py":
+        return words_of_code(path.read_text("utf-8", errors="replace"))
+    return [hash_of_file(path)]
 
 
 def copy_files(names, folder):
     """Copies the program's current files, since the user may go on editing them.
 
-    A file that exists in `folder` stays. Links large files; returns their names.
+    A file that exists in `folder` stays. Links large files, and folders that git lists, such as a
+    repository in this one; returns their names.
     """
     linked = []
     total = 0  # bytes
@@ -182,9 +206,7 @@ def copy_files(names, folder):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         size = path.stat().st_size
-        if path.is_dir():  # a link, as extras/ may be
-            shutil.copytree(path, target, ignore=shutil.ignore_patterns("__pycache__"))
-        elif size > LARGE or total + size > MOST:
+        if path.is_dir() or size > LARGE or total + size > MOST:
             target.symlink_to(path)
             linked.append(name)
         else:
@@ -194,37 +216,20 @@ def copy_files(names, folder):
 
 
 def copy_commit(commit, folder):
-    """Copies the program as it is in a commit; returns the files' paths."""
-    with explained("to compare commits, install git and tar", FileNotFoundError):
-        asked = subprocess.run(["git", "-C", HERE, "archive", commit], capture_output=True)
-        subprocess.run(["tar", "-x", "-C", folder], input=asked.stdout, capture_output=True)
-    paths = [*folder.rglob("*")]
-    for path in paths:
-        if path.is_symlink() and folder not in path.resolve().parents:
-            path.unlink()  # its target is in no commit: the current one is copied
-    if folder / "main.py" not in paths:
-        reason = one_line(asked.stderr.decode(errors="replace")) or "it has no main.py"
-        raise UsageError(f"{commit} is no commit with this program ({reason})")
-    return [str(path.relative_to(folder)) for path in paths]
-
-
-def short_id(typed):
-    """The short id of a commit, or of HEAD for flags; "" without a repository."""
-    commit = "HEAD" if is_flags(typed) else typed
-    return git("rev-parse", "--short", commit).decode().strip()
+    """Copies the program as it is in a commit."""
+    subprocess.run(["tar", "-x", "-C", folder], input=git("archive", commit), capture_output=True)
+    if not (folder / "main.py").exists():
+        raise UsageError(f"{commit} is no commit with this program, in a git repository at {HERE}")
 
 
 def identify(side, *others):
-    """A hash of all that decides how the runs of a side end; others: more of it, as plain data."""
-    hashes = {name: hash_of(side.folder / name) for name in side.sources}
-    data = [side.shape, side.origins, side.texts, hashes, *others]
-    return hashlib.sha1(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+    """A digest of all that decides how the runs of a side end; others: more of it, plain data."""
+    return digest_of([side.shape, side.texts, side.sources, *others])[:12]
 
 
 def install(side, folder):
     """Copies the files of a Side into a folder, unless it exists; returns the Side with it."""
-    fault = f"cannot write to {folder}: name another --save_dir"
-    with explained(fault, OSError), locked(folder.parent):
+    with locked(folder.parent):
         if not folder.exists():
             # Renamed when complete, so that `folder` never holds half a copy.
             partial = folder.with_name(f"{folder.name}.{os.getpid()}")
@@ -232,38 +237,6 @@ def install(side, folder):
             for name, path in side.files.items():
                 target = partial / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(path, target)
-                except OSError:  # another file system
-                    shutil.copy(path, target)
+                os.link(path, target)
             partial.rename(folder)
     return side._replace(folder=folder)
-
-
-def code_of(path):
-    """The text of a file, whatever its bytes."""
-    return path.read_text("utf-8", errors="replace")
-
-
-def hash_of(path):
-    """The hash of a file of a side; layout and comments of Python code do not count."""
-    return hash_of_code(code_of(path)) if path.suffix == ".py" else hash_of_file(path)
-
-
-def count_words(side):
-    """The length of a side's Python code, see words_of_code."""
-    paths = [side.folder / name for name in side.sources if name.endswith(".py")]
-    return sum(len(words_of_code(code_of(path))) for path in paths)
-
-
-def patch(before, after):
-    """A unified diff of the files of both Sides."""
-    lines = []
-    for name in sorted({*before.sources, *after.sources}):
-        texts = []
-        for side in (before, after):
-            path = side.folder / name
-            is_there = name in side.sources and not path.is_symlink()
-            texts.append(code_of(path).splitlines(True) if is_there else [])
-        lines += difflib.unified_diff(*texts, f"a/{name}", f"b/{name}")
-    return "".join(lines)

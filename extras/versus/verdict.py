@@ -2,24 +2,24 @@
 
 from extras.versus.sequential import RACE
 
-DETECTABLE = 1.5  # times half an interval: the difference that is found four times in five
 SLOWER = 1.05  # a verdict names a ratio of times that is above it
-NOISE = 0.03  # of the ratio of times: half its interval, at most, for advice on equal time
 
 VERDICTS = {
     "helped": "Helped",
     "hurt": "Hurt",
     "partly": "Helped, but less on test text: the rest may be a leak",
     "valid only": "Better on validation text only",
-    "equal": "Equal within {margin:g}",
-    "not worse": "Not worse by more than {margin:g}",
-    "none": "No difference seen",
+    "equal": "Equal within {asked[margin]:g}",
+    "not worse": "Not worse by more than {asked[margin]:g}",
+    "none": (
+        "No difference seen: {pairs} pairs show a difference of {detectable:.2g} four times in five"
+    ),
     "promising": "Promising, on seeds that were used before",
     "not better": "Not better, on seeds that were used before",
     "same": "No effect, proved: the same weights, for these flags and seeds",
     "alike": "No effect seen: other weights, and the same losses",
     "diverged": "Diverged: runs of {at_fault}",
-    "cannot tell": "Cannot tell",
+    "cannot tell": "Cannot tell: {fault}",
 }
 COUNTED = ("helped", "partly", "hurt", "valid only")  # what chance alone yields once in twenty
 
@@ -37,44 +37,29 @@ def describe_numbers(result):
     if pairs > 3 and "correlation" in result:  # of two, it is 1 or -1
         line += f"; correlation of the sides {result['correlation']:.2f}"
     yield line
-    if result["is_race"] and result["outcome"] in COUNTED and pairs < max(RACE):
+    if result["outcome"] in COUNTED and not result["asked"]["pairs"] and pairs < max(RACE):
         yield "It ended early: the estimate is likely too large."
     if result["outlier"] is not None:
         seed = result["seeds"][result["outlier"]]
         yield f"Seed {seed} is an outlier: without it, differences scatter less than half as far."
     if "test_difference" in result:
         yield f"On test text, the mean difference is {result['test_difference']:+.4f}."
-    else:
-        yield "Not checked on test text, which the sides do not see: name some with --test_text."
-    if "time" not in result:
-        yield "No times: fewer than two pairs were trained without interruption."
-        return
-    time, low, high = result["time"], result["time_low"], result["time_high"]
-    times = f'"After" took {time:.3f} times as long ({low:.3f} to {high:.3f})'
-    steps = result["steps"]
-    if steps[0] != steps[1]:
-        yield f"{times}."
-    elif high - low > 2 * NOISE * time:
-        yield f"This holds at equal steps. {times}: too noisy to say more."
-    elif low <= 1 <= high:
-        yield f"This holds at equal steps and equal time: {times}."
-    else:
-        equal = f'for equal time, add --num_iters {steps[0] / time:.0f} to it'
-        yield f"This holds at equal steps. {times}: {equal}."
+    if "time" in result:
+        time, low, high = result["time"], result["time_low"], result["time_high"]
+        line = f'"After" took {time:.3f} times as long ({low:.3f} to {high:.3f}).'
+        before, after = result["steps"]
+        if before == after and not low <= 1 <= high:
+            line += f" For equal time, add --num_iters {before / time:.0f} to it."
+        yield line
 
 
-def describe_verdict(result, margin):
+def describe_verdict(result):
     """The verdict on a result, in words."""
-    at_fault, outcome = result["at_fault"], result["outcome"]
-    verdict = VERDICTS[outcome].format(margin=margin, at_fault=at_fault)
-    if outcome == "same" and not result["seeds"]:
+    outcome = result["outcome"]
+    pairs = len(result["seeds"])
+    verdict = VERDICTS[outcome].format(**result, pairs=pairs)
+    if outcome == "same" and not pairs:
         verdict = "The same code and flags on both sides: nothing is trained"
-    elif outcome == "cannot tell":
-        verdict += f": {result[at_fault]}: {result['fault']}"
-    elif outcome == "none":
-        pairs = len(result["seeds"])
-        shown = DETECTABLE * (result["high"] - result["low"]) / 2
-        verdict += f": {pairs} pairs show a difference of {shown:.2g} four times in five"
     verdict = ", ".join([verdict, *conditions(result)])
     if result["look"] > 1 and outcome in COUNTED:
         verdict += f": look {result['look']}"
@@ -83,31 +68,27 @@ def describe_verdict(result, margin):
 
 def conditions(result):
     """Yields the conditions under which a verdict holds, besides the edit itself."""
-    if "difference" not in result:
-        return
     if result["outcome"] == "helped" and "test_difference" not in result:
         yield "on validation text (there was no test text)"
-    before, after = result["steps"]
-    if before != after:
-        yield f"with {after / before:.3g} times the steps"
-    elif result.get("time_low", 0) > SLOWER:
-        yield f"in {result['time']:.2g} times the time"
     for what in result["unlike"]:
-        yield f"with another {what}"
+        yield f"with {what}"
+    if result.get("time_low", 0) > SLOWER:
+        yield f"in {result['time']:.2g} times the time"
     if result["tuned"]:
-        before, after = result["tuned"]["values"]
-        at_edge = " (at the edge of the list: give more)" if result["tuned"]["at_edge"] else ""
-        yield f"each at its best {result['tuned']['flag']}: {before} before, {after} after{at_edge}"
+        yield result["tuned"]
 
 
 def unlike(before, after, pairs):
-    """What differs between the data of two Sides, besides their edit: names for `conditions`."""
-    names = []
-    if before.tokenizer != after.tokenizer:
-        return names
+    """What differs between the runs of two Sides, besides their edit: words for `conditions`."""
+    what = []
+    ratio = after.flags["num_iters"] / before.flags["num_iters"]
+    if ratio != 1:
+        what.append(f"{ratio:.3g} times the steps")
+    if before.tokenizer != after.tokenizer:  # the same text is read as other tokens
+        return what
     if before.texts["train"] != after.texts["train"]:
-        names.append("training text")
+        what.append("another training text")
     read = {each.read for pair in pairs for each in pair if each.read}
-    if before.flags["num_iters"] == after.flags["num_iters"] and len(read) > 1:
-        names.append("number of tokens read")
-    return names
+    if ratio == 1 and len(read) > 1:
+        what.append("another number of tokens read")
+    return what

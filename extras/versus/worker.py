@@ -18,17 +18,6 @@ sys.path[0] = str(FOLDER)  # instead of this file's folder
 ANSWERS = os.fdopen(os.dup(1), "wb")
 os.dup2(2, 1)
 
-READ = set()  # the paths of files that were opened for reading
-
-
-def note(event, arguments):
-    """A hook for sys.addaudithook: fills READ."""
-    if event == "open" and isinstance(arguments[0], str) and "w" not in str(arguments[1]):
-        READ.add(arguments[0])
-
-
-sys.addaudithook(note)
-
 import main
 import mlx.core as mx
 import numpy as np
@@ -63,19 +52,14 @@ def describe(*words):
     SIDE.use_device(flags.gpu)
     models, flags, dataset = SIDE.load_inputs(flags)
     run = SIDE.make_run(flags.save_dir, flags, None, models, dataset, SIDE.SingleProcess())
-    if not models:
-        check_seed(run, flags, dataset)
-    notices = [line for line in SIDE.start_notices(run) if "edited " not in line]
-    # A step reads files that are used only there, and compiles what the first run would have to.
+    check_seed(run, flags, dataset)
+    # A step compiles what the first run would have to.
     SIDE.train_step(run, SIDE.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
     values = {}
-    explicit = [*todays_names(vars(flags)).explicit]
-    for name in explicit:
+    for name in todays_names(vars(flags)).explicit:
         # Only the judge gets the test text.
-        if name in {*SIDE.RECORDED_FLAGS, "mirror", "gpu"} - {"test_text", "eval_test"}:
+        if name in {*SIDE.RECORDED_FLAGS, "gpu"} - {"test_text", "eval_test"}:
             values[name] = getattr(flags, name)
-    if os.path.exists(values.get("mirror") or ""):  # runs have another working directory
-        values["mirror"] = os.path.abspath(values["mirror"])
     files = {}
     for name, source in models.items():
         if not SIDE.is_foreign(getattr(flags, name)):
@@ -83,7 +67,8 @@ def describe(*words):
             for file, path in source.files.items():
                 files[f"{name}/{file}"] = str(path.resolve())
     # Without what other fields hold, and what does not decide how a run ends.
-    shape = {*SIDE.RECORDED_FLAGS} - {*SIDE.PATH_FLAGS, "test_text", "seed"}
+    names = {*SIDE.RECORDED_FLAGS} - {*SIDE.PATH_FLAGS, "test_text", "seed"}
+    shape = {name: getattr(flags, name) for name in sorted(names)}
     for name in ("valid", "test"):
         split = getattr(dataset, name)
         if split:  # a copy, as preparing the other side may rewrite the files that it maps
@@ -93,13 +78,9 @@ def describe(*words):
         {
             "words": [*SIDE.arguments_of(values), f"--data_dir={data_dir}"],
             "flags": vars(flags),
-            "given": explicit,
-            "shape": {name: getattr(flags, name) for name in shape},
+            "shape": shape | todays_names(vars(run)).parents,
             "edited": SIDE.EDITED_FUNCTIONS,
-            "notices": notices,
             "files": files,
-            "read": files_read(),
-            "origins": todays_names(vars(run)).parents,
             "versions": run.versions,
             "parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
             "vocab_size": run.model.config.vocab_size,
@@ -118,21 +99,17 @@ def in_copy(word):
 
 
 def check_seed(run, flags, dataset):
-    """Raises RunError unless another seed gives other weights and batches than this run's."""
+    """Raises RunError unless another seed gives other first weights and batches than this run's."""
     other = Namespace(**vars(flags) | {"seed": flags.seed + 1})
     other = SIDE.make_run(flags.save_dir, other, None, {}, dataset, SIDE.SingleProcess())
-    weights = [dict(tree_flatten(each.model.trainable_parameters())) for each in (run, other)]
-    if all(mx.array_equal(weights[0][name], weights[1][name]) for name in weights[0]):
-        raise RunError("all seeds give the same first weights: draw them from flags.seed")
-    batches = [[*map(np.array, each.batches.next())] for each in (run, other)]
-    if all(map(np.array_equal, *batches)):
-        raise RunError("all seeds give the same order of batches: draw it from flags.seed")
-
-
-def files_read():
-    """The files in FOLDER that the side has read, by their paths there."""
-    paths = [FOLDER / path for path in sorted(READ)]  # relative ones, too: its runs work in FOLDER
-    return [str(path.relative_to(FOLDER)) for path in paths if FOLDER in path.parents]
+    drawn = {"order of batches": [each.batches.next() for each in (run, other)]}
+    if not todays_names(vars(run)).parents:  # else, the first weights are a model's
+        models = (run.model, other.model)
+        weights = [dict(tree_flatten(each.trainable_parameters())).values() for each in models]
+        drawn["first weights"] = weights
+    for name, arrays in drawn.items():
+        if all(map(mx.array_equal, *arrays)):
+            raise RunError(f"all seeds give the same {name}: use flags.seed")
 
 
 def serve(metadata, gpu):

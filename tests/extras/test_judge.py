@@ -11,7 +11,7 @@ from conftest import ROOT, TINY, copy_program, newest, run
 
 from datasets import RunError, load_dataset
 from extras.versus import judge
-from extras.versus.judge import BITS, NATS, Text, choose_spans
+from extras.versus.judge import Text, choose_spans
 
 V = 31
 WIDTH = 100
@@ -22,6 +22,11 @@ def side_of(checkpoint, folder=ROOT):
     config = checkpoint.config
     shape = {"vocab_size": config.vocab_size, "context_size": config.context_size}
     return Namespace(name="mine", folder=folder, flags={"gpu": False}, **shape)
+
+
+def whole(tokens):
+    """A Text of which all is scored."""
+    return Text(tokens, [(0, len(tokens) - 1)], 1)
 
 
 KINDS = [
@@ -47,14 +52,15 @@ def test_scores_are_those_of_main(base, text, kind):
     tokenizer = contents.tokenizer
     tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens
     with judge.Judge(side_of(checkpoint), checkpoint.metadata_path, None) as referee:
-        whole = referee.score(tokens)
-        assert whole == pytest.approx(checkpoint.evaluation.loss, abs=1e-5)
+        valid = whole(tokens)
+        score = referee.score(valid)
+        assert score == pytest.approx(checkpoint.evaluation.loss, abs=1e-5)
         own = (len(tokens) - 1, checkpoint.evaluation.loss)
-        assert referee.check_evaluation(tokens, own) is None
-        assert referee.examine(tokens) == (whole, None)
+        assert referee.check_evaluation(valid, own) is None
+        assert referee.examine(valid) == (score, None)
         count = len(tokens) - 1
-        halves = [referee.score(tokens, [span]) for span in ((0, 40), (40, count))]
-        assert (40 * halves[0] + (count - 40) * halves[1]) / count == pytest.approx(whole)
+        halves = [referee.score(Text(tokens, [span], 1)) for span in ((0, 40), (40, count))]
+        assert (40 * halves[0] + (count - 40) * halves[1]) / count == pytest.approx(score)
 
 
 TWO_MODES = {
@@ -74,21 +80,18 @@ def test_layers_with_two_modes(text, tmp_path):
     side = side_of(checkpoint, program.parent)
     with judge.Judge(side, checkpoint.metadata_path, None) as referee:
         own = (checkpoint.evaluation.num_tokens, checkpoint.evaluation.loss)
-        scores, fault = referee.examine_run([tokens, None], [None, None], own)
-    assert 0 < scores[0] < 7
+        score, _, fault = referee.examine_run(whole(tokens), None, own)
+    assert 0 < score < 7
     assert fault is None
 
 
-def test_spans_are_evenly_spaced_and_the_same_for_both_sides():
-    text = Text((np.zeros(10_001), np.zeros(10_001)), NATS, None)
-    spans = choose_spans(text, [8, 20], 200)
+def test_spans_are_evenly_spaced():
+    spans = choose_spans(10_000, 20, 200)
     assert [stop - start for start, stop in spans] == [20] * 10
     starts = [start for start, _ in spans]
     assert (starts[0], starts[-1]) == (0, 10_000 - 20)
     assert max(np.diff(starts)) - min(np.diff(starts)) <= 1
-    assert choose_spans(text, [8, 20], 10_000) is None
-    assert choose_spans(text, [8, 20], 0) is None
-    assert choose_spans(text._replace(unit=BITS), [8, 20], 200) is None
+    assert choose_spans(10_000, 20, 10_000) == choose_spans(10_000, 20, 0) == [(0, 10_000)]
 
 
 # ---- Models that know too much ------------------------------------------------------------------
@@ -153,7 +156,7 @@ class FakeJudge(judge.Judge):
 
     def __init__(self, model):
         self.side = Namespace(name="fake", context_size=WIDTH, vocab_size=V)
-        self.tolerance = judge.TOLERANCE["cpu"]
+        self.tolerance = judge.TOLERANCE[False]
         self.model = model
 
     def logits(self, rows):
@@ -161,7 +164,7 @@ class FakeJudge(judge.Judge):
 
     def own(self, tokens):
         """What its run has scored at its end: the same."""
-        return 1000, self.score(tokens[:1001])
+        return 1000, self.score(whole(tokens[:1001]))
 
 
 def hiding(model, value):
@@ -204,15 +207,16 @@ def test_what_a_model_must_not_know(model, fault):
     """Each position is tried, also where there are fewer windows than positions."""
     tokens = np.random.default_rng(1).integers(0, V - 1, 40 * WIDTH)
     for honest in (causal, hiding(causal, -1e9)):
-        assert FakeJudge(honest).examine(tokens)[1] is None
-    assert fault in FakeJudge(model).examine(tokens)[1]
+        assert FakeJudge(honest).examine(whole(tokens))[1] is None
+    assert fault in FakeJudge(model).examine(whole(tokens))[1]
 
 
 def test_of_a_long_context_places_all_over_it_are_tried():
     """Where there are few windows, and one."""
     tokens = np.random.default_rng(1).integers(0, V - 1, 5 * WIDTH)
-    assert "the future" in FakeJudge(peeking_at(0, WIDTH - 8)).examine(tokens)[1]
-    assert "the future" in FakeJudge(peeking_at(0, WIDTH - 30)).examine(tokens[:WIDTH])[1]
+    few, one = whole(tokens), whole(tokens[:WIDTH])
+    assert "the future" in FakeJudge(peeking_at(0, WIDTH - 8)).examine(few)[1]
+    assert "the future" in FakeJudge(peeking_at(0, WIDTH - 30)).examine(one)[1]
 
 
 @pytest.mark.parametrize("table, is_diverged", [
@@ -223,9 +227,9 @@ def test_of_a_long_context_places_all_over_it_are_tried():
 def test_a_loss_far_above_that_of_an_untrained_model(table, is_diverged):
     tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
     referee = FakeJudge(lambda rows: table[rows])
-    scores, fault = referee.examine_run([tokens, None], [None, None], referee.own(tokens))
+    _, score, fault = referee.examine_run(whole(tokens), None, referee.own(tokens))
     assert (fault == judge.DIVERGED) == is_diverged
-    assert math.isnan(scores[1]), "there is no test text"
+    assert math.isnan(score), "there is no test text"
 
 
 def test_a_test_text_with_what_is_never_predicted():
@@ -233,8 +237,9 @@ def test_a_test_text_with_what_is_never_predicted():
     tokens = np.random.default_rng(1).integers(0, V - 1, 30 * WIDTH)
     referee = FakeJudge(hiding(causal, -np.inf))
     own = referee.own(tokens)
-    assert referee.examine_run([tokens, tokens], [None, None], own)[1] is None
-    scores, fault = referee.examine_run([tokens, np.append(tokens, V - 1)], [None, None], own)
+    assert referee.examine_run(whole(tokens), whole(tokens), own)[2] is None
+    test = whole(np.append(tokens, V - 1))
+    *scores, fault = referee.examine_run(whole(tokens), test, own)
     assert math.isfinite(scores[0]) and math.isinf(scores[1])
     assert fault == judge.DIVERGED
 
@@ -243,7 +248,7 @@ def test_a_score_that_the_side_finds_otherwise():
     tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
     referee = FakeJudge(causal)
     count, loss = referee.own(tokens)
-    _, fault = referee.examine_run([tokens, None], [None, None], (count, 0.999 * loss))
+    *_, fault = referee.examine_run(whole(tokens), None, (count, 0.999 * loss))
     assert re.match(r"the run's own loss, 3[.]\d+ for 1,000 tokens, is not the judge's", fault)
 
 
@@ -252,4 +257,4 @@ def test_a_side_that_fails_is_named(base):
     checkpoint = newest(folder)
     with judge.Judge(side_of(checkpoint), folder / "none.metadata", None) as referee:
         with pytest.raises(RunError, match="mine cannot run: .*none.metadata"):
-            referee.score(np.arange(10))
+            referee.score(whole(np.arange(10)))
