@@ -499,7 +499,7 @@ class Corpus(NamedTuple):
     # argument is a function that, given a name in `files`, downloads the file and returns its path.
     # None: the texts are on this machine, see load_dataset.
     find_texts: object = None
-    hosts: tuple = ()  # URLs up to the last slash, tried in this order
+    hosts: tuple = ()  # URLs that end in a slash, tried in this order
     files: str = ""  # a line each: SHA256 (as by sha256sum), size in bytes, name
 
 

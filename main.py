@@ -524,8 +524,8 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
-# The fast version does not call LanguageModel.logits, so an edit of LanguageModel or of Embedding
-# must switch it off.
+# The fast version computes logits itself, so its dependencies are the two classes that do: once you
+# edit one of them, the plain version runs.
 @partial(fast_version, dependencies=[Embedding, LanguageModel])
 def training_loss(model, hidden, targets, scale):
     """What training minimizes: the cross-entropy in nats, times `scale`, summed over positions.
