@@ -1421,7 +1421,7 @@ def explained(text, *errors, kind=UsageError):
     """Turns exceptions of the types `errors` (default: any) into a one-line message for the user.
 
     The message is `text`, which names the cause and the remedy, followed by the exception's own
-    message. Raises `kind`. ImportErrors pass unless `errors` names them.
+    message. Raises `kind`. A missing package or name passes unless `errors` has its type.
     """
     expected = errors or (Exception,)
     try:
@@ -1429,8 +1429,8 @@ def explained(text, *errors, kind=UsageError):
     except (KeyboardInterrupt, SystemExit):
         raise  # even if BaseException is among the errors
     except expected as error:
-        if isinstance(error, ImportError) and ImportError not in errors:
-            raise  # a missing package is no fault of what was read
+        if isinstance(error, (ImportError, NameError)) and not errors:
+            raise  # not an error in what was read
         raise kind(f"{text} ({one_line(error)})") from None
 
 

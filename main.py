@@ -1,12 +1,12 @@
 """Train a transformer language model with MLX, resume it bit-exactly, and sample from it.
 
-    python main.py --config first    train a small model on Python's own library
-    python main.py --dataset ptb     train on Penn Treebank; rerun after Ctrl+C to resume
-    python main.py --inference       sample interactively from the newest checkpoint
-    python main.py --help            every flag
+    python main.py --config first            train on Python's own library, in two minutes
+    python main.py --config ptb-5-minutes    on Penn Treebank; rerun after Ctrl+C to resume
+    python main.py --inference               sample interactively from the newest checkpoint
+    python main.py --help                    every flag
 
-What computes the weights comes first: model, loss and optimizer, batches, training. Evaluation and
-sampling follow, then what keeps a run safe and usable: checkpoints, interrupts, reports, flags,
+All that decides the weights comes first: model, loss and optimizer, batches, training. Evaluation
+and sampling follow, then what keeps a run safe and usable: checkpoints, interrupts, reports, flags,
 setting up, commands. datasets.py turns text into token ids. Everything else is in extras/, one file
 per feature; without extras/, this file works in plain MLX.
 
@@ -73,7 +73,7 @@ class Config:
     """
 
     vocab_size: int  # V
-    context_size: int  # positions of a training window, and the capacity of a KVCache
+    context_size: int  # positions of a training window, and at most those that a Decoder reads
     num_blocks: int
     dim: int  # D
     num_heads: int  # H, query heads
@@ -89,33 +89,10 @@ class Config:
     qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if type(value) is int and not 1 <= value <= datasets.MAX_INT32:
-                raise ValueError(f"{name} {value} is not from 1 to {datasets.MAX_INT32}")
-        if self.head_dim is None:  # imported models set it, and H * d may differ from D
-            multiple = 2 * self.num_heads  # a head's dimension must be even: RoPE rotates pairs
-            if self.dim % multiple:
-                fit = multiple * max(1, round(self.dim / multiple))
-                raise ValueError(
-                    f"dim {self.dim} is not a multiple of 2 * num_heads {self.num_heads}: try {fit}"
-                )
-            self.head_dim = self.dim // self.num_heads
-        if self.head_dim % 2 or self.head_dim > 2**16:  # RoPE rotates pairs
-            raise ValueError(f"head_dim {self.head_dim} is not an even number up to {2**16}")
-        if self.context_size * self.num_kv_heads * self.head_dim > datasets.MAX_INT32:
-            raise ValueError(f"context_size {self.context_size}: too many keys for MLX, give less")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: "
-                f"try {math.gcd(self.num_heads, self.num_kv_heads)}"
-            )
+        check_config(self)
 
 
-# {group: {flag: row}}. A row is next to the code that uses its flag, or in the section Flags. The
-# flags in `data`, `model`, `init` and `training` identify a run: another value is another run. A
-# branch may change only those in `training`; `session` may change whenever a run is resumed. All
-# of these are saved with a run; `sampling`, `mode` and `command` are not. Where a default of None
-# depends on other flags, the help says how; resolve_flags or the code that uses it fills it in.
+# Flags of the command line. Each is beside the code that uses it, or in the section Flags.
 FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
 
 FLAGS["model"] = {
@@ -452,7 +429,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.model = Transformer(config)
         if config.untie:
-            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.dim, config.vocab_size)
 
     def __call__(self, tokens, caches=None, noise=None, logits_to_keep=None):
         """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all."""
@@ -475,6 +452,30 @@ class LanguageModel(nn.Module):
         if self.config.untie:
             return self.lm_head.weight
         return self.model.embed_tokens.weight
+
+
+def check_config(config):
+    """Raises ValueError if the values of a Config conflict; computes `head_dim` if it is None."""
+    for name, value in vars(config).items():
+        if type(value) is int and not 1 <= value <= datasets.MAX_INT32:
+            raise ValueError(f"{name} {value} is not from 1 to {datasets.MAX_INT32}")
+    if config.head_dim is None:  # imported models set it, and H * d may differ from D
+        multiple = 2 * config.num_heads  # a head's dimension must be even: RoPE rotates pairs
+        if config.dim % multiple:
+            fit = multiple * max(1, round(config.dim / multiple))
+            raise ValueError(
+                f"dim {config.dim} is not a multiple of 2 * num_heads {config.num_heads}: try {fit}"
+            )
+        config.head_dim = config.dim // config.num_heads
+    if config.head_dim % 2 or config.head_dim > 2**16:  # RoPE rotates pairs
+        raise ValueError(f"head_dim {config.head_dim} is not an even number up to {2**16}")
+    if config.context_size * config.num_kv_heads * config.head_dim > datasets.MAX_INT32:
+        raise ValueError(f"context_size {config.context_size}: too many keys for MLX, give less")
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads {config.num_kv_heads} does not divide num_heads {config.num_heads}: "
+            f"try {math.gcd(config.num_heads, config.num_kv_heads)}"
+        )
 
 
 def normal_init(name, shape, seed):
@@ -500,9 +501,9 @@ def init_weights(model, seed):
     into the residual stream are 0, so that each block starts as the identity. An untied output
     layer is also 0.
 
-    Embeddings have standard deviation 5 / dim. If tied, they are also the output layer: the logit
-    of the token just read starts between 4 and 5, the others near 0, and the initial loss is near
-    ln(V + e^5). If untied, it is ln V.
+    Embeddings have standard deviation 5 / dim. If tied, they are also the output layer: up to a dim
+    of 1024, the logit of the token just read starts between 4 and 5, the others near 0, and the
+    initial loss is near ln(V + e^5). If untied, it is ln V.
     """
     weights = []
     for name, parameter in tree_flatten(model.parameters()):
@@ -914,7 +915,8 @@ class Evaluation(NamedTuple):
 
 
 def comparable(evaluations):
-    """The evaluations on as many tokens as the last one: no others compare with it."""
+    """The evaluations on as many tokens as the last one; others are not comparable."""
+    # Without any, `[-1]` is not evaluated.
     return [each for each in evaluations if each.num_tokens == evaluations[-1].num_tokens]
 
 
@@ -1045,7 +1047,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
 
     # A sum over rows: sum_over_shards and gradient accumulation add up the sums of several parts of
-    # a batch. A term that is no such sum, such as a weight penalty, would count once per part.
+    # a batch. A term that is not a sum over rows, like a weight penalty, would count once per part.
     def loss_fn(scale, dropout_rate, inputs, targets, keys):
         if casts_weights:
             model.update(tree_map_with_path(to_bfloat16, model.parameters()))  # LoRA's base, too
@@ -1059,7 +1061,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
     value_and_grad = nn.value_and_grad(model, loss_fn)
 
-    # Compiled once per set of shapes, then replayed. Arrays that are no arguments, such as the
+    # Compiled once per set of shapes, then replayed. Arrays that are not arguments, such as the
     # teacher's weights, become constants of the graph unless they are in `inputs`; arrays that the
     # function changes must also be in `outputs`, or the change would be lost.
     @partial(mx.compile, inputs=[model.state])
@@ -1637,20 +1639,15 @@ def for_terminal(text):
 def warn_about_prompt(conversation, prompt):
     """Warns about what the model will not read of a prompt, or will read differently."""
     tokenizer = conversation.tokenizer
+    warn = partial(say, file=sys.stderr)
     unknown = tokenizer.unknown(prompt)
-    num_tokens = len(encode_prompt(tokenizer, prompt))
-    notices = {
-        f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}": unknown,
-        f"The prompt's {num_tokens:,} tokens are more than the context: only their end is read.": (
-            num_tokens > conversation.model.config.context_size
-        ),
-        "The prompt ends in a space, which the tokenizer joins to the next word: leave it out.": (
-            prompt.endswith(" ") and hasattr(tokenizer, "package")
-        ),
-    }
-    for line, applies in notices.items():
-        if applies:
-            say(printable(line), sys.stderr)
+    if unknown:
+        warn(printable(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"))
+    length = len(encode_prompt(tokenizer, prompt))
+    if length > conversation.model.config.context_size:
+        warn(f"The prompt's {length:,} tokens are more than the context: only their end is read.")
+    if prompt.endswith(" ") and hasattr(tokenizer, "package"):
+        warn("The prompt ends in a space, which the tokenizer joins to the next word: omit it.")
 
 
 def converse(new_conversation, flags):
@@ -1877,7 +1874,7 @@ def sha1_of_text(text):
 
 
 def sha1_of_file(path):
-    """The SHA1 of a file that is no link. Raises OSError."""
+    """The SHA1 of a file, but not of a symbolic link. Raises OSError."""
     return datasets.hash_of_file(path, hashlib.sha1, no_follow)
 
 
@@ -2172,7 +2169,7 @@ def prune_checkpoints(run):
             if checkpoint.id not in kept_ids and checkpoint is not best:
                 checkpoint.weights_path.unlink(missing_ok=True)
         datasets.remove_leftovers(run.folder)
-        # Without the weights, metadata is no checkpoint.
+        # A .metadata file without its .safetensors is not a checkpoint.
         for path in run.folder.glob("*.metadata"):
             if not os.path.lexists(path.with_suffix(".safetensors")):
                 path.unlink()
@@ -2829,6 +2826,11 @@ def describe_changes(old, new, prefix=""):
 
 
 # ---- Flags --------------------------------------------------------------------------------------
+# {group: {flag: row}}. A row is next to the code that uses its flag, or in the section Flags. The
+# flags in `data`, `model`, `init` and `training` identify a run: another value is another run. A
+# branch may change only those in `training`; `session` may change whenever a run is resumed. All
+# of these are saved with a run; `sampling`, `mode` and `command` are not. Where a default of None
+# depends on other flags, the help says how; resolve_flags or the code that uses it fills it in.
 
 
 def split_name(text):
@@ -2930,7 +2932,7 @@ def make_parser():
     """An argparse parser of FLAGS that returns only the flags passed, without defaults."""
     parser = datasets.Parser(
         usage="python main.py [flags]",
-        description=(__doc__ or "").partition("\nWhat computes")[0],  # python -OO drops it
+        description=(__doc__ or "").partition("\nAll that decides")[0],  # python -OO drops it
         epilog="Exit status: 0 done, 1 failed, 2 usage error; 128 + its number after a signal.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -3193,7 +3195,7 @@ def find_folder(flags, dataset, parents, sha1):
 
     sha1: of the code. Of NAME, NAME.2, …, it is the run saved last that was trained by this code
     (with --identifier, by any), else a folder without a checkpoint, else the next free name.
-    Raises UsageError if only other code trained such runs, and the one saved last is not done.
+    Raises UsageError if other code trained all such runs, and the one saved last is unfinished.
     """
     identity = run_identity(vars(flags), dataset.sha256, parents)
     name = run_name(flags.dataset, identity)
@@ -3294,17 +3296,21 @@ def make_model(flags, dataset, checkpoint, models):
         with explained(f"{checkpoint} has no model", kind=DamagedError):
             return LanguageModel(checkpoint.config)
     try:
-        if "init_from" not in models:
-            fields = get_values(flags, FLAGS["model"])
-            return LanguageModel(Config(dataset.tokenizer.vocab_size, **fields))
-        model = models["init_from"].model
-        # What no flag sets, such as a padded vocabulary, stays.
-        model.config = dataclasses.replace(model.config, context_size=flags.context_size)
-        if flags.lora_rank:
-            extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
-        return model
+        if "init_from" in models:
+            # What no flag sets, such as a padded vocabulary, stays.
+            config = models["init_from"].model.config
+            config = dataclasses.replace(config, context_size=flags.context_size)
+        else:
+            config = Config(dataset.tokenizer.vocab_size, **get_values(flags, FLAGS["model"]))
     except ValueError as error:  # its message begins with the name of a field
         raise UsageError(f"--{error}") from None
+    if "init_from" not in models:
+        return LanguageModel(config)
+    model = models["init_from"].model
+    model.config = config
+    if flags.lora_rank:
+        extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
+    return model
 
 
 def load_inputs(flags):

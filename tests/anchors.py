@@ -30,7 +30,7 @@ EMBEDDINGS = "        self.embed_tokens = "
 EMBED = "        hidden = dropout(self.embed(tokens), noise, mask_index=0)\n"
 NORM = "        self.norm = RMSNorm(config.dim, config.norm_eps)\n"
 FINAL_NORM = "        return self.norm(hidden)\n"
-HEAD = "nn.Linear(config.dim, config.vocab_size, bias="
+HEAD = "Linear(config.dim, config.vocab_size)"
 LOGITS = "        return output_layer(hidden).astype(mx.float32)\n"
 NORMAL_INIT = "rng.standard_normal(shape"
 EMBEDDINGS_SCALE = "* 5 / model.config.dim"
@@ -69,6 +69,6 @@ END_EVALUATION = """\
 # ---- Runs ---------------------------------------------------------------------------------------
 
 LOADED = "            mx.eval(model.parameters())\n        return model\n"
-VOCAB_SIZE = "Config(dataset.tokenizer.vocab_size, **fields)"
+VOCAB_SIZE = "Config(dataset.tokenizer.vocab_size, "
 BATCHES = "    batches = Batches(dataset.train.tokens,"
 INIT = "init_weights(model, flags.seed)"

@@ -29,8 +29,8 @@ def edited(tmp_path, edits):
 
 def test_a_bias_of_the_output_layer_is_trained_and_scored(line, tmp_path):
     """An edit of the model's parts, not of `logits`: fast.py does not know them either."""
-    layer = anchors.HEAD
-    program = edited(tmp_path, {f"{layer}False)": f"{layer}True)"})
+    with_bias = anchors.HEAD.replace(")", ", bias=True)")
+    program = edited(tmp_path, {anchors.HEAD: with_bias})
     out, _ = run(*line, "--untie", "--eval_tokens", 0, **program)
     assert "\nedited   LanguageModel: " in out
     checkpoint = newest(tmp_path / "lm")

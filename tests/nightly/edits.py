@@ -297,7 +297,7 @@ HONEST = [
         ("a linear schedule", EFFECT, (COSINE, '"cosine": linear_schedule')),
         ("GELU", EFFECT, (RELU2_ENTRY, '"relu2": (nn.gelu,')),
         ("a padded vocabulary", EFFECT, (VOCAB_SIZE,
-         "Config(-(-dataset.tokenizer.vocab_size // 64) * 64, **fields)")),
+         "Config(-(-dataset.tokenizer.vocab_size // 64) * 64, ")),
         ("three Newton-Schulz steps", EFFECT, (NEWTON_SCHULZ, "  for _ in range(3):")),
         ("label smoothing in training", EFFECT, smoothed(TRAINING_LOSS)),
         ("dropout of MLX, with its two modes", EFFECT,
