@@ -1585,117 +1585,6 @@ class Conversation:
                 self.tokens_per_second = (len(times) - 1) / (time.perf_counter() - times[0])
 
 
-# ---- Prompts ------------------------------------------------------------------------------------
-def sample_checkpoint(flags):
-    """Runs --inference or --prompt with a checkpoint's model.
-
-    The model's text goes to stdout, messages about it to stderr.
-    """
-    contents = open_checkpoint(flags)
-    model = contents.load_model()
-    tokenizer = contents.tokenizer
-    draft = None
-    if flags.draft:
-        draft = extra("decode").open_draft(flags, contents)
-    if flags.quantize:
-        extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
-    # The checkpoint is announced only after all user errors are ruled out: an error must be the
-    # only line on stderr.
-    announce(contents.checkpoint)
-    new_conversation = partial(Conversation, tokenizer, model, draft)
-    if flags.inference:
-        converse(new_conversation, flags)
-        return
-    for i in range(flags.num_samples):  # sample i uses seed + i
-        conversation = new_conversation()
-        if i == 0:
-            warn_about_prompt(conversation, flags.prompt)
-        else:
-            print("-" * 15)  # as nanoGPT does
-        print_pieces(conversation.reply(flags.prompt, flags, flags.seed + i))
-    speed = f"{conversation.tokens_per_second:,.1f} tokens/s"  # of the last sample
-    if draft:
-        speed += conversation.decoder.describe_draft()
-    print(speed, file=sys.stderr)
-
-
-def print_pieces(pieces):
-    """Prints the pieces of a text as they come, and ends its line."""
-    for piece in pieces:
-        print(for_terminal(piece), end="", flush=True)
-    print(flush=True)
-
-
-def for_terminal(text):
-    """Untrusted text, also a model's, ready to print on stdout: unchanged in a pipe or file.
-
-    For a terminal, `printable`, without the CR of Windows' line ends.
-    """
-    if sys.stdout.isatty():
-        return printable(text.replace("\r", ""))
-    return text
-
-
-def warn_about_prompt(conversation, prompt):
-    """Warns about what the model will not read of a prompt, or will read differently."""
-    tokenizer = conversation.tokenizer
-    warn = partial(say, file=sys.stderr)
-    unknown = tokenizer.unknown(prompt)
-    if unknown:
-        warn(printable(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"))
-    length = len(encode_prompt(tokenizer, prompt))
-    if length > conversation.model.config.context_size:
-        warn(f"The prompt's {length:,} tokens are more than the context: only their end is read.")
-    if prompt.endswith(" ") and hasattr(tokenizer, "package"):
-        warn("The prompt ends in a space, which the tokenizer joins to the next word: omit it.")
-
-
-def converse(new_conversation, flags):
-    """Answers each line of stdin with a continuation of the conversation so far.
-
-    /reset forgets it, /quit ends the session. Ctrl+C ends a reply or, at the prompt, the session,
-    as Ctrl+D does.
-    """
-    # At the prompt, Ctrl+C raises KeyboardInterrupt (which datasets.py disables).
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is not an error
-    input_prompt = ""  # for a pipe
-    if sys.stdin.isatty():
-        with contextlib.suppress(ImportError):  # some Pythons lack it
-            import readline  # noqa: F401 (gives input() line editing and history)
-
-        input_prompt = "> "
-    conversation = new_conversation()
-    try:
-        while True:
-            line = input(input_prompt)
-            if line.rstrip() == "/quit":
-                break
-            elif line.rstrip() == "/reset":
-                conversation = new_conversation()
-            else:
-                print_reply(conversation, line, flags)
-    except (EOFError, KeyboardInterrupt):  # Ctrl+D or end of the pipe; Ctrl+C at the prompt
-        if input_prompt:
-            print()  # puts the shell's prompt on its own line
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C may also interrupt Python's exit
-
-
-def print_reply(conversation, line, flags):
-    """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
-    interrupts = argparse.Namespace(stop_signal=None)
-
-    # No KeyboardInterrupt, as an exception raised inside MLX can be lost.
-    def on_signal(signal_number, frame):
-        interrupts.stop_signal = signal_number
-
-    handler = signal.signal(signal.SIGINT, on_signal)
-    warn_about_prompt(conversation, line)
-    print_pieces(conversation.reply(line, flags, flags.seed, interrupts))
-    signal.signal(signal.SIGINT, handler)
-
-
 # ---- Checkpoints --------------------------------------------------------------------------------
 # <save_dir>/<run>/ holds one run: its checkpoints, log.csv, samples.jsonl, the code that trained it
 # (code-*/), and the models that it reads at each start (init_from/, teacher/). Only the process
@@ -3536,6 +3425,116 @@ def evaluate_checkpoint(flags):
     for line in notice_ineffective_flags(flags):
         print(line, file=sys.stderr)
     evaluate_split(flags.evaluate, model, dataset, flags)
+
+
+def sample_checkpoint(flags):
+    """Runs --inference or --prompt with a checkpoint's model.
+
+    The model's text goes to stdout, messages about it to stderr.
+    """
+    contents = open_checkpoint(flags)
+    model = contents.load_model()
+    tokenizer = contents.tokenizer
+    draft = None
+    if flags.draft:
+        draft = extra("decode").open_draft(flags, contents)
+    if flags.quantize:
+        extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
+    # The checkpoint is announced only after all user errors are ruled out: an error must be the
+    # only line on stderr.
+    announce(contents.checkpoint)
+    new_conversation = partial(Conversation, tokenizer, model, draft)
+    if flags.inference:
+        converse(new_conversation, flags)
+        return
+    for i in range(flags.num_samples):  # sample i uses seed + i
+        conversation = new_conversation()
+        if i == 0:
+            warn_about_prompt(conversation, flags.prompt)
+        else:
+            print("-" * 15)  # as nanoGPT does
+        print_pieces(conversation.reply(flags.prompt, flags, flags.seed + i))
+    speed = f"{conversation.tokens_per_second:,.1f} tokens/s"  # of the last sample
+    if draft:
+        speed += conversation.decoder.describe_draft()
+    print(speed, file=sys.stderr)
+
+
+def print_pieces(pieces):
+    """Prints the pieces of a text as they come, and ends its line."""
+    for piece in pieces:
+        print(for_terminal(piece), end="", flush=True)
+    print(flush=True)
+
+
+def for_terminal(text):
+    """Untrusted text, also a model's, ready to print on stdout: unchanged in a pipe or file.
+
+    For a terminal, `printable`, without the CR of Windows' line ends.
+    """
+    if sys.stdout.isatty():
+        return printable(text.replace("\r", ""))
+    return text
+
+
+def warn_about_prompt(conversation, prompt):
+    """Warns about what the model will not read of a prompt, or will read differently."""
+    tokenizer = conversation.tokenizer
+    warn = partial(say, file=sys.stderr)
+    unknown = tokenizer.unknown(prompt)
+    if unknown:
+        warn(printable(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"))
+    length = len(encode_prompt(tokenizer, prompt))
+    if length > conversation.model.config.context_size:
+        warn(f"The prompt's {length:,} tokens are more than the context: only their end is read.")
+    if prompt.endswith(" ") and hasattr(tokenizer, "package"):
+        warn("The prompt ends in a space, which the tokenizer joins to the next word: omit it.")
+
+
+def converse(new_conversation, flags):
+    """Answers each line of stdin with a continuation of the conversation so far.
+
+    /reset forgets it, /quit ends the session. Ctrl+C ends a reply or, at the prompt, the session,
+    as Ctrl+D does.
+    """
+    # At the prompt, Ctrl+C raises KeyboardInterrupt (which datasets.py disables).
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is not an error
+    input_prompt = ""  # for a pipe
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):  # some Pythons lack it
+            import readline  # noqa: F401 (gives input() line editing and history)
+
+        input_prompt = "> "
+    conversation = new_conversation()
+    try:
+        while True:
+            line = input(input_prompt)
+            if line.rstrip() == "/quit":
+                break
+            elif line.rstrip() == "/reset":
+                conversation = new_conversation()
+            else:
+                print_reply(conversation, line, flags)
+    except (EOFError, KeyboardInterrupt):  # Ctrl+D or end of the pipe; Ctrl+C at the prompt
+        if input_prompt:
+            print()  # puts the shell's prompt on its own line
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl+C may also interrupt Python's exit
+
+
+def print_reply(conversation, line, flags):
+    """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
+    interrupts = argparse.Namespace(stop_signal=None)
+
+    # No KeyboardInterrupt, as an exception raised inside MLX can be lost.
+    def on_signal(signal_number, frame):
+        interrupts.stop_signal = signal_number
+
+    handler = signal.signal(signal.SIGINT, on_signal)
+    warn_about_prompt(conversation, line)
+    print_pieces(conversation.reply(line, flags, flags.seed, interrupts))
+    signal.signal(signal.SIGINT, handler)
 
 
 def train_run(flags, ranks):
