@@ -130,6 +130,7 @@ def test_what_is_code_is_the_same_in_all_versions_of_python():
         assert hash_of_code(SAMPLE.replace(*edit)) != PINNED
 
 
+@pytest.mark.upkeep
 def test_each_anchor_stands_once():
     """Where tests edit main.py."""
     source = (ROOT / "main.py").read_text()
@@ -137,6 +138,7 @@ def test_each_anchor_stands_once():
     assert {name: source.count(line) for name, line in lines.items()} == dict.fromkeys(lines, 1)
 
 
+@pytest.mark.upkeep
 def test_no_function_was_edited_since_its_fast_version():
     assert main.EDITED_FUNCTIONS == []
 

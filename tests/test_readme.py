@@ -139,6 +139,7 @@ def test_classifier(tmp_path):
     assert float(share) > 0.8
 
 
+@pytest.mark.upkeep
 def test_edits_can_be_made():
     """What the pages say to change in main.py stands there once."""
     source = (ROOT / "main.py").read_text().splitlines()

@@ -50,6 +50,7 @@ def assert_near(found, expected, tolerance):
 # ---- Which of two functions runs ----------------------------------------------------------------
 
 
+@pytest.mark.upkeep
 @pytest.mark.parametrize("name", fast.STANDS_FOR)
 def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
     digest = hash_of_code(definition(name, main.SOURCE))
