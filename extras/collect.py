@@ -7,8 +7,12 @@
 
 Sequence-level distillation (Kim & Rush 2016): a small model is trained on what a large one writes.
 The answers to a list of prompts are saved as they arrive, so an interrupted collection resumes
-where it stopped and requests no saved answer again.
+where it stopped and requests no saved answer again. The key is read from TEACHER_API_KEY; for Groq,
+also from GROQ_API_KEY.
 """
+
+# First: it chooses the BLAS before MLX takes one.
+from extras.common.program import make_parser, read_flags, start
 
 import json
 import os
@@ -19,15 +23,15 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from datasets import TEXT_FLAGS, Flag, Parser, RunError, UsageError, add_flags, explained
-from datasets import load_dataset, nonempty, number, one_line, path_name, run_program, utf8
+from datasets import Flag, RunError, UsageError, explained, nonempty, number, one_line, path_name
+from datasets import utf8
 from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
+from main import load_data
 
 TIMEOUT = 120  # seconds to wait for the server's next byte
 LARGEST_ANSWER = 4 << 20  # bytes: a million tokens
 # A server; the key that some put before its name comes from the environment.
 ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#\s]*)?")
-OF_TEXT = ["dataset", "text", "data_dir", "mirror"]  # flags of datasets.py
 OWN_FLAGS = {
     "teacher_prompts": Flag(
         None, path_name, "a prompt per line, or what extras.batch wrote (default: from a text)"
@@ -43,12 +47,8 @@ FAULTS = (OSError, ValueError, LookupError, TypeError, RecursionError)
 
 def main(arguments):
     """Collects a corpus as these arguments specify."""
-    parser = Parser(
-        prog="python -m extras.collect",
-        description="Collects a corpus from a teacher behind an API.",
-        epilog="The key is read from TEACHER_API_KEY; for Groq, also from GROQ_API_KEY.",
-        allow_abbrev=False,
-    )
+    of_text = ["dataset", "text", "data_dir", "mirror"]
+    parser = make_parser("collect", __doc__, *of_text, **OWN_FLAGS)
     add = parser.add_argument
     add(
         "--distill_from",
@@ -58,10 +58,6 @@ def main(arguments):
         help="server with OpenAI's chat completions API",
     )
     add("--teacher_model", metavar="NAME", required=True, type=nonempty, help="the server's model")
-    rows = {name: row for group in TEXT_FLAGS.values() for name, row in group.items()}
-    rows = OWN_FLAGS | {name: rows[name] for name in OF_TEXT}
-    add_flags(parser, rows)
-    parser.set_defaults(**{name: row.default for name, row in rows.items()})
     add(
         "--output",
         metavar="DIR",
@@ -69,7 +65,7 @@ def main(arguments):
         type=path_name,
         help="folder for answers.jsonl and corpus.txt",
     )
-    flags = parser.parse_args(arguments)
+    flags = read_flags(parser, arguments)
     teacher = Teacher(flags.distill_from, flags.teacher_model)
     if flags.teacher_prompts:
         prompts = read_prompts(flags.teacher_prompts)
@@ -80,14 +76,12 @@ def main(arguments):
 
 def take_prompts(flags):
     """Beginnings of lines at evenly spaced places of a training text, a list."""
-    arguments = {name: getattr(flags, name) for name in OF_TEXT}
-    if flags.text:
-        arguments["dataset"] = "text"
-    dataset = load_dataset(**arguments, tokenizer="byte")
+    flags.tokenizer = "byte"
+    dataset = load_data(flags)
     tokens = dataset.train.tokens
     prompts = []
-    for start in np.linspace(0, len(tokens), flags.num_prompts, endpoint=False).astype(int):
-        text = dataset.tokenizer.decode(tokens[start : start + 10 * PROMPT_LENGTH])
+    for place in np.linspace(0, len(tokens), flags.num_prompts, endpoint=False).astype(int):
+        text = dataset.tokenizer.decode(tokens[place : place + 10 * PROMPT_LENGTH])
         _, _, lines = text.partition("\n")
         words, _, _ = lines.strip()[:PROMPT_LENGTH].rpartition(" ")
         prompts.append(words)
@@ -217,4 +211,4 @@ class Teacher:
 
 
 if __name__ == "__main__":
-    run_program("extras.collect", main)
+    start("collect", main)
