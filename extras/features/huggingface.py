@@ -12,7 +12,6 @@ A folder is read as transformers reads it. What it would compute and we cannot i
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -28,6 +27,7 @@ from datasets import LFS, PackageTokenizer, UsageError, end_of_text, explained, 
 from datasets import read_whole, replacing, without_passwords
 from extras.features.memory import describe_shortage
 from main import Config, LanguageModel, LoadedModel, from_untrusted, load_arrays, sha1_of_file
+from main import sha1_of_text
 
 # The fields of our Config and their defaults, also of those that you have added.
 PLAIN = {field.name: field.default for field in dataclasses.fields(Config)}
@@ -159,7 +159,9 @@ def import_model(folder):
             model.load_weights([*weights.items()])
         except ValueError as error:  # which may name hundreds
             raise UsageError(f"its weights do not fit: {one_line(error):.150}") from None
-    return LoadedModel(model, tokenizer, id_of(folder), {file.name: file for file in files})
+        # Of the SHA1s of all files: editing one of them makes another model.
+        id = sha1_of_text("".join(sha1_of_file(file.resolve()) for file in files))
+    return LoadedModel(model, tokenizer, id, {file.name: file for file in files})
 
 
 def read_texts(folder):
@@ -366,16 +368,6 @@ def tie(weights):
         embeddings = weights.setdefault("model.embed_tokens.weight", head)
         if not mx.array_equal(head, embeddings):
             weights["lm_head.weight"] = head
-
-
-def id_of(folder):
-    """The id of the model in a folder: the SHA1 of the SHA1s of its files.
-
-    So editing one of them makes another model.
-    """
-    with explained(f"{folder} cannot be used: name another model"):
-        sha1s = [sha1_of_file(path.resolve()) for path in model_files(Path(folder))]
-    return hashlib.sha1("".join(sha1s).encode()).hexdigest()
 
 
 # ---- Export -------------------------------------------------------------------------------------
