@@ -54,8 +54,6 @@ THEIR_NAMES = {
     "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
 }
-# What transformers assumes where older files say nothing. A wrong shape would not fit the weights.
-ASSUMED = {"num_key_value_heads": None, "head_dim": None, "rope_theta": 1e4}
 # RoPE settings of Llama 3, in the order of our Config's rope_scaling.
 THEIR_ROPE_SCALING = [
     "factor",
@@ -207,7 +205,8 @@ def read_config(folder):
     # Settings of RoPE, which older files call rope_scaling, count before what is next to them.
     rope = entries.get("rope_scaling") or entries.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    settings = ASSUMED | entries | rope | {"rope_type": rope_type}
+    # 10,000 is what transformers assumes where older files say nothing.
+    settings = {"rope_theta": 1e4} | entries | rope | {"rope_type": rope_type}
     fields = PLAIN | KINDS[kind]
     supported = SUPPORTED | {"hidden_act": [THEIR_ACTIVATIONS[fields["mlp"]]]}
     for name, values in supported.items():
@@ -216,9 +215,7 @@ def read_config(folder):
             raise UsageError(f"it has {name} {value!s:.40}, which training does not know")
 
     for ours, theirs in THEIR_NAMES.items():
-        if theirs not in settings:
-            raise UsageError(f"its config.json has no {theirs}")
-        fields[ours] = settings[theirs]
+        fields[ours] = settings.get(theirs)
     fields["untie"] = not entries.get("tie_word_embeddings")
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_heads"]
@@ -226,27 +223,15 @@ def read_config(folder):
     if kind == "mistral" and window is not None:
         # Within its window, it computes what a Llama does.
         fields["context_size"] = min(fields["context_size"], window)
-    if type(fields["rope_theta"]) is int:  # as which JSON may have it
-        fields["rope_theta"] = float(fields["rope_theta"])
+    fields["rope_theta"] = float(fields["rope_theta"])  # JSON may have an int
     if rope_type == "llama3":
-        fields["rope_scaling"] = read_scaling(entries, rope)
+        context = {"original_max_position_embeddings": entries["max_position_embeddings"]}
+        # That one counts where it stands next to RoPE's settings, too.
+        scaling = context | rope | entries
+        fields["rope_scaling"] = [scaling.get(name) for name in THEIR_ROPE_SCALING]
+        if None in fields["rope_scaling"]:
+            raise UsageError(f"it has RoPE of type llama3 without all of {THEIR_ROPE_SCALING}")
     return from_untrusted(Config, fields)
-
-
-def read_scaling(entries, rope):
-    """The rope_scaling of our Config, by the entries of config.json and its settings of RoPE.
-
-    Raises UsageError if they are incomplete, or if no frequencies can be scaled so.
-    """
-    context = {"original_max_position_embeddings": entries["max_position_embeddings"]}
-    # That one counts where it stands next to RoPE's settings, too.
-    settings = context | rope | entries
-    scaling = [settings.get(name) for name in THEIR_ROPE_SCALING]
-    factor, low, high, original_context = scaling
-    if None in scaling or not (factor >= 1 and 0 < low < high and original_context >= 1):
-        found = dict(zip(THEIR_ROPE_SCALING, scaling))
-        raise UsageError(f"it has RoPE of type llama3 with {found}, which cannot be computed")
-    return scaling
 
 
 def read_tokenizer(folder, vocab_size):
