@@ -474,9 +474,8 @@ def convert_bytes(tokenizer):
     """Bytes as a byte-level BPE without merges, so that each byte stays a token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     # The visible characters of Latin-1 stand for their own bytes, those after them for the others.
-    visible = [ord(character) for character in alphabet if ord(character) < 256]
-    others = [byte for byte in range(256) if byte not in visible]
-    vocabulary = dict(zip(alphabet, visible + others))
+    in_order = sorted(range(256), key=lambda byte: chr(byte) not in alphabet)
+    vocabulary = dict(zip(alphabet, in_order))
     vocabulary["<eos>"] = tokenizer.eos
     package = Tokenizer(models.BPE(vocabulary, []))
     package.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
