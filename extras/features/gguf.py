@@ -100,17 +100,16 @@ def convert_weights(model, names, is_permuted):
 # ---- Tokenizers ---------------------------------------------------------------------------------
 def tokenizer_content(tokenizer):
     """What the tokenizer.json of a tokenizer says. Raises UsageError if llama.cpp has none such."""
-    if tokenizer.kind in ("word", "char"):
-        raise UsageError(
-            f"llama.cpp has no {tokenizer.kind} tokenizer: train with --tokenizer bpe or byte, "
-            "or export a folder for transformers"
-        )
     content = json.loads(package_of(tokenizer).to_str())
-    if not is_gpt2_like(content) and tokenizer.kind != "byte":
+    cut = content["pre_tokenizer"] or {}
+    wanted = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    is_cut_so = wanted.items() <= cut.items()
+    is_like_gpt2 = is_cut_so and content["model"]["type"] == "BPE" and not content["normalizer"]
+    if not is_like_gpt2 and tokenizer.kind != "byte":
         raise UsageError(
-            "llama.cpp would split text differently from this tokenizer; only GPT-2's "
-            "pre-tokenization can be exported. For other models, use llama.cpp's "
-            "convert_hf_to_gguf.py"
+            f"llama.cpp has no {tokenizer.kind} tokenizer that splits text like this one: train "
+            "with --tokenizer bpe or byte, or export a folder for transformers; for other models, "
+            "use llama.cpp's convert_hf_to_gguf.py"
         )
     return content
 
@@ -140,11 +139,3 @@ def add_tokenizer(writer, content, tokenizer, size):
     writer.add_add_bos_token(bool(tokenizer.bos))
     writer.add_add_eos_token(False)
     writer.add_chat_template(tokenizer.settings.get("chat_template", CHAT_TEMPLATE))
-
-
-def is_gpt2_like(content):
-    """Whether a tokenizer.json works like GPT-2's, apart from its vocabulary."""
-    cut = content["pre_tokenizer"] or {}
-    wanted = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    is_cut_so = all(cut.get(name) == value for name, value in wanted.items())
-    return is_cut_so and content["model"]["type"] == "BPE" and not content["normalizer"]
