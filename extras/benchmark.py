@@ -22,9 +22,9 @@ from mlx.utils import tree_flatten
 from datasets import UsageError
 from extras.features.memory import memory_of_step
 from extras.features.steps import open_run
-from main import Decoder, SingleProcess, draw_dropout, fast, load_inputs, make_run, make_step
+from main import Decoder, SingleProcess, fast, load_inputs, make_run, make_step
 from main import notice_ineffective_flags, open_checkpoint, read_command_line, resolve_flags
-from main import use_device
+from main import train_step, use_device
 
 # The parts of a model, and a pattern in the names of their parameters.
 PARTS = {
@@ -128,19 +128,13 @@ def count_flops(config, parameters, lora_rank):
 # ---- Measurements -------------------------------------------------------------------------------
 def measure_training(run):
     """Tokens per second of training steps, and the peak of MLX's memory in bytes."""
-    flags = run.flags
-    inputs, targets = run.batches.next()
-    train_step = make_step(run.model, run.optimizer, flags, teacher=run.teacher)
-    dropout_rate, keys = draw_dropout(0, len(inputs), flags)
-
-    def train_once():
-        train_step(inputs, targets, dropout_rate, keys)
-
+    step = make_step(run.model, run.optimizer, run.flags, teacher=run.teacher)
     # The first step compiles, so neither its time nor its memory counts.
-    train_once()
+    train_step(run, step)
     mx.reset_peak_memory()
-    seconds = min(timeit.repeat(train_once, number=1, repeat=REPETITIONS))
-    return {"tokens_per_second": inputs.size / seconds, "peak_memory": mx.get_peak_memory()}
+    seconds = min(timeit.repeat(lambda: train_step(run, step), number=1, repeat=REPETITIONS))
+    tokens = run.batches.rows_per_step * run.flags.context_size
+    return {"tokens_per_second": tokens / seconds, "peak_memory": mx.get_peak_memory()}
 
 
 def measure_decoding(run):
