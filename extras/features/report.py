@@ -9,12 +9,11 @@ packages are optional: pip install tensorboardX or wandb.
 """
 
 import contextlib
-import hashlib
 import importlib
 import os
 
 from datasets import UsageError, explained, one_line, without_passwords
-from main import RECORDED_FLAGS, get_values, say
+from main import RECORDED_FLAGS, arguments_of, get_values, say, sha1_of_text
 
 
 class TensorBoard:
@@ -33,8 +32,8 @@ class TensorBoard:
             # It reads a run's files by name: this comes after the second in which each was begun.
             filename_suffix=f".{run.iteration:012d}",
         )
-        lines = [f"    --{name} {value}" for name, value in recorded_flags(run).items()]
-        self.writer.add_text("flags", "\n".join(lines), begin)
+        arguments = arguments_of(get_values(run.flags, RECORDED_FLAGS))
+        self.writer.add_text("flags", " ".join(arguments), begin)
 
     def show(self, iteration, metrics):
         for name, value in metrics.items():
@@ -53,13 +52,13 @@ class WandB:
     def __init__(self, run):
         import wandb
 
-        folder_sha1 = hashlib.sha1(os.fsencode(run.folder.absolute())).hexdigest()[:8]
+        folder_sha1 = sha1_of_text(str(run.folder.absolute()))[:8]
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "transformer-lm"),
             name=run.folder.name,
             id=f"{run.folder.name}-{folder_sha1}",
             resume="allow",
-            config=recorded_flags(run),
+            config=get_values(run.flags, RECORDED_FLAGS),
             allow_val_change=True,  # flags may change when a run is resumed
             dir=os.environ.get("WANDB_DIR", run.folder.parent),
             settings=wandb.Settings(
@@ -82,12 +81,6 @@ class WandB:
 
 
 BOARDS = {"tensorboard": TensorBoard, "wandb": WandB}
-
-
-def recorded_flags(run):
-    """The flags that the run's checkpoints record, {name: value}."""
-    values = get_values(run.flags, RECORDED_FLAGS).items()
-    return {name: value for name, value in values if value is not None}
 
 
 def names_of(report_to):
