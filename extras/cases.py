@@ -84,18 +84,9 @@ def read_cases(files, output):
             if not entries:
                 raise ValueError("it has no case")
             for entry in entries:
-                cases.append((read_text(entry, "prompt"), read_text(entry, "expected")))
+                # In JSON, which is also YAML, an emoji may be two surrogates: "\ud83d\ude00".
+                cases.append((utf8(entry["prompt"]), utf8(entry["expected"])))
     return cases
-
-
-def read_text(entry, key):
-    """The text of an entry under `key`. Raises KeyError, TypeError or ValueError without one."""
-    if not isinstance(entry[key], str):
-        raise TypeError(f"{key} must be a string")
-    if key == "expected" and not entry[key]:
-        raise ValueError("expected must not be empty")
-    # In a JSON file, which is also YAML, an emoji may be two surrogates: "\ud83d\ude00".
-    return utf8(entry[key])
 
 
 def score_case(model, tokenizer, prompt, expected, top_k):
