@@ -6,17 +6,15 @@ own if the same steps, taken further, end in the SHA1 of the run's next checkpoi
 
 import shutil
 import tempfile
-from operator import attrgetter
 from pathlib import Path
 
 from datasets import UsageError, progress_bar, sync
 from extras.features.kept_models import open_kept
-from main import SingleProcess, checkpoints_in, sha1_of_code, list_versions, make_run, make_step
-from main import needed_models, open_newest, read_code, reload_data, resolve_flags, train_step
-from main import write_checkpoint
+from main import SingleProcess, checkpoints_in, describe_changes, list_versions, make_run, make_step
+from main import needed_models, open_newest, read_code, reload_data, resolve_flags, sha1_of_code
+from main import train_step, write_checkpoint
 
 FOLDER = "steps"  # in that of a run
-ITERATION = attrgetter("iteration")
 
 
 def checkpoint_at(checkpoints, identifier):
@@ -36,13 +34,12 @@ def checkpoint_at(checkpoints, identifier):
     earlier = [each for each in own if each.iteration < step]
     later = [each for each in own if each.iteration > step]
     if not later:
-        last = max(own, key=ITERATION)
         raise UsageError(
             f"{identifier}: no later checkpoint of {name} is left that could prove it; the last "
-            f"one is of iteration {last.iteration:,}"
+            f"one is of iteration {own[0].iteration:,}"
         )
-    start = max(earlier, key=ITERATION, default=None)
-    proof = min(later, key=ITERATION)
+    start = earlier[0] if earlier else None
+    proof = later[-1]
     with tempfile.TemporaryDirectory(dir=own[0].folder) as temporary:
         copy = Path(temporary, folder.name)
         recompute(start, proof, step, copy)
@@ -73,10 +70,9 @@ def recompute(earlier, later, step, folder):
         raise UsageError(f"{what}: flags, code or versions have changed before the next checkpoint")
     if session.code_sha1 != sha1_of_code(read_code(vars(flags))):
         raise UsageError(f"{what} was computed by other code than this")
-    for name, version in list_versions(flags, SingleProcess()).items():
-        before = session.versions.get(name)
-        if before != version:
-            raise UsageError(f"{what} was computed with {name} {before}, not {version}")
+    changes = describe_changes(session.versions, list_versions(flags, SingleProcess()))
+    if changes:
+        raise UsageError(f"{what} was computed with other versions: {changes}")
 
     folder.mkdir()
     for name in needed_models(flags):
