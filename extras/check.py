@@ -3,11 +3,11 @@
     python -m extras.check          on its CPU
     python -m extras.check --gpu    on its GPU; after a --, other flags for the runs
 
-It takes two minutes, or five where a GPU's kernels are compiled for the first time. It works in a
-folder of its own in --save_dir, and deletes that. Runs of the recipe `first` that SIGTERM and then
-kill -9 have struck must end with the SHA1 of one that was left alone. The operations of a step and
-of a sample must give the same bits twenty times and, on a GPU, what the CPU gives, up to rounding.
-`!!` marks what is amiss, and the last line says what was exact.
+It takes a minute or two, or five where a GPU's kernels are compiled for the first time. It works in
+a folder of its own in --save_dir, and deletes that. Runs of the recipe `first` that SIGTERM and
+then kill -9 have struck must end with the SHA1 of one that was left alone. The operations of a step
+and of a sample must give the same bits twenty times and, on a GPU, what the CPU gives, up to
+rounding. `!!` marks what is amiss, and the last line says what was exact.
 """
 
 # First: it chooses the BLAS before MLX takes one.
@@ -40,7 +40,6 @@ RUNS = {
 }
 STRIKES = {10: signal.SIGTERM, 20: signal.SIGKILL}  # after which step
 END = r"^(\d+)/\1  loss (?P<loss>\S+) .* (?P<speed>\S+ tokens/s)[\s\S]+^saved (?P<id>\w{12})"
-LOSS_ROUNDING = 0.1  # nats, at the end of a run
 
 
 def main(arguments):
@@ -80,8 +79,8 @@ def list_checks(folder, flags):
         yield name, check_operation, *operation
     device = ["--gpu"] if flags.gpu else []
     for name, more in RUNS.items():
-        line = [*f"{TRAINING} {more}".split(), "--text", MAIN, *flags.training]
-        yield name, check_run, line, device, folder
+        line = [*f"{TRAINING} {more}".split(), "--text", MAIN, *device, *flags.training]
+        yield name, check_run, line, folder
 
 
 # ---- Operations ---------------------------------------------------------------------------------
@@ -142,15 +141,12 @@ def compute(function, shapes):
 
 
 # ---- Runs ---------------------------------------------------------------------------------------
-def check_run(line, device, folder):
-    """Trains: on the CPU, on the device undisturbed, and on it struck."""
-    on_cpu = train([*line, "--save_dir", f"{folder}/CPU"], {})
-    whole = train([*line, *device, "--save_dir", f"{folder}/whole"], {})
-    struck = train([*line, *device, "--save_dir", f"{folder}/struck"], STRIKES)
-    losses = f"loss {whole['loss']} (CPU {on_cpu['loss']})"
-    text = f"{losses}, {whole['speed']}, {whole['id']}; struck: {struck['id']}"
-    off = abs(float(whole["loss"]) - float(on_cpu["loss"]))
-    if whole["id"] == struck["id"] and off < LOSS_ROUNDING:
+def check_run(line, folder):
+    """Trains: undisturbed, and struck."""
+    whole = train([*line, "--save_dir", f"{folder}/whole"], {})
+    struck = train([*line, "--save_dir", f"{folder}/struck"], STRIKES)
+    text = f"loss {whole['loss']}, {whole['speed']}, {whole['id']}; struck: {struck['id']}"
+    if whole["id"] == struck["id"]:
         return text
     raise RunError(text)
 
