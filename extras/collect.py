@@ -29,7 +29,6 @@ from extras.common.prompt_files import append_lines, json_line, read_prompt_line
 from main import load_data
 
 TIMEOUT = 120  # seconds to wait for the server's next byte
-LARGEST_ANSWER = 4 << 20  # bytes: a million tokens
 # A server; the key that some put before its name comes from the environment.
 ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#\s]*)?")
 OWN_FLAGS = {
@@ -181,24 +180,17 @@ class Teacher:
             auth=self.authorize,
             timeout=TIMEOUT,
             allow_redirects=False,  # to where the key does not belong
-            stream=True,
         )
         seconds = response.headers.get("Retry-After", "")  # or a date
         self.retry_after = min(int(seconds), TIMEOUT) if seconds.isdecimal() else 0
-        content = b""
-        with response:
-            for chunk in response.iter_content(1 << 16):
-                content += chunk
-                if len(content) > LARGEST_ANSWER:
-                    raise ValueError(f"the answer is larger than {LARGEST_ANSWER:,} bytes")
         if response.status_code in (401, 403):  # another try would not help
             fault = "refuses the key" if self.key else "wants a key"
             raise UsageError(
                 f"{self.url} {fault} (status {response.status_code}): set TEACHER_API_KEY"
             )
         if response.status_code != 200:
-            raise ValueError(f"status {response.status_code}: {content.decode(errors='replace')}")
-        text = json.loads(content)["choices"][0]["message"]["content"]
+            raise ValueError(f"status {response.status_code}: {response.text}")
+        text = response.json()["choices"][0]["message"]["content"]
         if not isinstance(text, str) or not text.strip():  # one may think up to its limit
             raise ValueError("the answer has no text: ask another model, or leave the prompt out")
         return utf8(text)  # a limit of tokens may have split a character
