@@ -146,9 +146,13 @@ def import_model(folder):
         config, tokenizer = read_texts(folder)
         files = model_files(folder)
         weights = read_weights(files)
-        if not config.untie:
-            tie(weights)
-            config.untie = "lm_head.weight" in weights
+        head = weights.get("lm_head.weight")
+        if head is not None and not config.untie:
+            # Either matrix may be missing. Both stay if they differ, in spite of config.json.
+            embeddings = weights.setdefault("model.embed_tokens.weight", head)
+            config.untie = not mx.array_equal(head, embeddings)
+            if not config.untie:
+                del weights["lm_head.weight"]
         if config.num_blocks > len(weights):
             # Building that many blocks first could exhaust the memory.
             raise UsageError(f"its files hold fewer than {config.num_blocks:,} blocks")
@@ -341,18 +345,6 @@ def read_weights(files):
                 raise UsageError(f"its files hold {name} twice, under different prefixes")
             weights[name] = weight.astype(mx.float32)
     return weights
-
-
-def tie(weights):
-    """Leaves one matrix of a head and embeddings that are the same, under the latter's name.
-
-    Either may be missing. If they differ, in spite of what config.json says, both stay.
-    """
-    if "lm_head.weight" in weights:
-        head = weights.pop("lm_head.weight")
-        embeddings = weights.setdefault("model.embed_tokens.weight", head)
-        if not mx.array_equal(head, embeddings):
-            weights["lm_head.weight"] = head
 
 
 # ---- Export -------------------------------------------------------------------------------------
