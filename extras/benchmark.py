@@ -3,7 +3,7 @@
     python -m extras.benchmark --config first --dim 512    the model that main.py would train
     python -m extras.benchmark --identifier latest         a checkpoint, as it would be trained on
 
-It takes main.py's flags. Prints what it found in words and, as its last line, the same numbers as
+It takes main.py's flags. Prints a line for each number and, as its last line, the same numbers as
 JSON: parameters, floating-point operations (FLOPs) per token, memory in bytes (its parts are
 estimates, its peak is measured), speed in tokens and in FLOPs per second, and milliseconds for the
 first token of a continuation and for each later one. It saves nothing.
@@ -69,28 +69,11 @@ def main(arguments):
 
 
 def print_result(result):
-    """Prints the result in words."""
-    counts = [f"{count:,} {part}" for part, count in result["parameters"].items() if count]
-    forward, backward = result["flops_per_token"].values()
-    memory = [f"{size / 2**20:,.1f} {part}" for part, size in result["memory"].items()]
-    rows = {
-        "parameters": f"{sum(result['parameters'].values()):,}: {', '.join(counts)}",
-        "compute": f"{forward / 1e6:,.2f} MFLOP per token forward, {backward / 1e6:,.2f} backward",
-        "memory": (
-            f"{result['peak_memory'] / 2**20:,.1f} MiB at the peak of a training step; estimated: "
-            f"{', '.join(memory)} and the like"
-        ),
-        "training": (
-            f"{result['tokens_per_second']:,.0f} tokens/s, "
-            f"{result['flops_per_second'] / 1e9:,.1f} GFLOP/s"
-        ),
-        "sampling": (
-            f"first token after {result['first_token_ms']:,.1f} ms, then one every "
-            f"{result['token_ms']:,.1f} ms"
-        ),
-    }
-    for name, text in rows.items():
-        print(f"{name:<11} {text}")
+    """Prints each number with its name, those of parts on one line."""
+    for name, value in result.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        texts = [f"{round(number, 1):,} {part}" for part, number in parts.items()]
+        print(f"{name:<18}{', '.join(texts)}".rstrip())
 
 
 # ---- Counts -------------------------------------------------------------------------------------
