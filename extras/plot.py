@@ -1,10 +1,9 @@
-"""Plots the losses of runs, or of a comparison.
+"""Plots the losses of runs.
 
     python -m extras.plot losses.png                       all runs in the folder
     python -m extras.plot losses.png --identifier NAME     this run, or several
     python -m extras.plot losses.png --identifier "ptb-*"  those whose names match
     python -m extras.plot losses.png --ngrams              with what counting alone reaches
-    python -m extras.plot pairs.png --versus               the last comparison of extras.versus
 
 It needs matplotlib; the file's extension selects the format (png, pdf, svg), and .png is appended
 if there is none.
@@ -24,7 +23,6 @@ import numpy as np
 from datasets import Flag, UsageError, explained, printable, user_path, utf8
 from extras.features.list import distinguishing_flags
 from extras.common.ngrams import losses_of_ngrams
-from extras.versus.ledger import NAME, read_results
 from main import read_log, reload_data, resolve_flags
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
@@ -39,14 +37,10 @@ def main(arguments):
         "ngrams": Flag(
             False, bool, "with the losses of 1-grams to 4-grams, counted on the training text"
         ),
-        "versus": Flag(False, bool, "the last comparison of extras.versus"),
     }
     parser = make_parser("plot", __doc__, **own)
     parser.add_argument("file", metavar="FILE", help="the picture to write")
     flags = read_flags(parser, arguments)
-    if flags.versus:
-        plot_comparison(flags.save_dir / "versus", flags.file)
-        return
     checkpoints = select_checkpoints(flags.save_dir, flags.identifier)
     lines = count_ngrams(checkpoints) if flags.ngrams else []
     plot_runs(checkpoints, flags.file, lines)
@@ -127,38 +121,6 @@ def columns_of(log, split, column):
         if row["split"] == split and np.isfinite(numbers).all():
             values.append(numbers)
     return np.array(values, float).reshape(-1, 3).T  # also without any values
-
-
-def plot_comparison(folder, path):
-    """Plots what extras.versus compared last.
-
-    Left, the losses of each pair; right, their differences, with the mean and its 95 % interval.
-    """
-    results = read_results(folder / NAME)
-    if not results:
-        raise UsageError(f"{folder} holds no comparison: see python -m extras.versus")
-    result = results[-1]
-    if "difference" not in result:
-        raise UsageError(f"the last comparison has no mean to draw: {result['verdict']}")
-    before = np.array(result["scores_before"])
-    after = np.array(result["scores_after"])
-    seeds = [str(seed) for seed in result["seeds"]]
-    figure = make_figure(10, 4)
-    losses, differences = figure.subplots(1, 2)
-    losses.vlines(seeds, before, after, color="gray", alpha=0.5)
-    for name, scores in (("before", before), ("after", after)):
-        losses.plot(seeds, scores, "o", label=f"{name}: {printable(result[name])}")
-    losses.set(xlabel="seed", ylabel=f"validation loss ({result['unit']})")
-    losses.legend()
-    differences.axhline(0, color="gray", linewidth=1)
-    interval = result["low"], result["high"]
-    differences.axhspan(*interval, color="C1", alpha=0.2, label="95 % interval of the mean")
-    differences.axhline(result["difference"], color="C1", label="mean")
-    differences.plot(seeds, after - before, "o", color="C1")
-    differences.set(xlabel="seed", ylabel="after minus before")
-    differences.legend()
-    figure.suptitle(textwrap.fill(result["verdict"], 100))
-    save_figure(figure, path)
 
 
 def make_figure(width, height):

@@ -15,7 +15,6 @@ import pytest
 from conftest import TEXT, TINY, copy_program, edit, newest, run, saved, start
 
 from datasets import RunError, UsageError, load_dataset
-from extras import plot
 from extras.versus import __main__ as versus
 from extras.versus import runs, sides
 from extras.versus.judge import DIVERGED
@@ -151,15 +150,6 @@ def test_a_run_of_ones_own_ends_in_the_same_checkpoint(compared, tmp_path):
     run(*STEPS, *flags, "--save_dir", tmp_path)
     _, side = compared.result["comparison"].split()
     assert newest(tmp_path).id in {each.id for each in checkpoints(compared.project, side)}
-
-
-def test_the_picture_shows_the_table(compared, figures):
-    plot.main(["x.png", "--versus", "--save_dir", str(compared.project / "runs")])
-    dots, pairs = figures[0].axes
-    for points, expected in zip(dots.lines, compared.losses, strict=True):
-        assert points.get_ydata() == pytest.approx(expected, abs=1e-5)
-    mean = (compared.losses[1] - compared.losses[0]).mean()
-    assert pairs.lines[1].get_ydata()[0] == pytest.approx(mean, abs=1e-5)
 
 
 def test_repeated_with_its_sides_changed_about_it_trains_nothing(compared):
