@@ -333,9 +333,7 @@ class PackageTokenizer(Tokenizer):
 
         if not hasattr(package.Tokenizer, "encode_batch_fast"):
             raise ImportError(f"tokenizers>=0.20 is needed, not {package.__version__}")
-        # A panic of the package is a BaseException, but no Exception.
-        with explained("the package tokenizers cannot read it", BaseException, kind=ValueError):
-            self.package = package.Tokenizer.from_str(vocabulary)
+        self.package = package.Tokenizer.from_str(vocabulary)
         # The file may ask for these; a text is to be encoded whole.
         self.package.no_truncation()
         self.package.no_padding()
@@ -376,19 +374,19 @@ class PackageTokenizer(Tokenizer):
 
     def encode_batch(self, texts):
         texts = [utf8(text) for text in texts]
-        with explained(TOKENIZER_FAILED, BaseException):
+        with explained(TOKENIZER_FAILED):
             # Runs in parallel threads; "fast" omits the tokens' offsets.
             encodings = self.package.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def decode(self, ids):
-        with explained(TOKENIZER_FAILED, BaseException):
+        with explained(TOKENIZER_FAILED):
             # With skip_special_tokens, END would vanish from the text.
             return self.package.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def unknown(self, text):
         text = utf8(text)
-        with explained(TOKENIZER_FAILED, BaseException):
+        with explained(TOKENIZER_FAILED):
             encoding = self.package.encode(text, add_special_tokens=False)
         pieces = zip(encoding.ids, encoding.offsets)
         return [text[start:end] for token, (start, end) in pieces if token == self.unk]
@@ -1423,12 +1421,11 @@ def explained(text, *errors, kind=UsageError):
     The message is `text`, which names the cause and the remedy, followed by the exception's own
     message. Raises `kind`. A missing package or name passes unless `errors` has its type.
     """
-    expected = errors or (Exception,)
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
-        raise  # even if BaseException is among the errors
-    except expected as error:
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise  # which are nobody's fault
+    except errors or BaseException as error:  # a panic of the package tokenizers is no Exception
         if isinstance(error, (ImportError, NameError)) and not errors:
             raise  # not an error in what was read
         raise kind(f"{text} ({one_line(error)})") from None
