@@ -1075,7 +1075,7 @@ def write_tokens(spans, tokenizer, path):
     Returns a dict of the counts of a Split, and the SHA256 of the ids. A run that has mapped an old
     file keeps its tokens.
     """
-    counts = {"num_bytes": 0, "num_words": 0, "num_unk": 0}
+    counts = Counter()
     digest = hashlib.sha256()
     dtype = token_dtype(tokenizer.vocab_size)
     total = sum(span.stop - span.start for span in spans if type(span) is Span)  # bytes
@@ -1090,12 +1090,13 @@ def write_tokens(spans, tokenizer, path):
             digest.update(ids)
             out.write(ids)
             num_bytes = len(text.encode("utf-8", "surrogateescape"))
-            counts["num_bytes"] += num_bytes
-            counts["num_words"] += len(text.split()) + text.count("\n")
-            if tokenizer.unk is not None:
-                counts["num_unk"] += int(np.count_nonzero(ids == tokenizer.unk))
+            counts.update(
+                num_bytes=num_bytes,
+                num_words=len(text.split()) + text.count("\n"),
+                num_unk=int(np.count_nonzero(ids == tokenizer.unk)),  # 0 if there is no such id
+            )
             bar.update(num_bytes)
-    return counts | {"sha256": digest.hexdigest()}
+    return {**counts, "sha256": digest.hexdigest()}
 
 
 # ---- Datasets and their cache -------------------------------------------------------------------
