@@ -1422,11 +1422,12 @@ def explained(text, *errors, kind=UsageError):
     The message is `text`, which names the cause and the remedy, followed by the exception's own
     message. Raises `kind`. A missing package or name passes unless `errors` has its type.
     """
+    expected = errors or (BaseException,)  # a panic of the package tokenizers is no Exception
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise  # which are nobody's fault
-    except errors or BaseException as error:  # a panic of the package tokenizers is no Exception
+    except expected as error:
         if isinstance(error, (ImportError, NameError)) and not errors:
             raise  # not an error in what was read
         raise kind(f"{text} ({one_line(error)})") from None
