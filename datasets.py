@@ -724,17 +724,12 @@ def set_aside(files):
     named = split_by_names(files["train"])
     files = named | files
     held_out = set().union(*named.values(), files.get("valid", ()), files.get("test", ()))
-    others = {}
-    left_out = []
-    for real, (path, name) in files["train"].items():
-        if real in held_out:
-            left_out.append(name)
-        else:
-            others[real] = (path, name)
+    left_out = [name for real, (_, name) in files["train"].items() if real in held_out]
     # A user who names the same files for both wants to train on them.
-    if others and left_out:
+    if 0 < len(left_out) < len(files["train"]):
         print(f"Not training on what is for validation or testing: {some_of(left_out)}")
-        files["train"] = others
+        for real in held_out:
+            files["train"].pop(real, None)
     say_what_is_read(files["train"])
     return files
 
@@ -788,12 +783,10 @@ def texts_of(path, own_folders):
     """
     parents = Path(os.path.realpath(path)).parents
     own_folders = [folder for folder in own_folders if folder not in parents]
-    matches = [path]
+    queue = [(Path(path), "")]  # a folder's own name tells no split
     if not os.path.exists(path):
-        matches = sorted(glob.glob(path, recursive=True))
-    queue = [(Path(match), Path(match).name) for match in matches]
-    if os.path.isdir(path):
-        queue = [(Path(path), "")]  # its own name tells no split
+        matches = map(Path, sorted(glob.glob(path, recursive=True)))
+        queue = [(match, match.name) for match in matches]
     if not queue:
         raise UsageError(
             f"{path}: no such file, folder or pattern; "
@@ -810,27 +803,22 @@ def texts_of(path, own_folders):
             if not any(each.glob("*.metadata")):  # else it is a run's, whose files are no text
                 queue += [(below, f"{name}/{below.name}") for below in sorted(each.glob("[!.]*"))]
         elif each.exists():
-            files[each] = name
-    others = Counter()  # suffix -> how many files are left out
-    total = left_out = 0  # bytes
+            files[each] = name or each.name
+    left_out = Counter()  # suffix -> bytes
     for each in sorted(files):
-        size = each.stat().st_size
-        total += size
         try:
             check_text(each)
         except UsageError as error:
             if each == Path(path):
                 raise
             reason = error
-            left_out += size
             del files[each]
-            others[each.suffix or each.name] += 1
-    if others and not files:
-        raise UsageError(f"{path}: none of {others.total():,} files is text: {reason}")
-    if others:
-        kinds = ", ".join(kind for kind, _ in others.most_common(5))
-        what = f"{others.total():,} files that are no readable UTF-8 text"
-        print(f"{path}: leaving out {what} ({kinds}; {left_out / max(1, total):.0%} of all bytes)")
+            left_out[each.suffix or each.name] += each.stat().st_size
+    if left_out and not files:
+        raise UsageError(f"{path}: none of its files is text: {reason}")
+    if left_out:
+        what = f"{left_out.total():,} bytes in files that are no readable UTF-8 text"
+        print(f"{path}: leaving out {what} ({some_of([*left_out])})")
     return sorted(files.items())
 
 

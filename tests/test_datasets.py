@@ -381,7 +381,7 @@ def find(tmp_path):
 def test_folders_and_patterns(find, tmp_path, capsys):
     assert find("") == "a|b|c|é"  # in order, and nothing of the program's own
     out = capsys.readouterr().out
-    left_out = "leaving out 3 files that are no readable UTF-8 text (.png, latin, .bin; "
+    left_out = "leaving out 15 bytes in files that are no readable UTF-8 text (.png, latin, .bin)"
     assert f"{tmp_path}: {left_out}" in out
     assert find("*") == find("")  # a pattern is no other than a folder
     assert find("sub") == "c|é"
@@ -434,7 +434,7 @@ def test_what_is_no_text(tmp_path):
     with pytest.raises(UsageError, match="a.bin is not UTF-8 at byte 0: it is no plain") as error:
         texts_of(tmp_path, path)
     assert "iconv -f CP1252" not in str(error.value)
-    with pytest.raises(UsageError, match="none of 1 files is text: .* it is no plain text"):
+    with pytest.raises(UsageError, match="none of its files is text: .* it is no plain text"):
         texts_of(tmp_path, tmp_path)
 
 
