@@ -1965,8 +1965,8 @@ class Parser(argparse.ArgumentParser):
             hint += "; a value that begins with - is typed after =, like --stop=-"
         raise UsageError(f"{message} ({hint})")
 
-    def parse_args(self, args=None, namespace=None):
-        values, unknown = self.parse_known_args(args, namespace)
+    def parse_args(self, args):
+        values, unknown = self.parse_known_args([*map(self.spelled_here, args)])
         if unknown:
             words = [word for word in unknown if word.startswith("-")] or unknown[:1]
             hints = dict.fromkeys([*map(self.hint, words), "--help lists all flags"])
@@ -1991,24 +1991,23 @@ class Parser(argparse.ArgumentParser):
             return f"--{names[similar]}?"
         return ""
 
-    def parse_known_args(self, args=None, namespace=None):
+    def spelled_here(self, argument):
+        """An argument as this parser knows it, of a flag that is spelled in another way."""
         actions = self._option_string_actions
-        spelled = []
-        for argument in args:
-            # Without the \r of a script with Windows' line ends.
-            name, equals, value = argument.removesuffix("\r").partition("=")
-            dashed = re.sub("^[–—]-?", "--", name)  # as word processors write them
-            if dashed in actions:
-                name = dashed
-            if re.fullmatch("--[a-z][a-z0-9_-]*", name):
-                name = "--" + name[2:].replace("-", "_")
-                name = name.replace("--no_", "--no-")
-            argument = f"{name}{equals}{value}"
-            if isinstance(actions.get(name), argparse.BooleanOptionalAction):
-                values = {"true": name, "false": f"--no-{name[2:]}"}
-                argument = values.get(value.lower(), argument)
-            spelled.append(argument)
-        return super().parse_known_args(spelled, namespace)
+        # Without the \r of a script with Windows' line ends.
+        name, equals, value = argument.removesuffix("\r").partition("=")
+        dashed = re.sub("^[–—]-?", "--", name)  # as word processors write them
+        if dashed in actions:
+            name = dashed
+        if re.fullmatch("--[a-z][a-z0-9_-]*", name):
+            name = "--" + name[2:].replace("-", "_")
+            name = name.replace("--no_", "--no-")
+        if isinstance(actions.get(name), argparse.BooleanOptionalAction):
+            if value.lower() == "false":
+                return f"--no-{name[2:]}"
+            if value.lower() == "true":
+                return name
+        return f"{name}{equals}{value}"
 
 
 def add_flags(group, rows):
