@@ -1561,17 +1561,15 @@ def extra(name):
     when needed. If the module needs a package that is not installed, the ModuleNotFoundError
     propagates.
     """
-    module = f"extras.features.{name}"
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(f"extras.features.{name}")
     except ModuleNotFoundError as error:
-        missing = str(error.name)
-        if not missing.startswith("extras"):
+        if not str(error.name).startswith("extras"):
             raise
-    if module.startswith(missing):  # not a file that this module imports
-        missing = module
-    path = missing.replace(".", "/")
-    raise UsageError(f"{path}.py is missing: copy the project's folder extras next to main.py")
+    raise UsageError(
+        f"extras/features/{name}.py, or a file that it imports, is missing: "
+        "copy the project's folder extras next to main.py"
+    )
 
 
 def is_nothing(node, part):

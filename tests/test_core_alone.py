@@ -100,8 +100,9 @@ def test_a_flag_beyond_the_core_names_the_missing_file(line, name, trained, alon
     before = ids(trained / "lm")
     options = alone | {"cwd": trained}
     _, err = run(*line.split(), "--save_dir", "lm", status=2, **options)
-    said = f"extras/features/{name}.py is missing: copy the project's folder extras next to main.py"
-    assert err.splitlines()[-1] == f"main.py: {said}"
+    missing = f"extras/features/{name}.py, or a file that it imports, is missing: "
+    remedy = "copy the project's folder extras next to main.py"
+    assert err.splitlines()[-1] == f"main.py: {missing}{remedy}"
     assert err.count("main.py: ") == 1
     assert "Traceback" not in err
     assert ids(trained / "lm") == before
