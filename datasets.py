@@ -255,7 +255,7 @@ class WordTokenizer(Tokenizer):
     def __init__(self, vocabulary):
         self.vocabulary = vocabulary
         self.ids = {word: token for token, word in enumerate(vocabulary)}
-        self.vocab_size = len(self.ids)
+        self.vocab_size = len(vocabulary)
         self.eos = self.ids["<eos>"]
         self.unk = self.ids["<unk>"]
         self.dtype = token_dtype(self.vocab_size)
@@ -443,16 +443,11 @@ def tokenizer_from_dict(data):
     Raises UsageError if it is malformed, ImportError if it needs a package that is not installed.
     """
     with explained("the tokenizer cannot be used"):
-        tokenizer_class = TOKENIZERS[data["kind"]]
-        if tokenizer_class is ByteTokenizer:
-            return ByteTokenizer()
-        vocabulary = data["vocabulary"]
-        if tokenizer_class is PackageTokenizer:
-            return PackageTokenizer(**data)
-        pieces = "".join(vocabulary)  # characters or words
-        if len({*vocabulary}) < len(vocabulary) or utf8(pieces) != pieces:
-            raise ValueError("its vocabulary repeats a piece, or holds half a character")
-        return tokenizer_class(vocabulary)
+        options = dict(data)
+        kind = options.pop("kind")
+        tokenizer = TOKENIZERS[kind](**options)
+        tokenizer.kind = kind  # one class serves several kinds
+        return tokenizer
 
 
 def read_tokenizer(path):
