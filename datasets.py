@@ -1363,11 +1363,10 @@ def receive(response, part, start, size):
     status = response.status_code
     if status == 429 or status >= 500:
         raise requests.HTTPError(f"HTTP status {status}")
+    if not response.ok:
+        raise OSError(f"HTTP status {status}")
     if status != 206:
         start = 0  # a server may ignore the range and send the whole file
-    total = start + int(response.headers.get("Content-Length", size - start))
-    if status not in (200, 206) or total != size:
-        raise OSError(f"HTTP status {status}, {total:,} of {size:,} bytes")
     bar = progress_bar(total=size, initial=start, unit="B", unit_scale=True, desc=part.stem)
     with bar, open(part, "ab" if start else "wb") as out:
         for chunk in response.iter_content(1 << 16):  # an incomplete chunk is lost
