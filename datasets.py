@@ -1282,8 +1282,6 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
             if hash_of_file(path) == sha256:
                 return path
             print(f"{path} is not the expected file: downloading it again.")
-        if int(size) > 10**9:
-            print(f"{name} is downloaded whole, {int(size):,} bytes, however much of it is used.")
         for source in sources:
             # requests raises OSErrors, except a ValueError for a malformed redirect.
             try:
