@@ -1148,7 +1148,8 @@ def load_dataset(
             options = {"data_dir": data_dir, "mirror": mirror}
             get = functools.partial(fetch, folder=dataset, corpus=corpus, **options)
             if "train" not in local:
-                local = find_splits(dataset, corpus, get) | local
+                splits = zip(SPLITS, corpus.find_texts(get))
+                local = {split: [span] for split, span in splits} | local
             if not is_made:
                 tokenizer = make_tokenizer(kind, local["train"], vocab_size, **options)
             about = write_splits(local, tokenizer, cache)
@@ -1181,17 +1182,6 @@ def key_of(local):
         status = os.stat(each.path)
         known.append([repr(each), status.st_size, status.st_mtime_ns])
     return digest_of(known)
-
-
-def find_splits(dataset, corpus, get):
-    """{split: [Span]} of a corpus; get: see Corpus.find_texts."""
-    found = corpus.find_texts(get)
-    if type(found) is not list or len(found) not in (2, 3) or {*map(type, found)} != {Span}:
-        raise UsageError(
-            f"the function of {dataset} in CORPORA must return a list of Spans, of train, valid "
-            f"and, if there is one, test; not {found!r:.200}"
-        )
-    return {split: [span] for split, span in zip(SPLITS, found)}
 
 
 def make_tokenizer(kind, spans, vocab_size, **options):
