@@ -939,10 +939,11 @@ BLOCK = 1 << 17  # bytes or characters that are read at once
 
 
 def read_documents(spans):
-    """Yields (text, begins) for everything in `spans`, Spans and Rows.
+    """Yields (text, before) for everything in `spans`, Spans and Rows.
 
     The text is a whole document in a Span with a marker, else a block of about BLOCK characters.
-    `begins` says whether it starts a document. Raises UsageError if a file cannot be read.
+    `before` is the character before it in its document, "" at a start. Raises UsageError if a file
+    cannot be read.
     """
     num_rows = 0  # of all files so far
     for span in spans:
@@ -955,7 +956,7 @@ def read_documents(spans):
         elif span.marker:
             for document in split_at_marker(span):
                 if document.strip():
-                    yield document.strip("\n"), True
+                    yield document.strip("\n"), ""
         else:
             yield from cut_into_blocks(read_pieces(span))
 
@@ -965,12 +966,12 @@ def begin_lines(blocks):
 
     A line end is added unless the document before ends with one. blocks: see read_documents.
     """
-    before = "\n"
-    for text, begins in blocks:
-        if begins and not before.endswith("\n"):
-            yield "\n", False
-        yield text, begins
-        before = text
+    last = "\n"  # character
+    for text, before in blocks:
+        if before == "" and last != "\n":
+            yield "\n", last
+        yield text, before
+        last = text[-1]
 
 
 def split_at_marker(span):
@@ -984,13 +985,13 @@ def split_at_marker(span):
 
 
 def cut_into_blocks(pieces):
-    """Yields (block, begins) for a document that comes in pieces of at most BLOCK characters.
+    """Yields (text, before) for a document that comes in pieces of at most BLOCK characters.
 
-    The blocks give the tokens of the whole; only the first one begins the document.
+    The blocks give the tokens of the whole; see read_documents.
     """
+    before = ""
     rest = ""  # not yet yielded
     searched = 0  # `rest` has no cut before this index
-    begins = True
     for piece in pieces:
         found = UP_TO_A_CUT.match(rest, searched)
         end = 0
@@ -999,12 +1000,12 @@ def cut_into_blocks(pieces):
         elif len(rest) > 16 * BLOCK:  # memory must stay bounded even if the text is one word
             end = len(rest)
         if end > 0:
-            yield rest[:end], begins
-            begins = False
+            yield rest[:end], before
+            before = rest[end - 1]
         searched = 0 if found else max(0, len(rest) - end - 2)
         rest = rest[end:] + piece
     if rest:
-        yield rest, begins
+        yield rest, before
 
 
 def read_pieces(span):
@@ -1029,20 +1030,15 @@ def encode_documents(spans, tokenizer):
     """
     blocks = read_documents(spans)
     if tokenizer.kind == "word":
-        blocks = itertools.chain(blocks, [("", True)])  # ends the last document, too
+        blocks = itertools.chain(blocks, [("", "")])  # ends the last document, too
     eos = tokenizer.eos
     if eos is None:
         blocks = begin_lines(blocks)
     last = eos  # as if a document had just ended: nothing goes before the first one
-    before = ""  # the text's last character
     while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
-        texts = [text for text, _ in batch]
-        befores = []
-        for text, begins in batch:
-            befores.append("" if begins else before)
-            before = text[-1:]
-        for (text, begins), ids in zip(batch, encode_after(tokenizer, befores, texts)):
-            if begins:
+        texts, befores = zip(*batch)
+        for text, before, ids in zip(texts, befores, encode_after(tokenizer, befores, texts)):
+            if before == "":  # it begins a document
                 first = [*tokenizer.bos]
                 if last != eos and first[:1] != [eos]:  # some models have one token for both
                     first.insert(0, eos)
