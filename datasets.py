@@ -1685,13 +1685,10 @@ def open_kernel_dir():
 
 
 # What MLX runs as g++. It ignores signals: a terminal's Ctrl+C reaches it, too, and would end it in
-# the middle of a step. A library gets its name, the last argument, only once it is complete.
+# the middle of a step.
 COMPILER_SCRIPT = """#!/bin/sh
 trap '' INT TERM HUP USR1 USR2 XCPU
-for file; do :; done
-case $file in *.so) set -- "$@" -o "$file.$$" ;; esac
-{} || exit
-[ ! -e "$file.$$" ] || mv "$file.$$" "$file"
+{}
 """
 
 
