@@ -648,9 +648,9 @@ def find_cut(span, at, marker):
 
     The first `marker` ends there or, if the next 32 KiB have none, a character.
     """
-    if not 0 < at < span.stop:
-        return max(0, min(at, span.stop))
-    start = at - 1  # a line end right before `at` counts
+    if at <= 0:
+        return 0
+    start = min(at, span.stop) - 1  # a line end right before `at` counts
     with open(span.path, "rb") as file:
         file.seek(start)
         near = file.read(1 << 16)
@@ -1252,8 +1252,7 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
     that holds <folder>/<name>, tried instead. Raises RunError with the reason for each failure and
     what the user can do.
     """
-    row = rf"^([0-9a-f]{{64}})\s+(\d+)\s+{re.escape(name)}\s*$"
-    listed = re.search(row, corpus.files, re.MULTILINE)
+    listed = re.search(rf"([0-9a-f]{{64}}) +(\d+) +{re.escape(name)}\n", corpus.files)
     if not listed:
         raise UsageError(f'add a line "SHA256 SIZE {name}" to the files of {folder} in CORPORA')
     sha256, size = listed.groups()
