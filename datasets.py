@@ -1511,24 +1511,22 @@ def run_command(name, function, arguments):
 
 
 def run_program(name, function):
-    """Runs the program `name` and exits; `function` takes the arguments that were typed."""
-    repair_streams()
+    """Runs the program `name` and exits; `function` takes the arguments that were typed.
+
+    Makes the standard streams usable before, which may be closed, or unable to encode a text.
+    """
+    for stream_name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, stream_name) is None:  # it was closed at startup
+            setattr(sys, stream_name, open(os.devnull, "r+", encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not those of a notebook's %run
+            stream.reconfigure(errors="replace")
     sys.exit(run_command(name, function, sys.argv[1:]))
 
 
 def discard(stream):
     """Drops what is written to a stream from now on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def repair_streams():
-    """Makes the standard streams usable, which may be closed, or unable to encode a text."""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed at startup
-            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not those of a notebook's %run
-            stream.reconfigure(errors="replace")
 
 
 def extra(name):
