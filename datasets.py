@@ -1341,11 +1341,9 @@ def receive(response, part, start, size):
 
     Raises requests.RequestException if another try may help, OSError if it will not.
     """
-    import requests
-
     status = response.status_code
     if status == 429 or status >= 500:
-        raise requests.HTTPError(f"HTTP status {status}")
+        response.raise_for_status()
     if not response.ok:
         raise OSError(f"HTTP status {status}")
     if status != 206:
