@@ -701,14 +701,13 @@ def own_text(paths_of, valid_fraction, text_field, own_folders):
     files = {split: find_files(paths, own_folders) for split, paths in paths_of.items()}
     if "train" in files:
         files = set_aside(files)
-    splits = {}
+    splits = {split: [] for split in files}
     for split, found in files.items():
-        splits[split] = []
         for path, _ in found.values():
+            each = whole(path, errors="strict")
             if ROW_FILES.fullmatch(path.name):
-                splits[split].append(Rows(path, text_field))
-            else:
-                splits[split].append(whole(path, errors="strict"))
+                each = Rows(path, text_field)
+            splits[split].append(each)
     if "train" in files and "valid" not in files:
         splits |= hold_out(splits["train"], valid_fraction)
     return splits
@@ -1134,8 +1133,7 @@ def load_dataset(
         own_folders = [Path(user_path(each)).resolve() for each in (data_dir, save_dir) if each]
         local |= own_text(named, valid_fraction, text_field, own_folders)
     # A use of a text has a folder for each version of its files and this one; the last two stay.
-    use = [named, valid_fraction, text_field, vocab_size]
-    use.append(tokenizer.to_dict() if is_made else kind)
+    use = [named, valid_fraction, text_field, vocab_size, is_made and tokenizer.to_dict()]
     name = f"{kind}-{digest_of(use)[:12]}"
     cache = data_dir / dataset / f"{name}-{digest_of([hash_of_code(SOURCE), key_of(local)])[:8]}"
     with locked(cache):  # only one process encodes
@@ -1360,7 +1358,7 @@ def cause_of(error):
     """The message of the first exception, which requests and urllib3 have wrapped in their own."""
     while error.__context__ is not None:
         error = error.__context__
-    return str(error) or type(error).__name__
+    return str(error)
 
 
 # ---- Shared with main.py ------------------------------------------------------------------------
@@ -1570,8 +1568,7 @@ def words_of_code(source):
             if value is None or value == [] or name in ("kind", "ctx"):
                 continue
             words.append(name)
-            parts = value if isinstance(value, list) else [value]
-            for part in parts:
+            for part in value if isinstance(value, list) else [value]:
                 if not isinstance(part, ast.AST):
                     words.append(repr(part))
                 elif not is_nothing(node, part):
@@ -1880,11 +1877,14 @@ def path_name(text):
 path_name.metavar = "FILE"
 
 
-OTHER_CORPUS = ": download another corpus, and name its files by --text"
 # The flags that choose a text, {group: {flag: row}}; main.py has these and others.
 TEXT_FLAGS = {
     "data": {
-        "dataset": Flag("ptb", one_of([*CORPORA], OTHER_CORPUS), "training corpus"),
+        "dataset": Flag(
+            "ptb",
+            one_of([*CORPORA], ": download another corpus, and name its files by --text"),
+            "training corpus",
+        ),
         "text": Flag([], nonempty, "train on your own files, folders, glob patterns"),
         "valid_text": Flag([], nonempty, "validation files (default: a share of --text)"),
         "valid_fraction": Flag(0.1, number(float, 0.001, 0.5), "share of --text held out"),
