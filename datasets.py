@@ -775,8 +775,7 @@ def texts_of(path, own_folders):
     `path` itself lies there. Links to folders are followed, but each folder is read once. Raises
     UsageError if nothing matches, or if no match is text.
     """
-    parents = Path(os.path.realpath(path)).parents
-    own_folders = [folder for folder in own_folders if folder not in parents]
+    own_folders = set(own_folders).difference(Path(os.path.realpath(path)).parents)
     queue = [(Path(path), "")]  # a folder's own name tells no split
     if not os.path.exists(path):
         matches = map(Path, sorted(glob.glob(path, recursive=True)))
@@ -790,7 +789,7 @@ def texts_of(path, own_folders):
     seen = set()  # real paths of folders
     for each, name in queue:  # which grows by what the folders in it hold
         real = Path(os.path.realpath(each))
-        if real in seen or any(real.is_relative_to(folder) for folder in own_folders):
+        if real in seen or own_folders.intersection([real, *real.parents]):
             continue
         if each.is_dir() and os.access(each, os.R_OK | os.X_OK):
             seen.add(real)
@@ -967,7 +966,7 @@ def begin_lines(blocks):
     """
     last = "\n"  # character
     for text, before in blocks:
-        if before == "" and last != "\n":
+        if not before and last != "\n":
             yield "\n", last
         yield text, before
         last = text[-1]
@@ -1037,7 +1036,7 @@ def encode_documents(spans, tokenizer):
     while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
         texts, befores = zip(*batch)
         for text, before, ids in zip(texts, befores, encode_after(tokenizer, befores, texts)):
-            if before == "":  # it begins a document
+            if not before:  # it begins a document
                 first = [*tokenizer.bos]
                 if last != eos and first[:1] != [eos]:  # some models have one token for both
                     first.insert(0, eos)
