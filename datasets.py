@@ -773,7 +773,7 @@ def texts_of(path, own_folders):
     Files that are no text, or cannot be read, are left out with a message. Hidden files do not
     count, nor do those in `own_folders` (resolved paths, where this program keeps its files) unless
     `path` itself lies there. Links to folders are followed, but each folder is read once. Raises
-    UsageError if nothing matches, or if no match is text.
+    UsageError if nothing matches, or if no match is text (of the last one then).
     """
     own_folders = set(own_folders).difference(Path(os.path.realpath(path)).parents)
     queue = [(Path(path), "")]  # a folder's own name tells no split
@@ -802,13 +802,11 @@ def texts_of(path, own_folders):
         try:
             check_text(each)
         except UsageError as error:
-            if each == Path(path):
-                raise
             reason = error
             del files[each]
             left_out[each.suffix or each.name] += each.stat().st_size
     if left_out and not files:
-        raise UsageError(f"{path}: none of its files is text: {reason}")
+        raise reason
     if left_out:
         what = f"{left_out.total():,} bytes in files that are no readable UTF-8 text"
         print(f"{path}: leaving out {what} ({some_of([*left_out])})")
