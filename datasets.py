@@ -289,7 +289,9 @@ class WordTokenizer(Tokenizer):
 
 
 VOCAB_SIZE = 32000  # of the tokenizer bpe, by default
-TOKENIZER_FAILED = "this tokenizer fails on the text: train with another --tokenizer"
+TOKENIZER_FAILED = (
+    "this tokenizer fails on the text: pip install -U tokenizers, or train with another --tokenizer"
+)
 
 # BPE's training time grows with the square of a word's length, so words are cut at this length.
 LONG_WORD = re.compile(r"(\w{1000}|\W{1000})")
@@ -329,11 +331,9 @@ class PackageTokenizer(Tokenizer):
         for name in ("continuing_subword_prefix", "dropout"):
             if model.get("type") == "BPE" and model.get(name):
                 raise ValueError(f"it is a BPE with a {name}, which is not supported")
-        import tokenizers as package
+        import tokenizers
 
-        if not hasattr(package.Tokenizer, "encode_batch_fast"):
-            raise ImportError(f"tokenizers>=0.20 is needed, not {package.__version__}")
-        self.package = package.Tokenizer.from_str(vocabulary)
+        self.package = tokenizers.Tokenizer.from_str(vocabulary)
         # The file may ask for these; a text is to be encoded whole.
         self.package.no_truncation()
         self.package.no_padding()
@@ -375,7 +375,7 @@ class PackageTokenizer(Tokenizer):
     def encode_batch(self, texts):
         texts = [utf8(text) for text in texts]
         with explained(TOKENIZER_FAILED):
-            # Runs in parallel threads; "fast" omits the tokens' offsets.
+            # Runs in parallel threads; "fast" (0.20 or newer) omits the tokens' offsets.
             encodings = self.package.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
