@@ -1451,7 +1451,6 @@ def prepare(namespace):
     return fast
 
 
-real_path = functools.cache(os.path.realpath)  # hundreds of modules lie in few folders
 NOT_OWN = re.compile(r"(main|datasets)\.py|(extras|tests|.*site-packages)/.*|\..*|.*(?<!\.py)")
 
 
@@ -1460,8 +1459,7 @@ def own_file(module, home):
 
     Own modules lie beside main.py or in folders below, but not in those of an environment.
     """
-    folder, name = os.path.split(getattr(getattr(module, "__spec__", 0), "origin", 0) or "")
-    path = os.path.join(real_path(folder), name)
+    path = str(getattr(getattr(module, "__spec__", 0), "origin", 0))
     inside = path.removeprefix(f"{home}/")
     return None if inside == path or NOT_OWN.fullmatch(inside) else inside
 
