@@ -1412,8 +1412,7 @@ def without_passwords(text):
 
 def progress_bar(**options):
     """A bar of tqdm on a terminal, unless TQDM_DISABLE hides it."""
-    # In some containers, a terminal has no width.
-    if not sys.stderr.isatty() or not os.get_terminal_size(sys.stderr.fileno()).columns:
+    if not sys.stderr.isatty():
         options["disable"] = True
     return tqdm(**options)
 
