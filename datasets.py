@@ -683,7 +683,6 @@ NO_TEXT = {
     b"BZh": "compressed: unpack it by bzip2 -dc FILE > TEXT",
     b"\xfd7zXZ": "compressed: unpack it by xz -dc FILE > TEXT",
     b"\x28\xb5\x2f\xfd": "compressed: unpack it by zstd -dc FILE > TEXT",
-    b"PAR1": "a Parquet file: rename it to FILE.parquet",
     LFS: "a pointer to a file in large-file storage: download that by git lfs pull",
 }
 # Suffixes of texts with markup, which is trained on, too.
