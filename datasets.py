@@ -986,9 +986,8 @@ def cut_into_blocks(pieces):
     """
     before = ""
     rest = ""  # not yet yielded
-    searched = 0  # `rest` has no cut before this index
     for piece in pieces:
-        found = UP_TO_A_CUT.match(rest, searched)
+        found = UP_TO_A_CUT.match(rest)
         end = 0
         if found:
             end = found.end()
@@ -997,7 +996,6 @@ def cut_into_blocks(pieces):
         if end > 0:
             yield rest[:end], before
             before = rest[end - 1]
-        searched = 0 if found else max(0, len(rest) - end - 2)
         rest = rest[end:] + piece
     if rest:
         yield rest, before
