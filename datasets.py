@@ -1409,7 +1409,8 @@ def without_passwords(text):
 
 def progress_bar(**options):
     """A bar of tqdm on a terminal, unless TQDM_DISABLE hides it."""
-    if not sys.stderr.isatty():
+    # In some containers, a terminal has no width.
+    if not sys.stderr.isatty() or not os.get_terminal_size(sys.stderr.fileno()).columns:
         options["disable"] = True
     return tqdm(**options)
 
