@@ -218,8 +218,9 @@ def copy_files(names, folder):
 def copy_commit(commit, folder):
     """Copies the program as it is in a commit."""
     subprocess.run(["tar", "-x", "-C", folder], input=git("archive", commit), capture_output=True)
-    if not (folder / "main.py").exists():
-        raise UsageError(f"{commit} is no commit with this program, in a git repository at {HERE}")
+    if not (folder / "datasets.py").exists():
+        what = "is no commit with this program, or has links that lead out of it"
+        raise UsageError(f"{commit} {what}, in a git repository at {HERE}")
 
 
 def identify(side, *others):

@@ -31,8 +31,8 @@ def describe_numbers(result):
     pairs = len(result["seeds"])
     line = (
         f"mean difference {result['difference']:+.4f} {result['unit']}, 95 % interval "
-        f"{result['low']:+.4f} to {result['high']:+.4f}; {result['agree']} of {pairs} pairs have "
-        "its sign"
+        f"{result['low']:+.4f} to {result['high']:+.4f}; {result['agree']} of {pairs} pairs agree "
+        "in sign"
     )
     if pairs > 3 and "correlation" in result:  # of two, it is 1 or -1
         line += f"; correlation of the sides {result['correlation']:.2f}"

@@ -323,7 +323,7 @@ def test_same(project):
     assert "is not finite" in err
     shutil.rmtree(project / ".git")
     _, err = compare(project, "HEAD", status=2)
-    assert "HEAD is no commit with this program, in a git repository at " in err
+    assert "HEAD is no commit with this program" in err
 
 
 MISTAKES = [
