@@ -166,7 +166,7 @@ CHEATS = [
          flags=f"{TEXTS} --save_dir runs3"),
     Edit("two updates a step; before is there already", SLOWER, [
         (STEP, f"    for _ in range(2):\n    {STEP}")],
-         options=('HEAD "--dropout 0.1" --pairs 3', "HEAD --pairs 3")),
+         options=('HEAD "--dropout 0.1" --pairs 6', "HEAD --pairs 6")),
     Edit("the same first weights for all seeds", "all seeds .* the same first weights", [
         (INIT, "init_weights(model, 7)")], status=1),
     Edit("the same order of batches for all seeds", "all seeds .* the same order of batches", [
