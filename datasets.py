@@ -19,7 +19,7 @@ HERE = os.path.realpath(os.path.dirname(__file__))  # resolved, as the folder ma
 OUR_PROGRAMS = rf"{re.escape(HERE)}/(main\.py|datasets\.py|extras/.*)"
 IS_PROGRAM = sys.argv[0] == "-m" or bool(re.fullmatch(OUR_PROGRAMS, os.path.realpath(sys.argv[0])))
 
-if IS_PROGRAM and not hasattr(sys, "ps1"):  # which a notebook has
+if IS_PROGRAM and not hasattr(sys, "ps1"):  # notebooks set ps1
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         # The files on disk are valid at any time, so Ctrl+C may exit at once, without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -792,7 +792,7 @@ def texts_of(path, own_folders):
             continue
         if each.is_dir() and os.access(each, os.R_OK | os.X_OK):
             seen.add(real)
-            if not any(each.glob("*.metadata")):  # else it is a run's, whose files are no text
+            if not any(each.glob("*.metadata")):  # a run's files are not text
                 queue += [(below, f"{name}/{below.name}") for below in sorted(each.glob("[!.]*"))]
         elif each.exists():
             files[each] = name or each.name
@@ -1381,7 +1381,7 @@ def explained(text, *errors, kind=UsageError):
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise  # which are nobody's fault
+        raise  # not errors
     except expected as error:
         if isinstance(error, (ImportError, NameError)) and not errors:
             raise  # not an error in what was read
@@ -1603,7 +1603,7 @@ def absolute(path):
     return os.path.abspath(user_path(path))
 
 
-CACHE = None  # without a home
+CACHE = None  # there is no home folder
 # The user's cache folder, from which compiled code is loaded: never a relative path, as the working
 # directory may hold another user's files. (The XDG specification ignores such paths, too.)
 for caches in (os.path.expanduser("~/.cache"), os.environ.get("XDG_CACHE_HOME", "")):

@@ -5,10 +5,10 @@
     python main.py --inference               sample interactively from the newest checkpoint
     python main.py --help                    every flag
 
-All that decides the weights comes first: model, loss and optimizer, batches, training. Evaluation
-and sampling follow, then what keeps a run safe and usable: checkpoints, interrupts, reports, flags,
-setting up, commands. datasets.py turns text into token ids. Everything else is in extras/, one file
-per feature; without extras/, this file works in plain MLX.
+Model, loss and optimizer, batches and training come first, evaluation and sampling next, then what
+keeps a run safe and usable: checkpoints, interrupts, reports, flags, setting up, commands.
+datasets.py turns text into token ids. Everything else is in extras/, one file per feature; without
+extras/, this file works in plain MLX.
 
 Shapes use these letters: B rows of a batch, L positions, D model dimension, H query heads, K key
 and value heads, d dimension of a head (D / H), V vocabulary, N any number. A linear layer from I
@@ -701,19 +701,19 @@ def set_learning_rate(optimizer, learning_rate):
 
 
 def constant_schedule(iteration, flags):
-    """The peak rate, from the end of warmup to the last step."""
+    """1: the peak rate, from the end of warmup to the last step."""
     return 1
 
 
 def cosine_schedule(iteration, flags):
-    """The peak rate until the cooldown, then half a cosine down to `min_lr`."""
+    """1, the peak rate, until the cooldown; then half a cosine down to `min_lr`."""
     decay_ratio, min_factor = cooldown(iteration, flags)
     coeff = (1 + math.cos(math.pi * decay_ratio)) / 2
     return 1 - (1 - min_factor) * (1 - coeff)  # exactly 1 before cooldown
 
 
 def linear_schedule(iteration, flags):
-    """The peak rate until the cooldown, then a straight line down to `min_lr`."""
+    """1, the peak rate, until the cooldown; then a straight line down to `min_lr`."""
     decay_ratio, min_factor = cooldown(iteration, flags)
     return 1 - (1 - min_factor) * decay_ratio
 
@@ -916,7 +916,7 @@ class Evaluation(NamedTuple):
 
 def comparable(evaluations):
     """The evaluations on as many tokens as the last one; others are not comparable."""
-    # Without any, `[-1]` is not evaluated.
+    # `[-1]` is safe: of an empty list, the condition is not evaluated.
     return [each for each in evaluations if each.num_tokens == evaluations[-1].num_tokens]
 
 
@@ -1309,7 +1309,7 @@ def evaluation_windows(tokens, starts, context_size, stride):
     is_new = columns >= context_size - stride
     is_first = starts[:, None] == 0
     mask = (positions < num_targets) & (is_new | is_first)
-    positions = np.minimum(positions, num_targets - 1)  # beyond the end, any masked token will do
+    positions = np.minimum(positions, num_targets - 1)  # the end is masked: any token will do
     windows = (tokens[positions], tokens[positions + 1], mask)
     return [mx.array(array, mx.int32) for array in windows]
 
@@ -1931,7 +1931,7 @@ def find_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
         matches = [extra("steps").checkpoint_at(checkpoints, identifier)]
     else:
         candidates = [each for each in checkpoints if each.id.startswith(identifier)]
-        # A branch begins with its parent's weights: of one id, take the earliest that is no copy.
+        # A branch begins with its parent's weights: of one id, take an original, the oldest.
         candidates.sort(key=lambda each: (not each.is_copy, -each.saved_at))
         matches = list({checkpoint.id: checkpoint for checkpoint in candidates}.values())
     if len(matches) == 1:
@@ -2446,7 +2446,7 @@ class Reporter:
             stats = speed | stats
         self.show(run, metrics | stats)
         train = run.dataset.train
-        if train.num_bytes is not None and run.teacher is None:  # which mixes in its loss
+        if train.num_bytes is not None and run.teacher is None:  # else its loss is mixed in
             stats["bits_per_byte"] = bits_per_byte(metrics["loss"], train)
         self.log_metrics(run, "train", metrics | stats)
         self.train_loss = metrics["loss"]
@@ -2686,7 +2686,7 @@ def start_notices(run):
             "AMD CPU with AVX-512 BF16 or an Intel CPU with AMX, after pip install onednn-cpu-gomp."
         )
     unnamed = {"dataset", "mlp", "lr_schedule"} - {*flags.explicit}
-    if flags.config and unnamed and Path(flags.config).suffix:  # a file, no recipe
+    if flags.config and unnamed and Path(flags.config).suffix:  # a file, not a recipe
         yield f"{flags.config} names no {', '.join(sorted(unnamed))}: see data, model, rate above."
     yield from notice_ineffective_flags(flags)
 
@@ -2821,7 +2821,7 @@ def make_parser():
     """An argparse parser of FLAGS that returns only the flags passed, without defaults."""
     parser = datasets.Parser(
         usage="python main.py [flags]",
-        description=(__doc__ or "").partition("\nAll that decides")[0],  # python -OO drops it
+        description=(__doc__ or "").partition("\nModel, loss and")[0],  # python -OO drops it
         epilog="Exit status: 0 done, 1 failed, 2 usage error; 128 + its number after a signal.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -3392,7 +3392,7 @@ def open_checkpoint(flags):
     if not checkpoints:
         raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
     checkpoint = find_checkpoint(flags.save_dir, checkpoints, flags.identifier or "latest")
-    values = checkpoint.flags | {"seed": flags.seed}  # here that of samples
+    values = checkpoint.flags | {"seed": flags.seed}  # here, the samples' seed
     refuse_conflict(flags, values, checkpoint.folder_name)
     if flags.identifier:
         return open_newest([checkpoint], is_named=True)
@@ -3554,7 +3554,7 @@ def train_run(flags, ranks):
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # a run that was saved has not failed
+        except OSError:  # a closed pipe must not fail a saved run
             datasets.discard(stream)
     return 128 + stop_signal if stop_signal else 0  # how shells report the end by a signal
 

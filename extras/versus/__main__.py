@@ -52,7 +52,7 @@ def main(arguments):
         return command(make(options, common))
     except (UsageError, RunError, OSError) as error:
         reason = one_line(error)
-        # The other side comes first: what this one does not accept is no mistake in the command.
+        # "Before" is made first: if only "after" cannot run, the edit is at fault, not the command.
         is_after = reason.startswith(f"{options.after or 'your files'} cannot ")
         if options.gate and is_after and isinstance(error, (SideError, UsageError)):
             print(f"{reason}\nDrop.")
