@@ -881,7 +881,7 @@ def sum_over_shards(function, *arrays):
     """
     streams = use_streams(*arrays[0].shape[:2])
     shares = []
-    for stream, rows in shares_of(len(arrays[0]), streams):
+    for stream, rows in split_rows(len(arrays[0]), streams):
         with mx.stream(stream):  # operations run on the stream under which they are built
             shares.append(function(*[array[rows] for array in arrays]))
     streams_in_turn = itertools.cycle(streams)
@@ -893,7 +893,7 @@ def sum_over_shards(function, *arrays):
     return tree_map(add_up, *shares)
 
 
-def shares_of(count, streams):
+def split_rows(count, streams):
     """Yields each stream with its share of `count` rows, a slice."""
     for i, stream in enumerate(streams):
         yield stream, slice(count * i // len(streams), count * (i + 1) // len(streams))
@@ -951,7 +951,7 @@ def parallelize(optimizer):
 def in_shares(function, stack):
     """function(stack), arrays [N, ...]; each stream computes it for a share of them."""
     shares = []
-    for stream, rows in shares_of(len(stack), current_streams()):
+    for stream, rows in split_rows(len(stack), current_streams()):
         if rows.start < rows.stop:
             with mx.stream(stream):
                 shares += [*function(stack[rows])]
