@@ -910,8 +910,8 @@ class Evaluation(NamedTuple):
 
     iteration: int
     loss: float  # in nats per token
-    num_tokens: int = 0  # 0 if an older commit did not record it
-    bits_per_byte: float = math.inf
+    num_tokens: int
+    bits_per_byte: float
 
 
 def comparable(evaluations):
@@ -1598,18 +1598,7 @@ class Conversation:
 # A checkpoint may be untrusted: its content is checked before use, and no link is followed.
 
 # Version of the .metadata format; increment it when another main.py could misread it.
-FORMAT_VERSION = 6
-# {a field of Checkpoint or Session: its key in a record}, where these differ.
-RECORD_KEYS = {
-    "run_name": "name",
-    "saved_at": "saved",
-    "evaluations": "scores",
-    "parents": "origins",
-    "sessions": "stretches",
-    "code_sha1": "code",
-    "cursor": "place",
-}
-FIELD_NAMES = {key: field for field, key in RECORD_KEYS.items()}
+FORMAT_VERSION = 7
 SHA1_PATTERN = re.compile("[0-9a-f]{40}")
 NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check --save_dir"
 
@@ -1687,7 +1676,7 @@ class Session:
 
     iteration: int = dataclasses.field(compare=False)  # at which it begins
     num_iters: int  # at which its schedules end
-    code_sha1: str  # see sha1_of_code; older commits hashed less of the code
+    code_sha1: str  # see sha1_of_code
     versions: dict  # of the environment, see list_versions
 
 
@@ -1799,13 +1788,12 @@ def read_checkpoint(metadata_path):
         header = json.loads(file.read(min(length, 10**8)))["__metadata__"]
     if sha1_of_text(header["record"]) != header["sha1"]:
         raise ValueError("damaged header")
-    record = rename_keys(json.loads(header["record"]), FIELD_NAMES)
+    record = json.loads(header["record"])
     version = record["format_version"]
     if version != FORMAT_VERSION:
         raise ValueError(f"its format is version {version}: use the commit that wrote it")
     record["config"] = from_untrusted(Config, record["config"])
-    sessions = [rename_keys(session, FIELD_NAMES) for session in record["sessions"]]
-    record["sessions"] = [from_untrusted(Session, session) for session in sessions]
+    record["sessions"] = [from_untrusted(Session, session) for session in record["sessions"]]
     checkpoint = from_untrusted(Checkpoint, record)
     checkpoint.folder = metadata_path.parent
     checkpoint.evaluations = [Evaluation(*evaluation) for evaluation in checkpoint.evaluations]
@@ -1822,11 +1810,6 @@ def read_checkpoint(metadata_path):
     if checkpoint.id != metadata_path.stem:
         raise ValueError(f"it belongs to {checkpoint.id[:12]}")
     return checkpoint
-
-
-def rename_keys(values, names):
-    """`values` with its keys renamed as in `names`, {old: new}."""
-    return {names.get(key, key): value for key, value in values.items()}
 
 
 def from_untrusted(cls, values):
@@ -1993,7 +1976,7 @@ def write_checkpoint(run):
         sha1 = sha1_of_file(weights_file.name)
         saved_at = max(time.time(), run.saved_at + 1e-3)  # even if the clock was set back
         fields = {"id": sha1, "state_sha1": sha1_of_arrays(state), "saved_at": saved_at}
-        record = json.dumps(rename_keys(checkpoint_fields(run) | fields, RECORD_KEYS))
+        record = json.dumps(checkpoint_fields(run) | fields)
         header = {"record": record, "sha1": sha1_of_text(record)}
         mx.save_safetensors(metadata_file, state, header)
         publish(metadata_file, run.folder / f"{sha1}.metadata")
@@ -2039,7 +2022,7 @@ def checkpoint_fields(run):
         "config": dataclasses.asdict(run.model.config),
         "tokens_sha256": run.dataset.sha256,
         "parents": run.parents,
-        "sessions": [rename_keys(vars(session), RECORD_KEYS) for session in run.sessions],
+        "sessions": [vars(session) for session in run.sessions],
         **get_values(run.batches, ["epoch", "cursor", "offset"]),
     }
 
@@ -3489,6 +3472,8 @@ def warn_about_prompt(conversation, prompt):
         warn(f"The prompt's {length:,} tokens are more than the context: only their end is read.")
     if prompt.endswith(" ") and hasattr(tokenizer, "package"):
         warn("The prompt ends in a space, which the tokenizer joins to the next word: omit it.")
+    if prompt.startswith("FILE:"):  # nanoGPT's way to name one
+        warn('The prompt is this text itself; for a file\'s: --prompt "$(cat FILE)"')
 
 
 def converse(new_conversation, flags):

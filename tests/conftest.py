@@ -312,7 +312,7 @@ def saved(save_dir, run="*"):
     """The checkpoints of one or all runs in a folder, the one saved last first."""
     found = []
     for path in Path(save_dir).glob(f"{run}/*.safetensors"):
-        record = main.rename_keys(read_record(path.with_suffix(".metadata")), main.FIELD_NAMES)
+        record = read_record(path.with_suffix(".metadata"))
         record["config"] = main.Config(**record["config"])
         checkpoint = main.Checkpoint(**record)
         checkpoint.evaluations = [main.Evaluation(*each) for each in checkpoint.evaluations]

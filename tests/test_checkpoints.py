@@ -202,10 +202,10 @@ def test_another_format_is_named(line, folder):
     line += ["--seed", 1, "--steps_per_save", 3, "--steps_per_eval", 3]
     name, _, _ = begin(*line)
     path = newest(folder).metadata_path
-    change_record(path, lambda record: record.update(format_version=5))
+    change_record(path, lambda record: record.update(format_version=6))
     _, err = run(*line, status=1)
     [skipped, end] = err.splitlines()
-    reason = "its format is version 5: use the commit that wrote it"
+    reason = "its format is version 6: use the commit that wrote it"
     assert skipped == f"Skipping {name}, {path.stem[:12]}: {reason}"
     # It does not begin again unasked: its disk may have failed but for a moment.
     assert end == f"main.py: no checkpoint of {name} can be read: --new_model starts a new run"

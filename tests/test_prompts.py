@@ -68,6 +68,14 @@ def test_a_prompt_beyond_the_context_is_said(byte_model):
     assert "context" not in err
 
 
+def test_a_prompt_names_no_file(byte_model):
+    """As it does in nanoGPT: what is continued is said."""
+    line = ["--save_dir", byte_model, "--max_tokens", 1]
+    said = 'The prompt is this text itself; for a file\'s: --prompt "$(cat FILE)"\n'
+    assert said in run("--prompt", "FILE:a.txt", *line)[1]
+    assert said not in run("--prompt", "a FILE:", *line)[1]
+
+
 def test_commands(byte_model):
     """What was said before counts until /reset; other lines with a slash are text."""
     hot = ["--temperature", 3, "--max_tokens", 30]

@@ -229,7 +229,7 @@ def test_an_edit_of_a_function_is_another_experiment(line, tmp_path):
     assert begin(*leg, **reworded)[:2] == (name, 2)
 
     _, err = run(*leg, status=2, **edited)
-    kept = newest(line[-1]).folder / f"code-{newest(line[-1]).sessions[-1]['code'][:8]}"
+    kept = newest(line[-1]).folder / f"code-{newest(line[-1]).sessions[-1]['code_sha1'][:8]}"
     [first], _, [third] = (program["program"] for program in programs)
     assert (kept / "main.py").read_text() == first.read_text()
     differs = f"was trained by other code than this (main.py: diff {kept}/main.py {third}): "
@@ -243,7 +243,7 @@ def test_an_edit_of_a_function_is_another_experiment(line, tmp_path):
     assert "The code that trains was edited since the checkpoint" in out
     first, second = newest(line[-1]).sessions
     assert (first["iteration"], second["iteration"]) == (0, 6)
-    assert first["code"] != second["code"]
+    assert first["code_sha1"] != second["code_sha1"]
 
     finished = [*line, "--seed", 7]
     name, _, _ = begin(*finished, **edited)

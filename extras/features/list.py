@@ -32,7 +32,7 @@ def list_runs(save_dir):
     several = len({own[0].flags["tokenizer"] for own in runs.values()}) > 1
 
     def sort_key(checkpoint):
-        evaluation = checkpoint.evaluation or Evaluation(0, math.inf)
+        evaluation = checkpoint.evaluation or Evaluation(0, math.inf, 0, math.inf)
         return evaluation.bits_per_byte if several else (-evaluation.num_tokens, evaluation.loss)
 
     columns = f"{'trained':>20}{'bits/byte' if several else 'valid nats':>12}{'of tokens':>12}"

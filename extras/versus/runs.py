@@ -231,7 +231,8 @@ class Comparison:
 
 def own_score(record, valid):
     """How many tokens a run has scored at its end, and their loss."""
-    *_, last = record["scores"] or [[0, math.inf]]
+    evaluations = record.get("evaluations", record.get("scores"))  # its name in older commits
+    *_, last = evaluations or [[0, math.inf]]
     _, loss, *count = last
     # Older commits did not record the count.
     return count[0] if count else min(OWN_TOKENS, len(valid.tokens) - 1), loss
@@ -302,4 +303,4 @@ def newest_record(folder, seed):
             record = read_record(path)
             if record["flags"]["seed"] == seed and path.with_suffix(".safetensors").exists():
                 records.append(record | {"path": path})
-    return max(records, key=itemgetter("saved"), default=None)
+    return max(records, key=itemgetter("iteration"), default=None)

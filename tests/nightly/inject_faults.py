@@ -389,7 +389,7 @@ def read_kept(run):
             continue
         if is_whole and path.with_suffix(".safetensors").exists():
             fields = json.loads(record)
-            score = {each[0]: each[1] for each in fields["scores"]}.get(fields["iteration"])
+            score = {each[0]: each[1] for each in fields["evaluations"]}.get(fields["iteration"])
             kept.add(Kept(path.stem, fields["iteration"], score))
     return kept
 
