@@ -89,7 +89,7 @@ class Config:
     qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
 
     def __post_init__(self):
-        check_config(self)
+        resolve_config(self)
 
 
 # Flags of the command line. Each is beside the code that uses it, or in the section Flags.
@@ -111,8 +111,8 @@ FLAGS["model"] = {
 }
 
 
-SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if the file is edited later
-EDITED_FUNCTIONS = []  # names of functions below that were edited since fast.py was written
+MAIN_SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if the file is edited later
+EDITED_FUNCTIONS = []  # functions and classes below that were edited since fast.py was written
 
 
 def fast_version(function, dependencies=()):
@@ -126,7 +126,7 @@ def fast_version(function, dependencies=()):
         return function
     names = [dependency.__name__ for dependency in (function, *dependencies)]
     for name in names:
-        sha256 = datasets.hash_of_code(datasets.definition(name, SOURCE))
+        sha256 = datasets.hash_of_code(datasets.definition(name, MAIN_SOURCE))
         is_edited = sha256 != fast.STANDS_FOR.get(name)
         if is_edited and name not in EDITED_FUNCTIONS:
             EDITED_FUNCTIONS.append(name)
@@ -138,14 +138,14 @@ def fast_version(function, dependencies=()):
     return getattr(fast, function.__name__)
 
 
-def dropout(hidden, noise, mask_index):
-    """Applies dropout to hidden states [B, L, D]; noise: a Noise, or None for no dropout.
+def dropout(hidden, dropout_masks, mask_index):
+    """Applies dropout to hidden states [B, L, D]; dropout_masks: None for no dropout.
 
     mask_index: 0 is the mask of the embeddings; then come two for each block.
     """
-    if noise is None:
+    if dropout_masks is None:
         return hidden
-    return noise.drop(hidden, mask_index)
+    return dropout_masks.apply(hidden, mask_index)
 
 
 @fast_version
@@ -376,12 +376,12 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def __call__(self, hidden, cache=None, noise=None):
+    def __call__(self, hidden, cache=None, dropout_masks=None):
         mask_index = 2 * self.index + 1  # 0 is the mask of the embeddings
         attended = self.self_attn(self.input_layernorm(hidden), cache)
-        hidden = hidden + dropout(attended, noise, mask_index)
+        hidden = hidden + dropout(attended, dropout_masks, mask_index)
         transformed = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + dropout(transformed, noise, mask_index + 1)
+        return hidden + dropout(transformed, dropout_masks, mask_index + 1)
 
 
 @fast_version
@@ -408,13 +408,13 @@ class Transformer(nn.Module):
         hidden = self.embed_tokens(tokens)
         return hidden.astype(self.norm.weight.dtype)  # bfloat16 if the norms are, see make_step
 
-    def __call__(self, tokens, caches=None, noise=None):
-        """caches: a KVCache per block; noise: a Noise for dropout, or None."""
-        hidden = dropout(self.embed(tokens), noise, mask_index=0)
+    def __call__(self, tokens, caches=None, dropout_masks=None):
+        """caches: a KVCache per block; dropout_masks: None for no dropout."""
+        hidden = dropout(self.embed(tokens), dropout_masks, mask_index=0)
         if caches is None:
             caches = [None] * len(self.layers)
         for block, cache in zip(self.layers, caches):
-            run_block = partial(block, cache=cache, noise=noise)
+            run_block = partial(block, cache=cache, dropout_masks=dropout_masks)
             if self.grad_checkpoint:
                 run_block = checkpoint_block(block, run_block)
             hidden = run_block(hidden)
@@ -431,9 +431,9 @@ class LanguageModel(nn.Module):
         if config.untie:
             self.lm_head = Linear(config.dim, config.vocab_size)
 
-    def __call__(self, tokens, caches=None, noise=None, logits_to_keep=None):
+    def __call__(self, tokens, caches=None, dropout_masks=None, logits_to_keep=None):
         """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all."""
-        hidden = self.model(tokens, caches, noise)  # [B, L, D]
+        hidden = self.model(tokens, caches, dropout_masks)  # [B, L, D]
         if logits_to_keep is not None:
             hidden = hidden[:, -logits_to_keep:]
         return self.logits(hidden)
@@ -454,17 +454,18 @@ class LanguageModel(nn.Module):
         return self.model.embed_tokens.weight
 
 
-def check_config(config):
+def resolve_config(config):
     """Raises ValueError if the values of a Config conflict; computes `head_dim` if it is None."""
     for name, value in vars(config).items():
         if type(value) is int and not 1 <= value <= datasets.MAX_INT32:
             raise ValueError(f"{name} {value} is not from 1 to {datasets.MAX_INT32}")
     if config.head_dim is None:  # imported models set it, and H * d may differ from D
-        multiple = 2 * config.num_heads  # a head's dimension must be even: RoPE rotates pairs
-        if config.dim % multiple:
-            fit = multiple * max(1, round(config.dim / multiple))
+        divisor = 2 * config.num_heads  # a head's dimension must be even: RoPE rotates pairs
+        if config.dim % divisor:
+            suggested_dim = divisor * max(1, round(config.dim / divisor))
             raise ValueError(
-                f"dim {config.dim} is not a multiple of 2 * num_heads {config.num_heads}: try {fit}"
+                f"dim {config.dim} is not a multiple of 2 * num_heads {config.num_heads}: "
+                f"try {suggested_dim}"
             )
         config.head_dim = config.dim // config.num_heads
     if config.head_dim % 2 or config.head_dim > 2**16:  # RoPE rotates pairs
@@ -621,21 +622,21 @@ def parallelize(optimizer):
     return optimizer
 
 
-def adamw(flags, weight_decay):
+def make_adamw(flags, weight_decay):
     """MLX's AdamW (Loshchilov & Hutter 2019)."""
     betas = [flags.beta1, flags.beta2]
     return optim.AdamW(flags.learning_rate, betas, bias_correction=True, weight_decay=weight_decay)
 
 
-def muon(flags, weight_decay):
+def make_muon(flags, weight_decay):
     return Muon(flags.learning_rate, weight_decay)
 
 
 # The choices of --optimizer: a function that makes the optimizer of the blocks' matrices, and one
 # for all other parameters. set_learning_rate sets their learning rates before each step.
 OPTIMIZERS = {
-    "adamw": (adamw, adamw),
-    "muon": (muon, adamw),
+    "adamw": (make_adamw, make_adamw),
+    "muon": (make_muon, make_adamw),
 }
 
 
@@ -707,18 +708,18 @@ def constant_schedule(iteration, flags):
 
 def cosine_schedule(iteration, flags):
     """1, the peak rate, until the cooldown; then half a cosine down to `min_lr`."""
-    decay_ratio, min_factor = cooldown(iteration, flags)
+    decay_ratio, min_factor = cooldown_progress(iteration, flags)
     coeff = (1 + math.cos(math.pi * decay_ratio)) / 2
     return 1 - (1 - min_factor) * (1 - coeff)  # exactly 1 before cooldown
 
 
 def linear_schedule(iteration, flags):
     """1, the peak rate, until the cooldown; then a straight line down to `min_lr`."""
-    decay_ratio, min_factor = cooldown(iteration, flags)
+    decay_ratio, min_factor = cooldown_progress(iteration, flags)
     return 1 - (1 - min_factor) * decay_ratio
 
 
-def cooldown(iteration, flags):
+def cooldown_progress(iteration, flags):
     """The completed fraction of the cooldown, and the multiple of the peak rate at its end.
 
     The cooldown is the last fraction `lr_cooldown` of the steps after warmup. It would reach
@@ -754,7 +755,7 @@ def learning_rate_at(iteration, flags):
     return flags.learning_rate * SCHEDULES[flags.lr_schedule](iteration, flags) * warmup
 
 
-def average_weights(average, weights, iteration, fraction):
+def update_average(average, weights, iteration, fraction):
     """The average of the weights over about the last `fraction` of the steps taken.
 
     average: the average before step `iteration`, counted from 0, a tree of arrays; None if it
@@ -859,20 +860,20 @@ def hash32(bits):
     return (bits ^ (bits >> 15)) * mx.array(0x846CA68B, mx.uint32)
 
 
-class Noise:
-    """The random numbers of dropout (Srivastava et al. 2014) for the rows of one batch.
+class DropoutMasks:
+    """The masks of dropout (Srivastava et al. 2014) for the rows of one batch.
 
-    dropout_rate: [] float32; keys: [B, 2] uint32, see draw_dropout; L, D: the shape of a row's
+    dropout_rate: [] float32; row_keys: [B, 2] uint32, see draw_dropout; L, D: the shape of a row's
     hidden states. A row's masks depend only on its own key: splitting a batch does not change them.
     """
 
-    def __init__(self, dropout_rate, keys, L, D):
+    def __init__(self, dropout_rate, row_keys, L, D):
         self.keep_prob = 1 - dropout_rate
         positions = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
-        bits = hash32(positions + keys[:, None, None, 0]) ^ keys[:, None, None, 1]
+        bits = hash32(positions + row_keys[:, None, None, 0]) ^ row_keys[:, None, None, 1]
         self.bits = bits ^ (bits >> 16)  # [B, L, D]
 
-    def drop(self, hidden, mask_index):
+    def apply(self, hidden, mask_index):
         """Applies the mask of this index to hidden states [B, L, D]."""
         # Multiples of 2^32 / golden ratio, modulo 2^32, lie far apart.
         salt = mx.array(mask_index * 0x9E3779B9 % 2**32, mx.uint32)
@@ -906,7 +907,7 @@ FLAGS["training"] |= {
 
 
 class Evaluation(NamedTuple):
-    """The loss on the first `num_tokens` tokens of the validation text."""
+    """The loss on the `num_tokens` tokens of the validation text after its first one."""
 
     iteration: int
     loss: float  # in nats per token
@@ -914,7 +915,7 @@ class Evaluation(NamedTuple):
     bits_per_byte: float
 
 
-def comparable(evaluations):
+def comparable_evaluations(evaluations):
     """The evaluations on as many tokens as the last one; others are not comparable."""
     # `[-1]` is safe: of an empty list, the condition is not evaluated.
     return [each for each in evaluations if each.num_tokens == evaluations[-1].num_tokens]
@@ -922,7 +923,7 @@ def comparable(evaluations):
 
 def best_evaluation(evaluations):
     """The comparable evaluation with the lowest loss, the first of equal ones; None without any."""
-    return min(comparable(evaluations), key=operator.attrgetter("loss"), default=None)
+    return min(comparable_evaluations(evaluations), key=operator.attrgetter("loss"), default=None)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)  # a checkpoint and its copy are not equal
@@ -931,7 +932,7 @@ class Progress:
 
     iteration: int = 0  # steps done
     tokens_seen: int = 0
-    seconds: float = 0.0  # of training, excluding the first step of each session
+    seconds: float = 0.0  # of training, but for the first step after each start
     evaluations: list = dataclasses.field(default_factory=list)  # of type Evaluation
     recent_steps: int = 0  # since the last report
     recent_loss: float = 0.0  # the sum of their losses
@@ -949,7 +950,7 @@ class Progress:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(Progress)}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Run(Progress):
     """A training run: its model, its data and its progress."""
 
@@ -961,12 +962,12 @@ class Run(Progress):
     batches: Batches
     teacher: LanguageModel | None
     parents: dict  # models it began with, see Checkpoint
-    sessions: list  # see Session; the last is current
+    segments: list  # see Segment; the last is current
     code: dict  # see read_code
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
 
-    # Seconds of each timed step since the last report. A session's first step compiles, so it is
-    # not timed; before it, this is None.
+    # Seconds of each timed step since the last report. The first step after a start compiles, so
+    # it is not timed; before it, this is None.
     recent_times: list | None = None
     checkpoint_id: str | None = None  # of the last checkpoint
     # Time of the last save; the next is later even if the clock was set back.
@@ -976,7 +977,7 @@ class Run(Progress):
     @property
     def versions(self):
         """The current environment, see list_versions."""
-        return self.sessions[-1].versions
+        return self.segments[-1].versions
 
     @property
     def epochs(self):
@@ -985,10 +986,10 @@ class Run(Progress):
 
     def is_evaluation_due(self):
         """Whether to evaluate now: every `steps_per_eval` iterations, and at the end."""
-        steps = self.flags.steps_per_eval
-        if not steps or self.iteration == 0:
+        interval = self.flags.steps_per_eval
+        if not interval or self.iteration == 0:
             return False
-        return self.iteration % steps == 0 or self.iteration == self.flags.num_iters
+        return self.iteration % interval == 0 or self.iteration == self.flags.num_iters
 
     def is_save_due(self):
         """Whether the schedule calls for a save at the current iteration."""
@@ -1000,9 +1001,11 @@ class Run(Progress):
         A final evaluation at an earlier `num_iters` does not count: otherwise an extended run would
         stop at another iteration than a run that had this length from the start.
         """
-        steps = self.flags.steps_per_eval or math.inf
-        due = [each for each in comparable(self.evaluations) if each.iteration % steps == 0]
-        losses = [evaluation.loss for evaluation in due]
+        interval = self.flags.steps_per_eval or math.inf
+        losses = []
+        for evaluation in comparable_evaluations(self.evaluations):
+            if evaluation.iteration % interval == 0:
+                losses.append(evaluation.loss)
         if not self.flags.patience or not losses:
             return False
         return len(losses) - 1 - losses.index(min(losses)) >= self.flags.patience
@@ -1026,9 +1029,9 @@ class Run(Progress):
 
 
 def make_step(model, optimizer, flags, ranks=None, teacher=None):
-    """Returns a function, step(inputs, targets, dropout_rate, keys), that takes a training step.
+    """Returns a function that takes a training step: (inputs, targets, dropout_rate, row_keys).
 
-    inputs, targets: [N, L]; dropout_rate, keys: see draw_dropout. `step` returns metrics, {name: []
+    inputs, targets: [N, L]; dropout_rate, row_keys: see draw_dropout. It returns metrics, {name: []
     array}: `loss`, the mean in nats, and `gradient_norm`, before clipping. The N = batch_size *
     grad_accumulation rows are processed batch_size at a time, divided among ranks and streams.
     With --dtype bfloat16, a GPU casts all weights but the embeddings, while a CPU only rounds the
@@ -1048,13 +1051,14 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
     # A sum over rows: sum_over_shards and gradient accumulation add up the sums of several parts of
     # a batch. A term that is not a sum over rows, like a weight penalty, would count once per part.
-    def loss_fn(scale, dropout_rate, inputs, targets, keys):
+    def loss_fn(scale, dropout_rate, inputs, targets, row_keys):
         if casts_weights:
             model.update(tree_map_with_path(to_bfloat16, model.parameters()))  # LoRA's base, too
-        noise = None
+        dropout_masks = None
         if has_dropout:
-            noise = Noise(dropout_rate, keys, inputs.shape[1], model.config.dim)
-        hidden = model.model(inputs, noise=noise)  # [B, L, D]
+            D = model.config.dim
+            dropout_masks = DropoutMasks(dropout_rate, row_keys, inputs.shape[1], D)
+        hidden = model.model(inputs, dropout_masks=dropout_masks)  # [B, L, D]
         if teacher is not None:
             return distillation_loss(model, hidden, targets, scale, inputs)
         return training_loss(model, hidden, targets, scale)
@@ -1067,9 +1071,9 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     @partial(mx.compile, inputs=[model.state])
     def loss_and_gradients(*arguments):
         weights = model.parameters()
-        result = value_and_grad(*arguments)
+        sums = value_and_grad(*arguments)
         model.update(weights)  # value_and_grad has left its tracers in the model
-        return result
+        return sums
 
     # Trees of arrays that each step reads and replaces. `restore` substitutes other trees, so call
     # it before make_step.
@@ -1081,7 +1085,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         optimizer.update(model, gradients)
         return {"loss": loss, "gradient_norm": norm}
 
-    def step(inputs, targets, dropout_rate, keys):
+    def step_fn(inputs, targets, dropout_rate, row_keys):
         # Turns sums over positions into means; ranks.average divides by the number of ranks.
         scale = ranks.size / targets.size
         shard_gradients = partial(loss_and_gradients, scale, dropout_rate)
@@ -1090,10 +1094,10 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         end = flags.batch_size * (ranks.rank + 1) // ranks.size
         total = None
         with bfloat16_products(flags.dtype == "bfloat16"):
-            for offset in range(0, len(inputs), flags.batch_size):
-                rows = slice(offset + begin, offset + end)
-                result = sum_over_shards(shard_gradients, inputs[rows], targets[rows], keys[rows])
-                total = result if total is None else tree_map(mx.add, total, result)
+            for start in range(0, len(inputs), flags.batch_size):
+                rows = slice(start + begin, start + end)
+                sums = sum_over_shards(shard_gradients, inputs[rows], targets[rows], row_keys[rows])
+                total = sums if total is None else tree_map(mx.add, total, sums)
                 if len(inputs) > flags.batch_size:  # or all would be in memory at once
                     mx.eval(total)
             loss, gradients = ranks.average(total)  # ranks exchange gradients only here
@@ -1103,7 +1107,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
             mx.eval(metrics, state)
         return metrics
 
-    return step
+    return step_fn
 
 
 def train(run, interrupts, ranks):
@@ -1112,7 +1116,7 @@ def train(run, interrupts, ranks):
     Returns the signal that ended it, or None. Raises RunError if the run diverges.
     """
     flags = run.flags
-    step = make_step(run.model, run.optimizer, flags, ranks, run.teacher)
+    step_fn = make_step(run.model, run.optimizer, flags, ranks, run.teacher)
     time_limit = math.inf  # in seconds of training
     if flags.max_minutes is not None:
         time_limit = run.seconds + 60 * flags.max_minutes
@@ -1137,7 +1141,7 @@ def train(run, interrupts, ranks):
                 break
 
             was_saved = run.is_saved
-            metrics = train_step(run, step)
+            metrics = train_step(run, step_fn)
             if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
                 raise divergence_error(run, "loss or gradient", run.iteration - 1)
             if reporter:
@@ -1160,18 +1164,18 @@ def train(run, interrupts, ranks):
     return stop_signal
 
 
-def train_step(run, step):
+def train_step(run, step_fn):
     """Takes the next step of a run; returns its metrics, {name: number}."""
     flags = run.flags
     start = time.perf_counter()
     lr = learning_rate_at(run.iteration, flags)
     set_learning_rate(run.optimizer, lr)  # an array in its state: no recompilation
     inputs, targets = run.batches.next()
-    dropout_rate, keys = draw_dropout(run.iteration, len(inputs), flags)
-    metrics = step(inputs, targets, dropout_rate, keys)
+    dropout_rate, row_keys = draw_dropout(run.iteration, len(inputs), flags)
+    metrics = step_fn(inputs, targets, dropout_rate, row_keys)
     if flags.average:
         weights = run.model.trainable_parameters()
-        run.average = average_weights(run.average, weights, run.iteration, flags.average)
+        run.average = update_average(run.average, weights, run.iteration, flags.average)
     metrics = {name: array.item() for name, array in metrics.items()}
     seconds = time.perf_counter() - start
 
@@ -1200,8 +1204,8 @@ def evaluate_run(run, interrupts, ranks, reporter):
     flags = run.flags
     tokens = run.dataset.valid.tokens
     if flags.eval_tokens:
-        steps = min(flags.steps_per_eval, flags.num_iters)
-        limit = min(flags.eval_tokens, steps * run.batches.rows_per_step * flags.context_size)
+        interval = min(flags.steps_per_eval, flags.num_iters)
+        limit = min(flags.eval_tokens, interval * run.batches.rows_per_step * flags.context_size)
         tokens = tokens[: limit + 1]  # the first one is only context
     start = time.perf_counter()
     with run.using_average() as model:
@@ -1282,16 +1286,16 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     starts = np.arange(0, last_start + stride, stride)
     batch_size = min(batch_size, len(starts))
     # Windows that start at the end, which are all masked, pad the last batch of each rank.
-    padding = -len(starts) % (batch_size * ranks.size)
-    starts = np.append(starts, np.full(padding, num_targets))
-    batches = starts.reshape(-1, batch_size)
+    num_padding = -len(starts) % (batch_size * ranks.size)
+    starts = np.append(starts, np.full(num_padding, num_targets))
+    start_batches = starts.reshape(-1, batch_size)
     totals = Counter()  # {name: sum}, in 64 bits, as Python floats
     stop_signal = None
-    for batch in batches[ranks.rank :: ranks.size]:
+    for batch_starts in start_batches[ranks.rank :: ranks.size]:
         stop_signal = interrupts and interrupts.stop_signal
         if stop_signal:
             break
-        sums = batch_sums(*evaluation_windows(tokens, batch, context_size, stride))
+        sums = batch_sums(*evaluation_windows(tokens, batch_starts, context_size, stride))
         totals.update({name: array.item() for name, array in sums.items()})
     stop_signal, _ = ranks.agree(stop_signal)
     if stop_signal:
@@ -1348,11 +1352,11 @@ def penalize(logits, ids, penalty):
     """
     if penalty == 1:
         return logits
-    seen = np.zeros(logits.shape, bool)  # [B, V]
+    is_seen = np.zeros(logits.shape, bool)  # [B, V]
     for row, row_ids in enumerate(ids):
-        seen[row, row_ids] = True
+        is_seen[row, row_ids] = True
     penalized = mx.where(logits > 0, logits / penalty, logits * penalty)
-    return mx.where(mx.array(seen), penalized, logits)
+    return mx.where(mx.array(is_seen), penalized, logits)
 
 
 def keep_top_k(logits, k):
@@ -1439,7 +1443,7 @@ class Decoder:
         self.window_start = start
         self.caches = [KVCache() for _ in self.model.model.layers]
 
-    def logits(self):
+    def next_token_logits(self):
         """Logits [1, V] of the token that follows the text."""
         context_size = self.model.config.context_size
         if len(self.ids) - self.window_start > context_size:
@@ -1454,7 +1458,7 @@ class Decoder:
         The random numbers depend only on the seed and the position in the text.
         """
         for _ in range(max_tokens):
-            logits = self.logits()
+            logits = self.next_token_logits()
             logits = process_logits(logits, flags, [self.ids[self.window_start :]])
             key = mx.array([seed, len(self.ids)], mx.uint32)
             # As extras.batch does for each row, sample from [V]: [1, V] would draw differently.
@@ -1615,7 +1619,7 @@ class Checkpoint(Progress):
     config: Config
     tokens_sha256: dict  # of the training and validation texts, see Dataset
     parents: dict  # what its run began with: {"init_from", "teacher" or "branched_from": id}
-    sessions: list  # of type Session
+    segments: list  # of type Segment
     # The fields of its Batches with the same names; `perm` is an array in the .metadata.
     epoch: int
     cursor: int  # the index in `perm` of the next window
@@ -1668,10 +1672,10 @@ class Checkpoint(Progress):
 
 
 @dataclasses.dataclass
-class Session:
+class Segment:
     """A part of a run that was trained by the same code in the same environment.
 
-    Sessions that differ only in where they begin are equal.
+    Segments that differ only in where they begin are equal.
     """
 
     iteration: int = dataclasses.field(compare=False)  # at which it begins
@@ -1733,7 +1737,7 @@ class Contents(NamedTuple):
         run.checkpoint_id = checkpoint.id
         run.saved_at = checkpoint.saved_at
         run.parents = checkpoint.parents
-        run.sessions = [*checkpoint.sessions]
+        run.segments = [*checkpoint.segments]
 
 
 def check_arrays(actual, expected):
@@ -1793,7 +1797,7 @@ def read_checkpoint(metadata_path):
     if version != FORMAT_VERSION:
         raise ValueError(f"its format is version {version}: use the commit that wrote it")
     record["config"] = from_untrusted(Config, record["config"])
-    record["sessions"] = [from_untrusted(Session, session) for session in record["sessions"]]
+    record["segments"] = [from_untrusted(Segment, segment) for segment in record["segments"]]
     checkpoint = from_untrusted(Checkpoint, record)
     checkpoint.folder = metadata_path.parent
     checkpoint.evaluations = [Evaluation(*evaluation) for evaluation in checkpoint.evaluations]
@@ -1801,7 +1805,7 @@ def read_checkpoint(metadata_path):
         has_types = [*map(type, evaluation)] == [int, float, int, float]
         if not has_types or not math.isfinite(evaluation.loss):
             raise ValueError("its evaluations are malformed")
-    if not checkpoint.sessions or not all(map(SHA1_PATTERN.fullmatch, checkpoint.parents.values())):
+    if not checkpoint.segments or not all(map(SHA1_PATTERN.fullmatch, checkpoint.parents.values())):
         raise ValueError("its history is malformed")
     # A flag that was added after the checkpoint was saved, or was None, gets its default.
     flags = {name: value for name, value in checkpoint.flags.items() if value is not None}
@@ -1953,10 +1957,10 @@ def save(run, interrupts):
             write_checkpoint(run)
             return
         except OSError as error:
-            twice = "again" if interrupts.stop_signal else "twice"
+            how_often = "again" if interrupts.stop_signal else "twice"
             say(
                 f"Saving to {run.folder} failed ({error}); retrying in {pause} s. "
-                f"Press Ctrl+C or send SIGTERM {twice} to exit without saving."
+                f"Press Ctrl+C or send SIGTERM {how_often} to exit without saving."
             )
             time.sleep(pause)
 
@@ -2022,7 +2026,7 @@ def checkpoint_fields(run):
         "config": dataclasses.asdict(run.model.config),
         "tokens_sha256": run.dataset.sha256,
         "parents": run.parents,
-        "sessions": [vars(session) for session in run.sessions],
+        "segments": [vars(segment) for segment in run.segments],
         **get_values(run.batches, ["epoch", "cursor", "offset"]),
     }
 
@@ -2083,7 +2087,7 @@ FLAGS["training"] |= {
     "teacher_weight": Flag(0.5, FRACTION, "weight of the distillation loss"),
     "teacher_temperature": Flag(2.0, number(float, 0.01, 100), "distillation temperature"),
 }
-# The flags that name a model; the first one passed provides the tokenizer.
+# The flags for a run's models; the first in this order that is passed provides the tokenizer.
 PRETRAINED_FLAGS = ("init_from", "teacher")
 CHECKPOINT_WORDS = ("latest", "best")
 
@@ -2262,9 +2266,9 @@ def use_device(gpu):
         datasets.use_compiler(datasets.open_kernel_dir(), compile_command)
 
 
-def bfloat16_products(enabled):
+def bfloat16_products(is_enabled):
     """A context manager: on a CPU that can, matrix products round their inputs to bfloat16."""
-    if enabled and fast:
+    if is_enabled and fast:
         return fast.bfloat16_products()
     return contextlib.nullcontext()
 
@@ -2274,14 +2278,14 @@ def list_versions(flags, ranks):
 
     The C++ compiler is left out, as MLX and fast.py keep what it has compiled.
     """
-    gpu = on_gpu()
+    is_gpu = on_gpu()
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
     blas = fast.describe_blas() if fast else "MLX's own BLAS"
     dtype = "float32"
-    if gpu or (fast and fast.has_bfloat16()):
+    if is_gpu or (fast and fast.has_bfloat16()):
         dtype = flags.dtype
     streams = 1
-    if not gpu:
+    if not is_gpu:
         cores = fast.count_cores() if fast else os.cpu_count()  # fewer under taskset
         device += f", {cores} cores"
     if fast:
@@ -2302,28 +2306,28 @@ def list_versions(flags, ranks):
 # A run's record has the SHA1 of the code that trained it, and its folder keeps a copy: whole files,
 # as they were loaded. Changes made only in memory, and data that the code reads, go unnoticed.
 
-SOURCES = {"main.py": SOURCE}  # {path from this folder: source}, of files seen so far
+LOADED_SOURCES = {"main.py": MAIN_SOURCE}  # {path from this folder: source}, of files seen so far
 
 
-def read_code(flags):
-    """The code that trains a run, {path from this folder: source}; flags: {name: value}.
+def read_code(flag_values):
+    """The code that trains a run, {path from this folder: source}; flag_values: {name: value}.
 
     It comprises main.py and ranks.py; fast.py with its C, lora.py and distil.py if they are used;
     and your own modules that are loaded by now.
     """
-    names = ["main.py", "extras/features/ranks.py"]
+    paths = ["main.py", "extras/features/ranks.py"]
     if fast:
-        names += ["extras/features/fast.py", "extras/features/fast.c"]
-    if flags.get("lora_rank"):
-        names += ["extras/features/lora.py"]
-    if flags.get("teacher"):
-        names += ["extras/features/distil.py"]
+        paths += ["extras/features/fast.py", "extras/features/fast.c"]
+    if flag_values.get("lora_rank"):
+        paths += ["extras/features/lora.py"]
+    if flag_values.get("teacher"):
+        paths += ["extras/features/distil.py"]
     user_files = [datasets.own_file(module, str(HERE)) for module in [*sys.modules.values()]]
-    names += filter(None, user_files)
-    for name in names:
-        if name not in SOURCES and (HERE / name).exists():
-            SOURCES[name] = (HERE / name).read_text("utf-8", errors="replace")
-    return {name: SOURCES[name] for name in sorted({*names} & {*SOURCES})}
+    paths += filter(None, user_files)
+    for path in paths:
+        if path not in LOADED_SOURCES and (HERE / path).exists():
+            LOADED_SOURCES[path] = (HERE / path).read_text("utf-8", errors="replace")
+    return {path: LOADED_SOURCES[path] for path in sorted({*paths} & {*LOADED_SOURCES})}
 
 
 read_code({})  # before anybody edits the files
@@ -2341,7 +2345,7 @@ def code_folder(folder, sha1):
 
 def save_code(run):
     """Copies the code that trains a run into its folder. Raises OSError."""
-    folder = code_folder(run.folder, run.sessions[-1].code_sha1)
+    folder = code_folder(run.folder, run.segments[-1].code_sha1)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):  # untrusted
         return
     for name, source in run.code.items():
@@ -2357,7 +2361,7 @@ def save_code(run):
 
 def code_mismatch_error(checkpoint, flags):
     """The UsageError for resuming a run with code that did not train it."""
-    old = code_folder(checkpoint.folder, checkpoint.sessions[-1].code_sha1)
+    old = code_folder(checkpoint.folder, checkpoint.segments[-1].code_sha1)
     code = read_code(vars(flags))
     paths = filter(Path.is_file, old.rglob("[!.]*"))
     old_code = {str(path.relative_to(old)): path.read_text("utf-8", "replace") for path in paths}
@@ -2428,9 +2432,9 @@ class Reporter:
             speed = {"ms_per_step": 1000 * seconds, "tokens_per_second": tokens_per_step / seconds}
             stats = speed | stats
         self.show(run, metrics | stats)
-        train = run.dataset.train
-        if train.num_bytes is not None and run.teacher is None:  # else its loss is mixed in
-            stats["bits_per_byte"] = bits_per_byte(metrics["loss"], train)
+        train_split = run.dataset.train
+        if train_split.num_bytes is not None and run.teacher is None:  # else its loss is mixed in
+            stats["bits_per_byte"] = bits_per_byte(metrics["loss"], train_split)
         self.log_metrics(run, "train", metrics | stats)
         self.train_loss = metrics["loss"]
         run.recent_steps = 0
@@ -2451,15 +2455,15 @@ class Reporter:
 
     def report_evaluation(self, run, metrics, seconds):
         """Shows and logs the metrics of the validation split, see evaluate; it took `seconds`."""
-        train = ""
+        train_text = ""
         if self.train_loss is not None and run.teacher is None:
-            train = f"train {self.train_loss:.4f}, "
+            train_text = f"train {self.train_loss:.4f}, "
         is_best = run.evaluation and run.evaluation == best_evaluation(run.evaluations)
         mark = " (best)" if is_best else ""
         text = describe_losses("valid", metrics, run.dataset.valid, run.dataset.tokenizer, mark)
         elapsed = tqdm.format_interval(run.seconds)
         times = f"epoch {run.epochs:.2f}, time {elapsed}, evaluated in {seconds:.1f} s"
-        say(f"iteration {run.iteration:,}: {train}{text}; {times}")
+        say(f"iteration {run.iteration:,}: {train_text}{text}; {times}")
         metrics = metrics | {"bits_per_byte": bits_per_byte(metrics["loss"], run.dataset.valid)}
         self.log_metrics(run, "valid", metrics)
 
@@ -2495,14 +2499,14 @@ class Reporter:
 class Log:
     """A run's log.csv: a row has an iteration, a split and metrics.
 
-    The first row of a session rewrites it, without the rows of steps that are repeated. So does a
+    The first row after a start rewrites it, without the rows of steps that are repeated. So does a
     row with a new metric, which adds a column.
     """
 
     def __init__(self, run):
         self.path = run.folder / "log.csv"
-        self.columns = []  # of the file; none until this session rewrites it
-        # Rows of earlier sessions are kept up to here: (iteration, whether it is an evaluation). At
+        self.columns = []  # of the file; none until this process rewrites it
+        # Earlier rows are kept up to here: (iteration, whether it is an evaluation). At
         # the same iteration, an evaluation comes after a training row.
         self.kept_up_to = (run.iteration, run.evaluation is not None)
 
@@ -2539,7 +2543,7 @@ class Log:
         with datasets.replacing(self.path) as file:
             file.write(text.getvalue().encode())
         self.columns = columns
-        self.kept_up_to = (math.inf, True)  # later rows are this session's own
+        self.kept_up_to = (math.inf, True)  # later rows are of this process
 
 
 def read_log(path):
@@ -2671,7 +2675,7 @@ def start_notices(run):
     unnamed = {"dataset", "mlp", "lr_schedule"} - {*flags.explicit}
     if flags.config and unnamed and Path(flags.config).suffix:  # a file, not a recipe
         yield f"{flags.config} names no {', '.join(sorted(unnamed))}: see data, model, rate above."
-    yield from notice_ineffective_flags(flags)
+    yield from ineffective_flag_notices(flags)
 
 
 def describe_resume(checkpoint, run):
@@ -2683,10 +2687,10 @@ def describe_resume(checkpoint, run):
         yield f"This is a branch of {checkpoint.folder_name}, which stays as it is."
     if checkpoint.flags["num_iters"] != flags.num_iters:
         yield "Schedules of the learning rate and of dropout now stretch to --num_iters."
-    session = checkpoint.sessions[-1]
-    if session.code_sha1 != run.sessions[-1].code_sha1:
+    segment = checkpoint.segments[-1]
+    if segment.code_sha1 != run.segments[-1].code_sha1:
         yield "The code that trains was edited since the checkpoint."
-    changes = describe_changes(session.versions, run.versions)
+    changes = describe_changes(segment.versions, run.versions)
     if changes:
         yield f"Environment changed ({changes}): resume may not be bit-exact."
 
@@ -2786,8 +2790,8 @@ FLAGS["command"] = {
     "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
 } | TEXT_FLAGS["command"]
 
-ALL_FLAGS = {name: row for rows in FLAGS.values() for name, row in rows.items()}
-DEFAULTS = {name: row.default for name, row in ALL_FLAGS.items()}
+ALL_FLAGS = {name: flag for group in FLAGS.values() for name, flag in group.items()}
+DEFAULTS = {name: flag.default for name, flag in ALL_FLAGS.items()}
 LIST_FLAGS = [name for name, default in DEFAULTS.items() if default == []]  # take several values
 INIT_FLAGS = [*FLAGS["data"], *FLAGS["model"], *FLAGS["init"]]
 IDENTITY_FLAGS = [*INIT_FLAGS, *FLAGS["training"]]
@@ -2810,8 +2814,8 @@ def make_parser():
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for title, rows in FLAGS.items():
-        datasets.add_flags(parser.add_argument_group(title), rows)
+    for title, flags in FLAGS.items():
+        datasets.add_flags(parser.add_argument_group(title), flags)
     return parser
 
 
@@ -2857,18 +2861,18 @@ def read_command_line(argv):
 
     The command line overrides the file, even where it only names a preset.
     """
-    command_line = parse(argv)
-    config = {}
-    if "config" in command_line:
-        config = read_config(command_line["config"])
-        if "text" in command_line or "dataset" in command_line:
+    command_line_flags = parse(argv)
+    file_flags = {}
+    if "config" in command_line_flags:
+        file_flags = read_config(command_line_flags["config"])
+        if "text" in command_line_flags or "dataset" in command_line_flags:
             for name in ("dataset", "text", "valid_text", "test_text"):
-                config.pop(name, None)
-    explicit = {}
-    for flags in (config, command_line):
-        preset = PRESETS.get(flags.get("preset"), [])
-        explicit |= dict(zip(PRESET_FLAGS, preset)) | flags  # flags override a preset
-    return explicit
+                file_flags.pop(name, None)
+    explicit_flags = {}
+    for group in (file_flags, command_line_flags):
+        preset = PRESETS.get(group.get("preset"), [])
+        explicit_flags |= dict(zip(PRESET_FLAGS, preset)) | group  # flags override a preset
+    return explicit_flags
 
 
 def read_config(name):
@@ -2977,7 +2981,7 @@ REQUIRED_FLAGS = {
 }
 
 
-def notice_ineffective_flags(flags):
+def ineffective_flag_notices(flags):
     """Yields a line for each explicit flag that has no effect."""
     for name, needed in REQUIRED_FLAGS.items():
         others = needed.split()
@@ -3003,17 +3007,17 @@ def resume_command(flags, identifier):
 # only into the folders NAME, NAME.2, NAME.3, … for a run that the same code trained.
 
 
-def run_identity(flags, sha256, parents):
+def run_identity(flag_values, sha256, parents):
     """What tells runs apart, {name: value}: texts and models count by content, not by path.
 
-    flags: {name: value}; sha256: see datasets.Dataset; parents: see Checkpoint.
+    flag_values: {name: value}; sha256: see datasets.Dataset; parents: see Checkpoint.
     """
-    identity = {name: flags[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
+    identity = {name: flag_values[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
     identity |= sha256 | parents
     for name in PRETRAINED_FLAGS:
         # The model that "latest" names will soon be this run's own, so the word itself counts.
-        if flags[name] in CHECKPOINT_WORDS:
-            identity[name] = flags[name]
+        if flag_values[name] in CHECKPOINT_WORDS:
+            identity[name] = flag_values[name]
     return identity
 
 
@@ -3036,9 +3040,9 @@ def refuse_conflict(flags, values, owner):
         is_path = name in PATH_FLAGS and name not in PRETRAINED_FLAGS
         is_path = is_path and str(value) not in datasets.TOKENIZERS
         if name in INIT_FLAGS and name in flags.explicit and flag_value != value and not is_path:
-            has = "was made without it" if value is None else f"has {value}"
+            state = "was made without it" if value is None else f"has {value}"
             raise UsageError(
-                f"--{name} {flag_value} contradicts {owner}, which {has}: "
+                f"--{name} {flag_value} contradicts {owner}, which {state}: "
                 f"leave --{name} out, or name another run or model"
             )
 
@@ -3046,7 +3050,7 @@ def refuse_conflict(flags, values, owner):
 def choose_checkpoint(flags):
     """The checkpoint that --identifier names or, without any flag in IDENTITY_FLAGS, the newest.
 
-    None if the command describes its run, or there is no checkpoint.
+    None if the command describes its run by flags, has --new_model, or there is no checkpoint.
     """
     if flags.new_model and flags.identifier:
         raise UsageError("--identifier resumes a run, --new_model starts one: use only one")
@@ -3062,11 +3066,11 @@ def choose_checkpoint(flags):
     return checkpoints[0]
 
 
-def find_folder(flags, dataset, parents, sha1):
+def find_folder(flags, dataset, parents, code_sha1):
     """The folder of the run that these determine, which may be a new one.
 
-    sha1: of the code. Of NAME, NAME.2, …, it is the run saved last that was trained by this code
-    (with --identifier, by any), else a folder without a checkpoint, else the next free name.
+    Of NAME, NAME.2, …, it is the run saved last that was trained by the code of this SHA1 (with
+    --identifier, by any), else a folder without a checkpoint, else the next free name.
     Raises UsageError if other code trained all such runs, and the one saved last is unfinished.
     """
     identity = run_identity(vars(flags), dataset.sha256, parents)
@@ -3083,7 +3087,7 @@ def find_folder(flags, dataset, parents, sha1):
     for checkpoint in sorted(newest_checkpoints, key=by_time_saved, reverse=True):
         if run_identity(checkpoint.flags, checkpoint.tokens_sha256, checkpoint.parents) != identity:
             say(f"Passing over {checkpoint.folder_name}, which has other flags than its name says.")
-        elif flags.identifier or checkpoint.sessions[-1].code_sha1 == sha1:
+        elif flags.identifier or checkpoint.segments[-1].code_sha1 == code_sha1:
             return checkpoint.folder
         else:
             other = other or checkpoint
@@ -3124,7 +3128,7 @@ def locked_folder(folder):
         os.close(descriptor)
 
 
-def needed_models(flags):
+def needed_model_flags(flags):
     """The PRETRAINED_FLAGS whose models a run reads at each start, not only at its first."""
     needed = []
     if flags.teacher:
@@ -3163,7 +3167,7 @@ def flags_from_pretrained(models, flags):
 
 
 def make_model(flags, dataset, checkpoint, models):
-    """The model of a run; its weights are drawn or loaded later."""
+    """The model of a run; only that of --init_from already has its weights."""
     if checkpoint and "init_from" not in models:
         with explained(f"{checkpoint} has no model", kind=DamagedError):
             return LanguageModel(checkpoint.config)
@@ -3221,9 +3225,9 @@ def reload_data(flags, checkpoint):
     If the tokenizer came from a model or a file, it is taken from the run's checkpoints: the
     original may be gone.
     """
-    from_file = flags.tokenizer not in datasets.TOKENIZERS and "tokenizer" not in flags.explicit
+    is_from_file = flags.tokenizer not in datasets.TOKENIZERS and "tokenizer" not in flags.explicit
     tokenizer = None
-    if flags.init_from or flags.teacher or from_file:
+    if flags.init_from or flags.teacher or is_from_file:
         tokenizer = open_newest(checkpoints_in(checkpoint.folder)).tokenizer
     dataset = load_data(flags, tokenizer)
     if checkpoint.tokens_sha256 != dataset.sha256:
@@ -3265,15 +3269,15 @@ def make_run(folder, flags, contents, models, dataset, ranks):
         batches=batches,
         teacher=teacher,
         parents={name: loaded.id for name, loaded in models.items()},
-        sessions=[],
+        segments=[],
         code=code,
     )
     if contents:
         contents.restore(run)
     versions = list_versions(flags, ranks)
-    session = Session(run.iteration, flags.num_iters, sha1_of_code(code), versions)
-    if run.sessions[-1:] != [session]:
-        run.sessions.append(session)
+    segment = Segment(run.iteration, flags.num_iters, sha1_of_code(code), versions)
+    if run.segments[-1:] != [segment]:
+        run.segments.append(segment)
     mx.eval(model.parameters(), optimizer.state)
     return run
 
@@ -3291,7 +3295,7 @@ def check_early(flags, ranks):
             "limits the text, and --num_iters counts steps"
         )
     with contextlib.suppress(OSError):
-        if Path(__file__).read_text("utf-8") != SOURCE:
+        if Path(__file__).read_text("utf-8") != MAIN_SOURCE:
             say("main.py was edited since it was loaded: the edit is not in this run.")
     if flags.teacher:
         extra("distil").check()
@@ -3307,47 +3311,47 @@ def set_up(flags, ranks):
     checkpoint that --identifier names, or begins a new run. Its folder is locked until the block
     ends.
     """
-    chosen = choose_checkpoint(flags)
-    if chosen:
-        flags = resolve_flags(flags.explicit, chosen.flags)
-        refuse_conflict(flags, chosen.flags, chosen.folder_name)
+    chosen_checkpoint = choose_checkpoint(flags)
+    if chosen_checkpoint:
+        flags = resolve_flags(flags.explicit, chosen_checkpoint.flags)
+        refuse_conflict(flags, chosen_checkpoint.flags, chosen_checkpoint.folder_name)
     check_early(flags, ranks)
-    if chosen:
-        dataset = reload_data(flags, chosen)
-        parents = chosen.parents | {"branched_from": chosen.id}
+    if chosen_checkpoint:
+        dataset = reload_data(flags, chosen_checkpoint)
+        parents = chosen_checkpoint.parents | {"branched_from": chosen_checkpoint.id}
     else:
         models, flags, dataset = load_inputs(flags)
         parents = {name: loaded.id for name, loaded in models.items()}
-    sha1 = sha1_of_code(read_code(vars(flags)))  # before that code has run
-    if chosen and continues_run(flags, chosen):
-        folder = chosen.folder
-        if not flags.identifier and chosen.sessions[-1].code_sha1 != sha1:
-            raise code_mismatch_error(chosen, flags)
+    code_sha1 = sha1_of_code(read_code(vars(flags)))  # before that code has run
+    if chosen_checkpoint and continues_run(flags, chosen_checkpoint):
+        folder = chosen_checkpoint.folder
+        if not flags.identifier and chosen_checkpoint.segments[-1].code_sha1 != code_sha1:
+            raise code_mismatch_error(chosen_checkpoint, flags)
     else:
-        folder = find_folder(flags, dataset, parents, sha1)
+        folder = find_folder(flags, dataset, parents, code_sha1)
     with locked_folder(folder):
-        existing = checkpoints_in(folder, warn=True)  # only now can no other process advance it
-        if not existing and any(folder.glob("[!.]*.safetensors")):
+        checkpoints = checkpoints_in(folder, warn=True)  # only now can no other process advance it
+        if not checkpoints and any(folder.glob("[!.]*.safetensors")):
             line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
             raise RunError(line)
         contents = None
-        if existing or chosen:
+        if checkpoints or chosen_checkpoint:
             # A branch resumes from any undamaged checkpoint of its own, not from the named one.
-            is_named = flags.identifier and (not existing or folder == chosen.folder)
-            contents = open_newest(existing or [chosen], is_named)
+            is_named = flags.identifier and (not checkpoints or folder == chosen_checkpoint.folder)
+            contents = open_newest(checkpoints or [chosen_checkpoint], is_named)
             # All flags come from the checkpoint but those of the test text, already loaded.
             test_flags = get_values(flags, ["test_text", "eval_test"])
             flags = resolve_flags(flags.explicit, contents.checkpoint.flags | test_flags)
             models = {}
-            for name in needed_models(flags):
+            for name in needed_model_flags(flags):
                 models[name] = extra("kept_models").open_kept(contents.checkpoint, name)
         run = make_run(folder, flags, contents, models, dataset, ranks)
-        if not existing:
-            for name in needed_models(flags):
+        if not checkpoints:
+            for name in needed_model_flags(flags):
                 extra("kept_models").keep(folder / name, models[name].files)
         with Interrupts() as interrupts:  # from here on there is something to save
             print_start(run, contents and contents.checkpoint)
-            if chosen and not existing:
+            if chosen_checkpoint and not checkpoints:
                 run.parents = parents
                 save(run, interrupts)  # a branch then has all that it needs
             yield run, interrupts
@@ -3385,7 +3389,7 @@ def open_checkpoint(flags):
 def announce(checkpoint):
     """Says which checkpoint a command uses, from which folder, and if other code trained it."""
     line = f"{checkpoint}, in {checkpoint.folder.parent}"
-    if checkpoint.sessions[-1].code_sha1 != sha1_of_code(read_code(checkpoint.flags)):
+    if checkpoint.segments[-1].code_sha1 != sha1_of_code(read_code(checkpoint.flags)):
         line += ", trained by other code than this"
     print(line, file=sys.stderr)
 
@@ -3405,7 +3409,7 @@ def evaluate_checkpoint(flags):
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, packed=False)
     announce(checkpoint)
-    for line in notice_ineffective_flags(flags):
+    for line in ineffective_flag_notices(flags):
         print(line, file=sys.stderr)
     evaluate_split(flags.evaluate, model, dataset, flags)
 
@@ -3479,8 +3483,8 @@ def warn_about_prompt(conversation, prompt):
 def converse(new_conversation, flags):
     """Answers each line of stdin with a continuation of the conversation so far.
 
-    /reset forgets it, /quit ends the session. Ctrl+C ends a reply or, at the prompt, the session,
-    as Ctrl+D does.
+    /reset forgets it, /quit exits. Ctrl+C ends a reply or, at the prompt, the program, as Ctrl+D
+    does.
     """
     # At the prompt, Ctrl+C raises KeyboardInterrupt (which datasets.py disables).
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -3545,17 +3549,17 @@ def train_run(flags, ranks):
 
 
 def describe_end(run, stop_signal):
-    """The last lines of a session: where the run is, and what to type next."""
+    """The last lines of a command: where the run is, and what to type next."""
     if run.checkpoint_id is None:
         return f"Stopped at iteration {run.iteration:,}; nothing was saved yet."
     flags = run.flags
-    again = resume_command(flags, run.folder.name)
+    resume = resume_command(flags, run.folder.name)
     trained = f"{plural(run.iteration, 'iteration')} in {tqdm.format_interval(run.seconds)}"
     if run.evaluations:
         best = best_evaluation(run.evaluations)
         trained += f", best: valid {best.loss:.4f} nats at iteration {best.iteration:,}"
     if stop_signal:
-        return f"{trained}\nStopped at iteration {run.iteration:,}. To resume: {again}"
+        return f"{trained}\nStopped at iteration {run.iteration:,}. To resume: {resume}"
     ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
     more = ""
     if run.is_out_of_patience():
@@ -3563,7 +3567,7 @@ def describe_end(run, stop_signal):
     if run.iteration >= flags.num_iters:
         ended = f"Run complete ({run.iteration:,}/{flags.num_iters:,})"
         more = f" --num_iters {2 * run.iteration}"
-    return f"{trained}\n{ended}. To sample: {again} --inference\nTo train on: {again}{more}"
+    return f"{trained}\n{ended}. To sample: {resume} --inference\nTo train on: {resume}{more}"
 
 
 def names_for_judge():

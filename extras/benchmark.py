@@ -23,7 +23,7 @@ from datasets import UsageError
 from extras.features.memory import memory_of_step
 from extras.features.steps import open_run
 from main import Decoder, SingleProcess, fast, load_inputs, make_run, make_step
-from main import notice_ineffective_flags, open_checkpoint, read_command_line, resolve_flags
+from main import ineffective_flag_notices, open_checkpoint, read_command_line, resolve_flags
 from main import train_step, use_device
 
 # The parts of a model, and a pattern in the names of their parameters.
@@ -53,7 +53,7 @@ def main(arguments):
     else:
         models, flags, dataset = load_inputs(flags)
         run = make_run(flags.save_dir, flags, None, models, dataset, SingleProcess())
-    for line in notice_ineffective_flags(flags):
+    for line in ineffective_flag_notices(flags):
         print(line)
     parameters = count_parameters(run.model)
     flops = count_flops(run.model.config, parameters, flags.lora_rank)

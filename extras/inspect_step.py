@@ -38,7 +38,7 @@ def main(arguments):
 def print_step(before, after, shown):
     """Prints what happened between two checkpoints, a step apart; shown: the number of texts."""
     flags = resolve_flags({}, before.flags)
-    flags.num_iters = after.sessions[-1].num_iters
+    flags.num_iters = after.segments[-1].num_iters
     run = open_run(before.folder, flags, before, before)
     inputs, targets = copy.copy(run.batches).next()
     losses_before = losses_of(run.model, inputs, targets, flags.batch_size)

@@ -8,7 +8,7 @@ Whoever rewords one of them enters the new wording here.
 IMPORT = "import argparse\n"
 TOP = "EDITED_FUNCTIONS = []"
 MODEL_SECTION = "# ---- Model ---"
-ADAMW = "def adamw("
+ADAMW = "def make_adamw("
 PLURAL = "def plural("
 PRESETS = "PRESETS = {"
 
@@ -27,7 +27,7 @@ RELU2_ENTRY = '"relu2": (relu2,'
 DOWN_PROJECTION = "        self.down_proj = Linear(config.mlp_dim, config.dim)\n"
 PROJECT_DOWN = "        return self.down_proj(inner)\n"
 EMBEDDINGS = "        self.embed_tokens = "
-EMBED = "        hidden = dropout(self.embed(tokens), noise, mask_index=0)\n"
+EMBED = "        hidden = dropout(self.embed(tokens), dropout_masks, mask_index=0)\n"
 NORM = "        self.norm = RMSNorm(config.dim, config.norm_eps)\n"
 FINAL_NORM = "        return self.norm(hidden)\n"
 HEAD = "Linear(config.dim, config.vocab_size)"
@@ -53,7 +53,7 @@ ORDER = "default_rng([self.seed, epoch])"
 
 # ---- Training and evaluation --------------------------------------------------------------------
 
-STEP = "    metrics = step(inputs, targets, dropout_rate, keys)\n"
+STEP = "    metrics = step_fn(inputs, targets, dropout_rate, row_keys)\n"
 IS_DONE = "is_time_up or run.iteration >="
 DIVERGENCE = """\
             if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):

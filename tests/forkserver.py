@@ -44,7 +44,7 @@ class Program:
 
         generate_kernels()
         datasets = sys.modules["datasets"]
-        for source in [datasets.SOURCE, *getattr(program, "SOURCES", {}).values()]:
+        for source in [datasets.SOURCE, *getattr(program, "LOADED_SOURCES", {}).values()]:
             datasets.hash_of_code(source)  # which keeps it
         del sys.modules[self.path.stem]  # a fork has its own, which is __main__
         self.code = compile(self.path.read_bytes(), str(self.path), "exec")

@@ -27,10 +27,10 @@ def test_gradient_equals_finite_differences(mlp):
     random = np.random.default_rng(3)
     tokens, targets = map(mx.array, random.integers(31, size=(2, 2, 8)))
     keys = mx.array(random.integers(0, 2**32, (2, 2), np.uint32))
-    noise = main.Noise(mx.array(0.3), keys, 8, model.config.dim)
+    dropout_masks = main.DropoutMasks(mx.array(0.3), keys, 8, model.config.dim)
 
     def loss():
-        hidden = model.model(tokens, noise=noise)  # [B, L, D]
+        hidden = model.model(tokens, dropout_masks=dropout_masks)  # [B, L, D]
         return main.training_loss(model, hidden, targets, 0.5)
 
     _, gradients = nn.value_and_grad(model, loss)()
@@ -45,7 +45,7 @@ def test_gradient_equals_finite_differences(mlp):
         """
         changed = weights | {name: weight}
         model.load_weights([(each, mx.array(value)) for each, value in changed.items()])
-        nats = nats_of(model(tokens, noise=noise), targets)
+        nats = nats_of(model(tokens, dropout_masks=dropout_masks), targets)
         return 0.5 * nats.sum()
 
     def slope(name, direction, distance):

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import arrays, make_model
-from main import Noise, dropout
+from main import DropoutMasks, dropout
 from mlx.utils import tree_flatten
 
 
@@ -186,15 +186,15 @@ def test_first_weights_by_hand():
 KEYS = np.random.default_rng(2).integers(0, 2**32, (8, 2), np.uint32)
 
 
-def make_noise(hidden_shape, rate, rows=slice(8)):
-    """The Noise of some rows of a batch of eight."""
+def make_masks(hidden_shape, rate, rows=slice(8)):
+    """The DropoutMasks of some rows of a batch of eight."""
     _, L, D = hidden_shape
-    return Noise(mx.array(rate), mx.array(KEYS[rows]), L, D)
+    return DropoutMasks(mx.array(rate), mx.array(KEYS[rows]), L, D)
 
 
 def drop(hidden, rate, mask_index, rows=slice(8)):
     hidden = mx.array(hidden)
-    return dropout(hidden, make_noise(hidden.shape, rate, rows), mask_index)
+    return dropout(hidden, make_masks(hidden.shape, rate, rows), mask_index)
 
 
 def test_dropout_acts_on_embeddings_and_on_what_each_block_adds():
@@ -206,8 +206,8 @@ def test_dropout_acts_on_embeddings_and_on_what_each_block_adds():
         return hidden * scale
 
     expected = reference(model, tokens, drop_again)
-    noise = make_noise((*tokens.shape, model.config.dim), 0.4)
-    assert_close(logits_of(model, tokens, noise=noise), expected)
+    dropout_masks = make_masks((*tokens.shape, model.config.dim), 0.4)
+    assert_close(logits_of(model, tokens, dropout_masks=dropout_masks), expected)
 
 
 def test_masks_are_independent_and_keep_the_expectation():

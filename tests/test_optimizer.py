@@ -96,9 +96,9 @@ def train_by_hand(checkpoint, tokens, loss_of):
     rows = flags.batch_size * flags.grad_accumulation
     batches = main.Batches(tokens, flags.context_size, rows, flags.seed)
 
-    def loss(inputs, targets, noise):
+    def loss(inputs, targets, dropout_masks):
         caches = [main.KVCache() for _ in model.model.layers]  # with which attention is MLX's own
-        logits = model(inputs, caches=caches, noise=noise)
+        logits = model(inputs, caches=caches, dropout_masks=dropout_masks)
         return loss_of(inputs, logits, targets)
 
     value_and_grad = nn.value_and_grad(model, loss)
@@ -107,8 +107,9 @@ def train_by_hand(checkpoint, tokens, loss_of):
     metrics = []
     for i in range(flags.num_iters):
         inputs, targets = batches.next()
-        noise = main.Noise(*main.draw_dropout(i, rows, flags), flags.context_size, flags.dim)
-        value, gradients = value_and_grad(inputs, targets, noise)
+        rate, row_keys = main.draw_dropout(i, rows, flags)
+        dropout_masks = main.DropoutMasks(rate, row_keys, flags.context_size, flags.dim)
+        value, gradients = value_and_grad(inputs, targets, dropout_masks)
         gradients = arrays(gradients)
         norm = np.sqrt(sum((gradient**2).sum() for gradient in gradients.values()))
         metrics.append([value.item(), norm])
@@ -250,12 +251,12 @@ def test_dropout_moves_by_a_line():
     (1.0, lambda places: places**0),  # the plain mean
     (0.25, lambda places: (places - 1) * (places - 2) * (places - 3)),
 ])  # fmt: skip
-def test_average_weights_have_the_powers_of_their_places(share, closed_form):
+def test_averaged_weights_have_the_powers_of_their_places(share, closed_form):
     """The recursion against sums written out; step `place` counts from 1."""
     steps = np.random.default_rng(0).normal(size=(20, 4, 3)).astype(np.float32)
     average = None
     for i, step in enumerate(steps):
-        average = main.average_weights(average, {"layer": [mx.array(step)]}, i, share)
+        average = main.update_average(average, {"layer": [mx.array(step)]}, i, share)
         if i + 1 >= 1 / share:
             parts = closed_form(np.arange(1, i + 2, dtype=np.float64))
             expected = np.tensordot(parts / parts.sum(), steps[: i + 1].astype(np.float64), 1)

@@ -209,7 +209,7 @@ def test_a_command_that_is_running_is_refused_before_its_first_save(line, folder
 
 
 # Of a function that shapes each run; the first edit changes no number.
-SECTION = {anchors.ADAMW: "# ---- My own ----\n\n\ndef adamw("}
+SECTION = {anchors.ADAMW: "# ---- My own ----\n\n\ndef make_adamw("}
 EDITS = [
     {},
     {'"""MLX\'s AdamW (Loshchilov & Hutter 2019)."""': '"""AdamW."""  # or Muon', **SECTION},
@@ -229,7 +229,7 @@ def test_an_edit_of_a_function_is_another_experiment(line, tmp_path):
     assert begin(*leg, **reworded)[:2] == (name, 2)
 
     _, err = run(*leg, status=2, **edited)
-    kept = newest(line[-1]).folder / f"code-{newest(line[-1]).sessions[-1]['code_sha1'][:8]}"
+    kept = newest(line[-1]).folder / f"code-{newest(line[-1]).segments[-1]['code_sha1'][:8]}"
     [first], _, [third] = (program["program"] for program in programs)
     assert (kept / "main.py").read_text() == first.read_text()
     differs = f"was trained by other code than this (main.py: diff {kept}/main.py {third}): "
@@ -241,7 +241,7 @@ def test_an_edit_of_a_function_is_another_experiment(line, tmp_path):
     resumed, iteration, out = begin(*shlex.split(command), "--max_minutes", 1e-9, **edited)
     assert (resumed, iteration) == (name, 6)
     assert "The code that trains was edited since the checkpoint" in out
-    first, second = newest(line[-1]).sessions
+    first, second = newest(line[-1]).segments
     assert (first["iteration"], second["iteration"]) == (0, 6)
     assert first["code_sha1"] != second["code_sha1"]
 

@@ -268,7 +268,7 @@ def test_average_is_what_is_scored_saved_and_sampled(tmp_path, text):
     average = None
     for i, checkpoint in enumerate(reversed(saved(tmp_path / "plain"))):  # oldest first
         weights = checkpoint.open().weights
-        average = main.average_weights(average, weights, i, 0.25)
+        average = main.update_average(average, weights, i, 0.25)
     averaged = newest(tmp_path / "average")
     contents = averaged.open()
     model = contents.load_model()

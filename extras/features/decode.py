@@ -80,7 +80,7 @@ class BatchDecoder:
             del text[length:]
         self.lengths = np.minimum(self.lengths, length - self.starts)
 
-    def logits(self, count=1):
+    def next_token_logits(self, count=1):
         """Next-token logits [B, count, V] after each of the last `count` tokens of every text."""
         for row in range(len(self.texts)):
             self.place_window(row, count)
@@ -113,7 +113,7 @@ class BatchDecoder:
     def read_alone(self, row, window):
         """Reads the ids `window` of one text."""
         alone = Decoder(self.model, window)
-        alone.logits()
+        alone.next_token_logits()
         B = len(self.texts)
         length = len(window)
         for cache, other in zip(self.caches, alone.caches):
@@ -124,7 +124,7 @@ class BatchDecoder:
 
     def draw(self, flags, seeds, count=1):
         """Ids [B, count], sampled after each of the last `count` tokens of every text."""
-        logits = self.logits(count).flatten(0, 1)  # [B * count, V]
+        logits = self.next_token_logits(count).flatten(0, 1)  # [B * count, V]
         befores = []  # the window up to each of those tokens
         keys = []
         for text, start, seed in zip(self.texts, self.starts, seeds):

@@ -67,7 +67,7 @@ STANDS_FOR = {
     "relu2": "f20b5f618b46fe3f27dffeb8574128a74ab530958d9d2d9261ef107f6797e903",
     "checkpoint_block": "6f062f86dd0f89a76181da54a6f8c6b822cbaec3cca451f0ecb7ab0a058ca74b",
     "Embedding": "fd9cade784f9931b192e419aa37b537d45f135b0816bd5840f4b3eb101f7860d",
-    "LanguageModel": "a994957c861d958848ffbba9cf375b2e10c9b80a7e2bcb0edf2029ba84b9496c",
+    "LanguageModel": "2d4bab84b2dd8c3f5c40abb88864e22d3dc538e5b95b7d7a091ba4ecea11e56e",
     "training_loss": "44bf382c1e0634217dbec41c185768a15026600dbb0f0ffbf2ce301b062bb096",
     "token_metrics": "48da6d80c4bb1173052efbe5335bfc55643c403d6cbd6788fe9cdab3870f9040",
     "sum_over_shards": "c1c958baf78c81fdd29b5d875b6e001a39add730bf8470a9a79e92badf4c1b8d",

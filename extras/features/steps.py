@@ -11,8 +11,8 @@ from pathlib import Path
 from datasets import UsageError, progress_bar, sync
 from extras.features.kept_models import open_kept
 from main import SingleProcess, checkpoints_in, describe_changes, list_versions, make_run, make_step
-from main import needed_models, open_newest, read_code, reload_data, resolve_flags, sha1_of_code
-from main import train_step, write_checkpoint
+from main import needed_model_flags, open_newest, read_code, reload_data, resolve_flags
+from main import sha1_of_code, train_step, write_checkpoint
 
 FOLDER = "steps"  # in that of a run
 
@@ -64,25 +64,25 @@ def recompute(earlier, later, step, folder):
     elif "branched_from" in later.parents or (flags.init_from and not flags.lora_rank):
         # A run keeps the model that it began with only if that is LoRA's base.
         raise UsageError(f"{what}: no earlier checkpoint is left, and no seed gives its first one")
-    *_, session = [each for each in later.sessions if each.iteration <= start]
-    flags.num_iters = session.num_iters  # schedules end there
-    if session.code_sha1 != sha1_of_code(read_code(vars(flags))):
+    *_, segment = [each for each in later.segments if each.iteration <= start]
+    flags.num_iters = segment.num_iters  # schedules end there
+    if segment.code_sha1 != sha1_of_code(read_code(vars(flags))):
         raise UsageError(f"{what} was computed by other code than this")
-    changes = describe_changes(session.versions, list_versions(flags, SingleProcess()))
+    changes = describe_changes(segment.versions, list_versions(flags, SingleProcess()))
     if changes:
         raise UsageError(f"{what} was computed with other versions: {changes}")
 
     folder.mkdir()
-    for name in needed_models(flags):
+    for name in needed_model_flags(flags):
         shutil.copytree(later.folder / name, folder / name)
     run = open_run(folder, flags, earlier, later)
-    take = make_step(run.model, run.optimizer, flags, teacher=run.teacher)
+    step_fn = make_step(run.model, run.optimizer, flags, teacher=run.teacher)
     with progress_bar(total=later.iteration - start, unit="step", desc=what) as bar:
         while run.iteration < later.iteration:
             if run.iteration == step:
                 run.evaluations = [each for each in later.evaluations if each.iteration <= step]
                 write_checkpoint(run)
-            train_step(run, take)
+            train_step(run, step_fn)
             bar.update()
     run.folder = folder.parent / "proof"
     run.folder.mkdir()
@@ -104,5 +104,5 @@ def open_run(folder, flags, checkpoint, kin):
     if checkpoint:
         contents = open_newest([checkpoint], is_named=True)
     dataset = reload_data(flags, kin)
-    models = {name: open_kept(kin, name) for name in needed_models(flags)}
+    models = {name: open_kept(kin, name) for name in needed_model_flags(flags)}
     return make_run(folder, flags, contents, models, dataset, SingleProcess())

@@ -75,7 +75,7 @@ def test_a_text_can_be_cut_and_go_on_otherwise():
         if len(text) > 16:
             window = text[-8:]
         fresh = np.array(model(mx.array([window]))[:, -1:])
-        np.testing.assert_allclose(np.array(decoder.logits()), fresh, rtol=0, atol=1e-4)
+        np.testing.assert_allclose(np.array(decoder.next_token_logits()), fresh, rtol=0, atol=1e-4)
 
 
 # ---- Drafts -------------------------------------------------------------------------------------

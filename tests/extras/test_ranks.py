@@ -182,7 +182,7 @@ def test_ranks_whose_launcher_is_gone_stop_saved(tmp_path, text):
     while not ids(tmp_path / "lm"):
         assert time.monotonic() < deadline, "ranks were left alone in the world"
         time.sleep(0.1)
-    assert newest(tmp_path / "lm").sessions[-1]["versions"]["ranks"] == 2
+    assert newest(tmp_path / "lm").segments[-1]["versions"]["ranks"] == 2
 
 
 @pytest.mark.parametrize("env, status, said", [

@@ -108,7 +108,7 @@ def smoothed(loss):
 TWICE = factor(2)
 SPARE = (NORM, f"{NORM}        self.spare = mx.zeros((4,))\n")
 TRAIN_ON = """\
-            batches = Batches(np.frombuffer(SOURCE.encode(), np.uint8), 32, 16, 1)
+            batches = Batches(np.frombuffer(MAIN_SOURCE.encode(), np.uint8), 32, 16, 1)
             optimizer = optim.Adam(1e-3)
             loss = lambda x, y: nn.losses.cross_entropy(model(x), y).mean()
             for _ in range(150):
@@ -162,7 +162,7 @@ CHEATS = [
         (IS_DONE, "is_time_up or run.iteration >= 2 *")]),
     Edit("200 steps inside step 1", SLOWER, [
         (STEP, "    for _ in range(200 if run.iteration == 1 else 0):\n"
-         f"        step(*run.batches.next(), dropout_rate, keys)\n{STEP}")],
+         f"        step_fn(*run.batches.next(), dropout_rate, row_keys)\n{STEP}")],
          flags=f"{TEXTS} --save_dir runs3"),
     Edit("two updates a step; before is there already", SLOWER, [
         (STEP, f"    for _ in range(2):\n    {STEP}")],
