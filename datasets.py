@@ -1838,19 +1838,15 @@ FRACTION = number(float, 0, 1)
 
 
 def one_of(choices, remedy=""):
-    """A flag's type: one of these words; remedy: ends the message about any other word.
-
-    choices: the words, or a function that returns them if they are defined later.
-    """
-    words = choices if callable(choices) else lambda: choices
+    """A flag's type: one of these words; remedy: ends the message about any other word."""
 
     def convert(text):
-        if text.lower() in words():
+        if text.lower() in choices:
             return text.lower()
-        listed = ", ".join(words())
+        listed = ", ".join(choices)
         raise argparse.ArgumentTypeError(f"must be one of {listed}, not {text}{remedy}")
 
-    convert.choices = words
+    convert.choices = choices
     return convert
 
 
@@ -1975,7 +1971,7 @@ def add_flags(group, rows):
     for name, row in rows.items():
         metavar = getattr(row.convert, "metavar", "TEXT")
         if hasattr(row.convert, "choices"):
-            metavar = f"{{{','.join(row.convert.choices())}}}"
+            metavar = f"{{{','.join(row.convert.choices)}}}"
         options = {"type": row.convert, "metavar": metavar}
         if row.convert is bool:
             options = {"action": argparse.BooleanOptionalAction}

@@ -101,11 +101,6 @@ FLAGS["model"] = {
     "dim": Flag(1024, number(int, 1, 2**16), "model dimension"),
     "num_heads": Flag(8, SIZE, "query heads"),
     "num_kv_heads": Flag(None, SIZE, "key/value heads (default: num_heads)"),
-    "mlp": Flag("relu2", one_of(lambda: MLPS), "activation of the feed-forward layers"),
-    "mlp_dim": Flag(
-        None, number(int, 1, 2**18), "width of the feed-forward layers (default: 4 dim; swiglu: "
-        "8/3 dim, rounded up to a multiple of 64)"
-    ),
     "qk_norm": Flag(False, bool, "RMS-normalize queries and keys"),
     "untie": Flag(False, bool, "separate output matrix instead of tied embeddings"),
 }
@@ -342,6 +337,14 @@ MLPS = {
     "relu2": (relu2, False),
     "gelu": (nn.gelu, False),  # the exact one, with erf
     "swiglu": (nn.silu, True),
+}
+
+FLAGS["model"] |= {
+    "mlp": Flag("relu2", one_of(MLPS), "activation of the feed-forward layers"),
+    "mlp_dim": Flag(
+        None, number(int, 1, 2**18), "width of the feed-forward layers (default: 4 dim; swiglu: "
+        "8/3 dim, rounded up to a multiple of 64)"
+    ),
 }
 
 
@@ -1148,7 +1151,7 @@ def train(run, interrupts, ranks):
                 # Older checkpoints are deleted only once a step from the newest one has succeeded.
                 if was_saved:
                     prune_checkpoints(run)
-                reporter.report_step(run, metrics)
+                reporter.report_step(metrics)
     # No step tests the weights of the last checkpoint. But if it was evaluated, its loss is finite
     # (evaluate_run raises RunError otherwise), so no older checkpoint is needed to go back to.
     if reporter and run.evaluation:
@@ -1220,7 +1223,7 @@ def evaluate_run(run, interrupts, ranks, reporter):
         run.evaluations.append(Evaluation(run.iteration, metrics["loss"], len(tokens) - 1, bits))
         run.is_saved = False
     if reporter:
-        reporter.report_evaluation(run, metrics, seconds)
+        reporter.report_evaluation(metrics, seconds)
 
 
 def save_and_sample(run, interrupts, reporter):
@@ -1242,7 +1245,7 @@ def save_and_sample(run, interrupts, reporter):
             warn_about_prompt(conversation, prompt)
             text = "".join(conversation.reply(prompt, flags, flags.seed, interrupts))
             if not interrupts.stop_signal:  # else it is cut short
-                reporter.report_sample(run, prompt, text)
+                reporter.report_sample(prompt, text)
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------
@@ -2089,7 +2092,6 @@ FLAGS["training"] |= {
 }
 # The flags for a run's models; the first in this order that is passed provides the tokenizer.
 PRETRAINED_FLAGS = ("init_from", "teacher")
-CHECKPOINT_WORDS = ("latest", "best")
 
 
 class LoadedModel(NamedTuple):
@@ -2400,6 +2402,7 @@ class Reporter:
     """Reports a run's metrics and samples: on the screen, in its folder, and to dashboards."""
 
     def __init__(self, run):
+        self.run = run
         self.train_loss = None  # of the last report
         self.failed_files = set()  # names of files that could not be written
         total = max(run.flags.num_iters, run.iteration)
@@ -2414,11 +2417,12 @@ class Reporter:
         if self.dashboards:
             self.dashboards.close()
 
-    def report_step(self, run, metrics):
+    def report_step(self, metrics):
         """Counts a step; every --steps_per_report steps, shows and logs metrics, {name: number}.
 
         `loss` is then the mean since the last report; the others are those of the last step.
         """
+        run = self.run
         if not run.recent_times:
             self.bar.unpause()  # leaves the first step out of the estimate
         self.bar.update()
@@ -2431,30 +2435,31 @@ class Reporter:
             tokens_per_step = run.batches.rows_per_step * run.flags.context_size
             speed = {"ms_per_step": 1000 * seconds, "tokens_per_second": tokens_per_step / seconds}
             stats = speed | stats
-        self.show(run, metrics | stats)
+        self.show(metrics | stats)
         train_split = run.dataset.train
         if train_split.num_bytes is not None and run.teacher is None:  # else its loss is mixed in
             stats["bits_per_byte"] = bits_per_byte(metrics["loss"], train_split)
-        self.log_metrics(run, "train", metrics | stats)
+        self.log_metrics("train", metrics | stats)
         self.train_loss = metrics["loss"]
         run.recent_steps = 0
         run.recent_loss = 0.0
         run.recent_times = []
 
-    def show(self, run, metrics):
+    def show(self, metrics):
         """Shows the metrics of the steps up to the current iteration."""
         texts = [format_metric(name, value) for name, value in metrics.items()]
         if not self.bar.disable:
             self.bar.set_postfix_str(", ".join(texts[:4]))  # the bar itself shows speed and time
             return
-        texts.append(f"time {tqdm.format_interval(run.seconds)}")
+        texts.append(f"time {tqdm.format_interval(self.run.seconds)}")
         if "ms_per_step" in metrics:
-            seconds_left = (self.bar.total - run.iteration) * metrics["ms_per_step"] / 1000
+            seconds_left = (self.bar.total - self.run.iteration) * metrics["ms_per_step"] / 1000
             texts.append(f"left {tqdm.format_interval(seconds_left)}")
-        say("  ".join([f"{run.iteration:,}/{self.bar.total:,}", *texts]))
+        say("  ".join([f"{self.run.iteration:,}/{self.bar.total:,}", *texts]))
 
-    def report_evaluation(self, run, metrics, seconds):
+    def report_evaluation(self, metrics, seconds):
         """Shows and logs the metrics of the validation split, see evaluate; it took `seconds`."""
+        run = self.run
         train_text = ""
         if self.train_loss is not None and run.teacher is None:
             train_text = f"train {self.train_loss:.4f}, "
@@ -2465,23 +2470,23 @@ class Reporter:
         times = f"epoch {run.epochs:.2f}, time {elapsed}, evaluated in {seconds:.1f} s"
         say(f"iteration {run.iteration:,}: {train_text}{text}; {times}")
         metrics = metrics | {"bits_per_byte": bits_per_byte(metrics["loss"], run.dataset.valid)}
-        self.log_metrics(run, "valid", metrics)
+        self.log_metrics("valid", metrics)
 
-    def log_metrics(self, run, split, metrics):
+    def log_metrics(self, split, metrics):
         """Adds metrics, {name: number}, to the log, and sends them to the dashboards."""
-        row = {"iteration": run.iteration, "split": split} | metrics
-        row |= {"tokens_seen": run.tokens_seen, "seconds": run.seconds}
+        row = {"iteration": self.run.iteration, "split": split} | metrics
+        row |= {"tokens_seen": self.run.tokens_seen, "seconds": self.run.seconds}
         with self.writing("log.csv"):
             self.log.append(row)
         if self.dashboards:
             self.dashboards.append(row)
 
-    def report_sample(self, run, prompt, text):
+    def report_sample(self, prompt, text):
         """Shows a sample, and adds it to the run's samples.jsonl."""
         say(f"sample: {for_terminal(prompt + text)}")
-        row = {"iteration": run.iteration, "prompt": prompt, "text": text}
+        row = {"iteration": self.run.iteration, "prompt": prompt, "text": text}
         with self.writing("samples.jsonl"):
-            path = run.folder / "samples.jsonl"
+            path = self.run.folder / "samples.jsonl"
             with open(path, "a", encoding="utf-8", opener=no_follow) as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -2720,15 +2725,15 @@ def bit_width(text):
     return int(one_of(["4", "8", "16"])(text.removeprefix("int")))
 
 
-PRESETS = {  # {name: values of PRESET_FLAGS}
-    "tiny": [128, 4, 4, 128],
-    "small": [256, 8, 6, 256],
-    "medium": [512, 8, 12, 512],
-    "large": [768, 12, 24, 1024],
-    "gpt2": [768, 12, 12, 1024],
-    "350m": [768, 12, 16, 2048],  # smaller than its name: 152M with GPT-2's vocabulary
+PRESETS = {
+    "tiny": dict(dim=128, num_heads=4, num_blocks=4, context_size=128),
+    "small": dict(dim=256, num_heads=8, num_blocks=6, context_size=256),
+    "medium": dict(dim=512, num_heads=8, num_blocks=12, context_size=512),
+    "large": dict(dim=768, num_heads=12, num_blocks=24, context_size=1024),
+    "gpt2": dict(dim=768, num_heads=12, num_blocks=12, context_size=1024),
+    # Smaller than its name: 152M with GPT-2's vocabulary.
+    "350m": dict(dim=768, num_heads=12, num_blocks=16, context_size=2048),
 }
-PRESET_FLAGS = ["dim", "num_heads", "num_blocks", "context_size"]
 
 FLAGS["session"] = {
     "num_iters": Flag(100000, SIZE, "total number of training steps"),
@@ -2792,7 +2797,6 @@ FLAGS["command"] = {
 
 ALL_FLAGS = {name: flag for group in FLAGS.values() for name, flag in group.items()}
 DEFAULTS = {name: flag.default for name, flag in ALL_FLAGS.items()}
-LIST_FLAGS = [name for name, default in DEFAULTS.items() if default == []]  # take several values
 INIT_FLAGS = [*FLAGS["data"], *FLAGS["model"], *FLAGS["init"]]
 IDENTITY_FLAGS = [*INIT_FLAGS, *FLAGS["training"]]
 RECORDED_FLAGS = [*IDENTITY_FLAGS, *FLAGS["session"]]
@@ -2819,20 +2823,11 @@ def make_parser():
     return parser
 
 
-def parse(arguments):
-    """The flags passed, {flag: value}."""
-    flags = vars(make_parser().parse_args(arguments))
-    modes = [name for name in flags if name in FLAGS["mode"] and flags[name] is not False]
-    if len(modes) > 1:
-        raise UsageError(f"--{modes[1]}: not allowed with argument --{modes[0]}")
-    return flags
-
-
 def arguments_of(values):
     """{flag: value} as command-line arguments. Raises ValueError for a list within a value."""
     arguments = []
     for name, value in values.items():
-        is_list = isinstance(value, list) and name in LIST_FLAGS
+        is_list = isinstance(value, list) and DEFAULTS.get(name) == []
         for element in value if is_list else [value]:
             if isinstance(element, (list, dict)):  # YAML's aliases could make it a billion words
                 raise ValueError(f"{name} has a list or a mapping instead of a value")
@@ -2861,7 +2856,7 @@ def read_command_line(argv):
 
     The command line overrides the file, even where it only names a preset.
     """
-    command_line_flags = parse(argv)
+    command_line_flags = vars(make_parser().parse_args(argv))
     file_flags = {}
     if "config" in command_line_flags:
         file_flags = read_config(command_line_flags["config"])
@@ -2870,8 +2865,13 @@ def read_command_line(argv):
                 file_flags.pop(name, None)
     explicit_flags = {}
     for group in (file_flags, command_line_flags):
-        preset = PRESETS.get(group.get("preset"), [])
-        explicit_flags |= dict(zip(PRESET_FLAGS, preset)) | group  # flags override a preset
+        explicit_flags |= PRESETS.get(group.get("preset"), {}) | group  # flags override a preset
+    modes = []
+    for name, value in explicit_flags.items():
+        if name in FLAGS["mode"] and value is not False:
+            modes.append(name)
+    if len(modes) > 1:
+        raise UsageError(f"--{modes[1]}: not allowed with argument --{modes[0]}")
     return explicit_flags
 
 
@@ -2896,7 +2896,8 @@ def read_config(name):
                 if name in values:
                     raise ValueError(f"{name} appears twice, perhaps under two names")
                 values[name] = element
-        flags = parse([datasets.utf8(argument) for argument in arguments_of(values)])
+        arguments = [datasets.utf8(argument) for argument in arguments_of(values)]
+        flags = vars(make_parser().parse_args(arguments))
         if "config" in flags:
             raise ValueError("it names another file")
         return flags
@@ -2939,7 +2940,7 @@ def resolve_flags(explicit, recorded=None):
         setattr(flags, name, [absolute(path) for path in explicit[name]])
     for name in {"init_from", "teacher", "draft"} & {*explicit}:
         # Others name checkpoints, or models on the hub.
-        if explicit[name] not in CHECKPOINT_WORDS and is_model_folder(user_path(explicit[name])):
+        if is_model_folder(user_path(explicit[name])):
             setattr(flags, name, absolute(explicit[name]))
     if flags.tokenizer == "auto":
         flags.tokenizer = datasets.CORPORA[flags.dataset].tokenizer
@@ -3016,7 +3017,7 @@ def run_identity(flag_values, sha256, parents):
     identity |= sha256 | parents
     for name in PRETRAINED_FLAGS:
         # The model that "latest" names will soon be this run's own, so the word itself counts.
-        if flag_values[name] in CHECKPOINT_WORDS:
+        if flag_values[name] in ("latest", "best"):
             identity[name] = flag_values[name]
     return identity
 
@@ -3075,14 +3076,11 @@ def find_folder(flags, dataset, parents, code_sha1):
     """
     identity = run_identity(vars(flags), dataset.sha256, parents)
     name = run_name(flags.dataset, identity)
-    newest_checkpoints = []  # one for each run
-    empty_folders = []  # those without a checkpoint
+    runs = {}  # {folder: its checkpoints, newest first}
     for folder in [] if flags.new_model else list_run_folders(flags.save_dir):
         if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", folder.name):
-            checkpoints = checkpoints_in(folder)
-            newest_checkpoints += checkpoints[:1]
-            if not checkpoints:
-                empty_folders += [folder]
+            runs[folder] = checkpoints_in(folder)
+    newest_checkpoints = [checkpoints[0] for checkpoints in runs.values() if checkpoints]
     other = None  # the newest one by other code
     for checkpoint in sorted(newest_checkpoints, key=by_time_saved, reverse=True):
         if run_identity(checkpoint.flags, checkpoint.tokens_sha256, checkpoint.parents) != identity:
@@ -3093,11 +3091,10 @@ def find_folder(flags, dataset, parents, code_sha1):
             other = other or checkpoint
     if other and other.iteration < flags.explicit.get("num_iters", other.flags["num_iters"]):
         raise code_mismatch_error(other, flags)
-    if empty_folders:  # the same command may have been stopped there before it saved
-        return empty_folders[0]
     folder = flags.save_dir / name
     for count in itertools.count(2):
-        if not os.path.lexists(folder):
+        # In a folder without a checkpoint, the same command was perhaps stopped before it saved.
+        if runs.get(folder) == [] or not os.path.lexists(folder):
             return folder
         folder = flags.save_dir / f"{name}.{count}"
 
@@ -3254,12 +3251,6 @@ def make_run(folder, flags, contents, models, dataset, ranks):
     rows_per_step = flags.batch_size * flags.grad_accumulation
     batches = Batches(dataset.train.tokens, flags.context_size, rows_per_step, flags.seed)
     teacher = models["teacher"].model if "teacher" in models else None
-    if (HERE / "extras").exists():
-        extra("memory").check_memory(model, flags, ranks, optimizer, teacher)
-    if flags.lora_rank:
-        extra("lora").init_lora(model, flags.seed)
-    elif not contents and "init_from" not in models:
-        init_weights(model, flags.seed)
     run = Run(
         folder=folder,
         flags=flags,
@@ -3272,6 +3263,12 @@ def make_run(folder, flags, contents, models, dataset, ranks):
         segments=[],
         code=code,
     )
+    if (HERE / "extras").exists():
+        extra("memory").check_memory(run, ranks)
+    if flags.lora_rank:
+        extra("lora").init_lora(model, flags.seed)
+    elif not contents and "init_from" not in models:
+        init_weights(model, flags.seed)
     if contents:
         contents.restore(run)
     versions = list_versions(flags, ranks)
@@ -3514,7 +3511,7 @@ def converse(new_conversation, flags):
 
 def print_reply(conversation, line, flags):
     """Prints the continuation of a line; Ctrl+C ends it and keeps what was shown."""
-    interrupts = argparse.Namespace(stop_signal=None)
+    interrupts = Interrupts()  # not entered: only its attribute is used
 
     # No KeyboardInterrupt, as an exception raised inside MLX can be lost.
     def on_signal(signal_number, frame):
@@ -3568,14 +3565,6 @@ def describe_end(run, stop_signal):
         ended = f"Run complete ({run.iteration:,}/{flags.num_iters:,})"
         more = f" --num_iters {2 * run.iteration}"
     return f"{trained}\n{ended}. To sample: {resume} --inference\nTo train on: {resume}{more}"
-
-
-def names_for_judge():
-    """What extras/versus/worker.py uses from any version of main.py, {name: value}."""
-    names = "read_command_line resolve_flags use_device load_inputs make_run"
-    names += " make_step train_step SingleProcess is_foreign arguments_of read_checkpoint"
-    names += " RECORDED_FLAGS PATH_FLAGS EDITED_FUNCTIONS"
-    return {name: globals()[name] for name in names.split()}
 
 
 def execute(argv):

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 from datasets import UsageError
 from extras.features.memory import memory_of_step
 from extras.features.steps import open_run
-from main import Decoder, SingleProcess, fast, load_inputs, make_run, make_step
+from main import FLAGS, Decoder, SingleProcess, fast, load_inputs, make_run, make_step
 from main import ineffective_flag_notices, open_checkpoint, read_command_line, resolve_flags
 from main import train_step, use_device
 
@@ -36,14 +36,13 @@ PARTS = {
 }
 REPETITIONS = 5  # the fastest counts, because other programs can only slow one down
 DECODED_TOKENS = 32
-NOT_TRAINING = ["inference", "prompt", "evaluate", "list"]  # flags of main.py
 
 
 def main(arguments):
     """Measures the model that main.py would train with these arguments, or a checkpoint."""
     flags = resolve_flags(read_command_line(arguments))
-    for name in NOT_TRAINING:
-        if name in flags.explicit:
+    for name in FLAGS["mode"]:
+        if name in flags.explicit and name != "new_model":
             raise UsageError(f"--{name} trains nothing: give the flags of a training")
     use_device(flags.gpu)
     if flags.identifier:
@@ -58,9 +57,7 @@ def main(arguments):
     parameters = count_parameters(run.model)
     flops = count_flops(run.model.config, parameters, flags.lora_rank)
     result = {"parameters": parameters, "flops_per_token": flops}
-    result["memory"] = memory_of_step(
-        run.model, run.flags, SingleProcess(), run.optimizer, run.teacher
-    )
+    result["memory"] = memory_of_step(run, run.flags, SingleProcess())
     result |= measure_training(run)
     result["flops_per_second"] = sum(flops.values()) * result["tokens_per_second"]
     result |= measure_decoding(run)

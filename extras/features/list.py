@@ -4,7 +4,7 @@ import math
 import shlex
 
 from datasets import printable
-from main import IDENTITY_FLAGS, LIST_FLAGS, NO_CHECKPOINT, Evaluation, arguments_of
+from main import IDENTITY_FLAGS, NO_CHECKPOINT, Evaluation, arguments_of
 from main import best_checkpoint, list_checkpoints
 
 
@@ -64,7 +64,7 @@ def distinguishing_flags(checkpoints):
         values = {}
         for name in apart:
             values[name] = each.flags[name]
-            if name in LIST_FLAGS and len(values[name]) > 3:
+            if isinstance(values[name], list) and len(values[name]) > 3:
                 values[name] = [*values[name][:2], f"({len(values[name]) - 2:,} more)"]
         texts[each.folder_name] = shlex.join(arguments_of(values))
     return texts

@@ -10,18 +10,18 @@ from extras.common.limits import limit_of_memory
 from main import arguments_of, count_parameters, fast, on_gpu, say
 
 
-def memory_of_step(model, flags, ranks, optimizer, teacher):
+def memory_of_step(run, flags, ranks):
     """The memory that training takes at its peak, {part: bytes}; by measurements within 1.5 times.
 
     It is that of a block's backward pass or of the update, which needs everything twice. MLX is
     lazy: nothing of this needs to exist yet.
     """
-    config = model.config
+    config = run.model.config
     rows = flags.batch_size // ranks.size
     positions = rows * config.context_size
-    weights = count_parameters([each.parameters() for each in (model, teacher) if each])
-    trained = count_parameters(model.trainable_parameters())
-    moments = count_parameters(optimizer.state)
+    weights = count_parameters([model.parameters() for model in (run.model, run.teacher) if model])
+    trained = count_parameters(run.model.trainable_parameters())
+    moments = count_parameters(run.optimizer.state)
     # What a block keeps of a position: states [D], and of its MLP the input and the output of relu2
     # or all steps of another activation.
     block = 10 * config.dim + (2 if config.mlp == "relu2" else 5) * config.mlp_dim
@@ -46,15 +46,17 @@ def memory_of_step(model, flags, ranks, optimizer, teacher):
     }
 
 
-def check_memory(model, flags, ranks, optimizer, teacher):
+def check_memory(run, ranks):
     """Says that training may exceed the memory, and what would fit.
 
     Raises UsageError beyond 1.5 times the memory, as far as the estimate may be off.
     """
 
+    flags = run.flags
+
     def needed(**changes):
         changed = argparse.Namespace(**vars(flags) | changes)
-        return sum(memory_of_step(model, changed, ranks, optimizer, teacher).values())
+        return sum(memory_of_step(run, changed, ranks).values())
 
     short = describe_shortage(needed())
     if not short:
