@@ -374,19 +374,19 @@ class PackageTokenizer(Tokenizer):
 
     def encode_batch(self, texts):
         texts = [utf8(text) for text in texts]
-        with explained(TOKENIZER_FAILED):
+        with explain_errors(TOKENIZER_FAILED):
             # Runs in parallel threads; "fast" (0.20 or newer) omits the tokens' offsets.
             encodings = self.package.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def decode(self, ids):
-        with explained(TOKENIZER_FAILED):
+        with explain_errors(TOKENIZER_FAILED):
             # With skip_special_tokens, END would vanish from the text.
             return self.package.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def unknown(self, text):
         text = utf8(text)
-        with explained(TOKENIZER_FAILED):
+        with explain_errors(TOKENIZER_FAILED):
             encoding = self.package.encode(text, add_special_tokens=False)
         pieces = zip(encoding.ids, encoding.offsets)
         return [text[start:end] for token, (start, end) in pieces if token == self.unk]
@@ -442,7 +442,7 @@ def tokenizer_from_dict(data):
 
     Raises UsageError if it is malformed, ImportError if it needs a package that is not installed.
     """
-    with explained("the tokenizer cannot be used"):
+    with explain_errors("the tokenizer cannot be used"):
         options = dict(data)
         kind = options.pop("kind")
         tokenizer = TOKENIZERS[kind](**options)
@@ -455,7 +455,7 @@ def read_tokenizer(path):
     kinds = ", ".join(KINDS)
     fault = f"--tokenizer {path} must be a Hugging Face tokenizer.json, or one of {kinds}"
     fault += "; download the one of a model on the hub, or convert a .model with transformers"
-    with explained(fault):
+    with explain_errors(fault):
         return PackageTokenizer(read_whole(Path(user_path(path))), "file")
 
 
@@ -622,8 +622,8 @@ def cut(span, *cuts):
 def unzip(archive, member):
     """Unpacks a member of a zip file, beside it and under its base name; returns its path."""
     path = archive.with_name(os.path.basename(member))  # so a name like ../x leads nowhere else
-    with locked(path.parent), zipfile.ZipFile(archive) as members, members.open(member) as data:
-        with replacing(path) as out:
+    with hold_lock(path.parent), zipfile.ZipFile(archive) as members, members.open(member) as data:
+        with atomic_write(path) as out:
             shutil.copyfileobj(data, out)
     return path
 
@@ -838,7 +838,7 @@ def check_text(path):
 
 def head_of_file(path):
     """The first 64 KiB of a file."""
-    with explained(f"{path} cannot be read", OSError), open(path, "rb") as file:
+    with explain_errors(f"{path} cannot be read", OSError), open(path, "rb") as file:
         return file.read(1 << 16)
 
 
@@ -1052,7 +1052,7 @@ def write_tokens(spans, tokenizer, path):
     dtype = token_dtype(tokenizer.vocab_size)
     total = sum(span.stop - span.start for span in spans if type(span) is Span)  # bytes
     bar = progress_bar(total=total, unit="B", unit_scale=True, desc=path.name)
-    with bar, replacing(path) as out:
+    with bar, atomic_write(path) as out:
         for text, ids in encode_documents(spans, tokenizer):
             if ids.dtype != dtype or ids.max(initial=0) >= tokenizer.vocab_size:
                 raise UsageError(
@@ -1130,7 +1130,7 @@ def load_dataset(
     use = [named, valid_fraction, text_field, vocab_size, is_made and tokenizer.to_dict()]
     name = f"{kind}-{digest_of(use)[:12]}"
     cache = data_dir / dataset / f"{name}-{digest_of([hash_of_code(SOURCE), key_of(local)])[:8]}"
-    with locked(cache):  # only one process encodes
+    with hold_lock(cache):  # only one process encodes
         about = read_about(cache)
         if about is None:
             options = {"data_dir": data_dir, "mirror": mirror}
@@ -1187,7 +1187,7 @@ def write_splits(spans, tokenizer, cache):
     for split in spans:
         path = cache / f"{split}.tokens"
         about["splits"][split] = write_tokens(spans[split], tokenizer, path)
-    with replacing(cache / "about.json") as file:
+    with atomic_write(cache / "about.json") as file:
         file.write(json.dumps(about | {"check": digest_of(about)}).encode())
     return about
 
@@ -1254,7 +1254,7 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
     if mirror:
         sources = [f"{mirror.rstrip('/')}/{folder}/{name}"]
     reasons = []
-    with locked(path.parent):  # if two processes race, one downloads and the other finds the file
+    with hold_lock(path.parent):  # if two processes race, one downloads, the other finds the file
         if path.exists():
             if hash_of_file(path) == sha256:
                 return path
@@ -1371,11 +1371,11 @@ class RunError(Exception):
 
 
 @contextlib.contextmanager
-def explained(text, *errors, kind=UsageError):
-    """Turns exceptions of the types `errors` (default: any) into a one-line message for the user.
+def explain_errors(text, *errors, raises=UsageError):
+    """Turns exceptions of the types `errors` (default: any) into one of the type `raises`.
 
-    The message is `text`, which names the cause and the remedy, followed by the exception's own
-    message. Raises `kind`. A missing package or name passes unless `errors` has its type.
+    Its message, one line for the user, is `text`, which names the cause and the remedy, followed by
+    the exception's own. A missing package or name passes unless `errors` has its type.
     """
     expected = errors or (BaseException,)  # a panic of the package tokenizers is no Exception
     try:
@@ -1385,7 +1385,7 @@ def explained(text, *errors, kind=UsageError):
     except expected as error:
         if isinstance(error, (ImportError, NameError)) and not errors:
             raise  # not an error in what was read
-        raise kind(f"{text} ({one_line(error)})") from None
+        raise raises(f"{text} ({one_line(error)})") from None
 
 
 # Characters that a terminal acts on: all controls but tabs and line ends.
@@ -1662,7 +1662,7 @@ def open_kernel_dir():
             is_noexec = os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
             if is_private and os.access(folder, os.W_OK) and not is_noexec:
                 return folder
-    with explained("no folder for compiled code: set TMPDIR to a folder of yours", OSError):
+    with explain_errors("no folder for compiled code: set TMPDIR to a folder of yours", OSError):
         folder = tempfile.mkdtemp(prefix="transformer-lm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -1686,7 +1686,7 @@ def use_compiler(folder, command):
     script = COMPILER_SCRIPT.format(command)
     with contextlib.suppress(OSError):
         if not path.exists() or path.read_text("utf-8") != script:
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 file.write(script.encode())
                 os.fchmod(file.fileno(), 0o700)
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -1714,7 +1714,7 @@ def flock(file, mode=fcntl.LOCK_EX):
 
 
 @contextlib.contextmanager
-def locked(folder):
+def hold_lock(folder):
     """Makes a folder, and holds its lock: one process at a time is in such a block."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as lock:
@@ -1752,7 +1752,7 @@ def publish(file, path):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def atomic_write(path):
     """Yields a new binary file, which replaces `path` when the block ends.
 
     If the block or the disk fails, an old file at `path` stays intact. Raises OSError.
@@ -2004,7 +2004,7 @@ def main(arguments):
         file = Path(file)
         if os.path.lexists(file):
             raise UsageError(f"--save_tokenizer {file} exists: name another file, or delete it")
-        with explained(f"cannot write {file}: name another file", OSError):
+        with explain_errors(f"cannot write {file}: name another file", OSError):
             make_writable(file.parent)
     usual = "text" if "text" in options else "ptb"
     dataset = load_dataset(**{"dataset": usual} | options)
@@ -2018,7 +2018,7 @@ def main(arguments):
     print(printable(f"begins {dataset.tokenizer.decode(dataset.train.tokens[:100])!r}"))
     if file:
         package = extra("huggingface").package_of(dataset.tokenizer)
-        with replacing(file) as out:
+        with atomic_write(file) as out:
             out.write(package.to_str().encode())
         print(f"its tokenizer is {file}")
 

@@ -56,7 +56,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
 from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, TEXT_FLAGS, Flag, RunError, UsageError
-from datasets import absolute, explained, extra, new_file, no_follow, nonempty, number, one_of
+from datasets import absolute, explain_errors, extra, new_file, no_follow, nonempty, number, one_of
 from datasets import printable, publish, sync, user_path
 
 # ---- Model --------------------------------------------------------------------------------------
@@ -1650,7 +1650,7 @@ class Checkpoint(Progress):
 
         Raises DamagedError if either is not what was saved.
         """
-        with explained(f"{self} is damaged", kind=DamagedError):
+        with explain_errors(f"{self} is damaged", raises=DamagedError):
             if sha1_of_file(self.weights_path) != self.id:
                 raise ValueError("its .safetensors has another SHA1")
             weights = load_arrays(self.weights_path)
@@ -1702,10 +1702,10 @@ class Contents(NamedTuple):
         rank = checkpoint.flags["lora_rank"]
         if rank:  # the file holds only the adapters
             base = extra("kept_models").open_kept(checkpoint, "init_from").model
-            with explained(f"{checkpoint} does not fit its base", kind=DamagedError):
+            with explain_errors(f"{checkpoint} does not fit its base", raises=DamagedError):
                 alpha = checkpoint.flags["lora_alpha"]
                 weights = extra("lora").merge(base, weights, rank, alpha)
-        with explained(f"{checkpoint} does not fit its record", kind=DamagedError):
+        with explain_errors(f"{checkpoint} does not fit its record", raises=DamagedError):
             model = LanguageModel(checkpoint.config)
             check_arrays(weights, model.parameters())
             model.update(tree_unflatten(weights))
@@ -1715,7 +1715,7 @@ class Contents(NamedTuple):
     def restore(self, run):
         """Puts the saved state into a run. Raises DamagedError if it does not fit."""
         checkpoint = self.checkpoint
-        with explained(f"{checkpoint} does not fit its record", kind=DamagedError):
+        with explain_errors(f"{checkpoint} does not fit its record", raises=DamagedError):
             check_arrays(self.weights, run.model.trainable_parameters())
             run.model.update(tree_unflatten(self.weights))
             state = tree_unflatten(self.state)
@@ -1842,7 +1842,7 @@ def list_checkpoints(save_dir, warn=False):
 
 def list_run_folders(save_dir):
     """The folders in `save_dir` that may hold a run; see list_checkpoints."""
-    with explained(f"--save_dir {save_dir} holds no runs: train a model first", OSError):
+    with explain_errors(f"--save_dir {save_dir} holds no runs: train a model first", OSError):
         paths = list(save_dir.iterdir())
     folders = []
     for path in paths:
@@ -2105,7 +2105,7 @@ def open_model(save_dir, name, flag_name):
     if is_foreign(name):
         return extra("huggingface").open_by_name(name)
     checkpoint = find_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
-    with explained(f"--{flag_name} cannot be used: name another", DamagedError, kind=RunError):
+    with explain_errors(f"--{flag_name}: name another model", DamagedError, raises=RunError):
         return model_from_checkpoint(checkpoint)
 
 
@@ -2536,7 +2536,7 @@ class Log:
             if position <= self.kept_up_to:
                 writer.writerow(row)
         writer.writerow(last_row)
-        with datasets.replacing(self.path) as file:
+        with datasets.atomic_write(self.path) as file:
             file.write(text.getvalue().encode())
         self.columns = columns
         self.kept_up_to = (math.inf, True)  # later rows are this session's own
@@ -2879,7 +2879,7 @@ def read_config(name):
     if not path.is_file():
         recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
         raise UsageError(f"--config {name}: no such file; the recipes are {recipes}")
-    with explained(f"--config {name} must be a YAML file of flags like dim: 8"):
+    with explain_errors(f"--config {name} must be a YAML file of flags like dim: 8"):
         canonical = {}  # {another program's name: ours}
         for name, aliases in datasets.other_names().items():
             canonical |= dict.fromkeys(aliases.split(), name)
@@ -3165,7 +3165,7 @@ def flags_from_pretrained(models, flags):
 def make_model(flags, dataset, checkpoint, models):
     """The model of a run; its weights are drawn or loaded later."""
     if checkpoint and "init_from" not in models:
-        with explained(f"{checkpoint} has no model", kind=DamagedError):
+        with explain_errors(f"{checkpoint} has no model", raises=DamagedError):
             return LanguageModel(checkpoint.config)
     try:
         if "init_from" in models:
@@ -3591,7 +3591,7 @@ def execute(argv):
         if flags.inference or flags.prompt is not None:
             return sample_checkpoint(flags)
         problem = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
-        with explained(problem, OSError):
+        with explain_errors(problem, OSError):
             datasets.make_writable(flags.save_dir)
         return train_run(flags, ranks)
 

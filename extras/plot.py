@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import Flag, UsageError, explained, printable, user_path, utf8
+from datasets import Flag, UsageError, explain_errors, printable, user_path, utf8
 from extras.features.list import distinguishing_flags
 from extras.common.ngrams import losses_of_ngrams
 from main import read_log, reload_data, resolve_flags
@@ -125,7 +125,7 @@ def columns_of(log, split, column):
 
 def make_figure(width, height):
     """An empty matplotlib figure; width and height are in inches."""
-    with explained("plots need matplotlib: pip install -U 'matplotlib>=3.7'", ImportError):
+    with explain_errors("plots need matplotlib: pip install -U 'matplotlib>=3.7'", ImportError):
         os.environ.pop("MPLBACKEND", None)  # a notebook's, which this Python may lack
         import matplotlib.figure  # not pyplot: nothing is shown on a screen
 
@@ -140,7 +140,7 @@ def save_figure(figure, path):
 
     Returns the path of the file. Raises UsageError if that fails.
     """
-    with explained(f"cannot write {path}: name another file"), warnings.catch_warnings():
+    with explain_errors(f"cannot write {path}: name another file"), warnings.catch_warnings():
         path = Path(user_path(path))
         if not path.suffix:
             path = path.with_name(f"{path.name}.png")

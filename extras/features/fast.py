@@ -53,7 +53,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 
-from datasets import UsageError, digest_of, locked, open_kernel_dir, replacing, use_compiler
+from datasets import UsageError, atomic_write, digest_of, hold_lock, open_kernel_dir, use_compiler
 from extras.common.limits import count_cores
 
 # Of main.py's functions that those below stand for, hash_of_code. Where a test finds that a plain
@@ -206,11 +206,11 @@ def compile_once(path, command):
     """
     if path.exists():
         return
-    with locked(path.parent):
+    with hold_lock(path.parent):
         if path.exists():  # another process has just made it
             return
         environment = {**os.environ, "TMPDIR": str(path.parent)}  # the user's may be full
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             subprocess.run(
                 [*command, "-o", file.name],
                 check=True,

@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 
-from datasets import UsageError, explained, one_line, utf8
+from datasets import UsageError, explain_errors, one_line, utf8
 
 MOST_BYTES = 1 << 24  # of a row, as JSON or as a text
 BATCH = 16  # rows of a Parquet file that are in memory at once
@@ -51,7 +51,7 @@ def read_json_lines(path, field):
             if line.isspace():
                 continue
             fault = f'row {number:,} of {path} must be a JSON object, as in {{"{field}": "Hello"}}'
-            with explained(fault, ValueError, RecursionError):
+            with explain_errors(fault, ValueError, RecursionError):
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("it is another value")
@@ -64,7 +64,7 @@ def read_json_lines(path, field):
 
 def read_parquet(path, field):
     """Yields the text in each row of a Parquet file's column."""
-    with explained(f"{path} needs a package: pip install -U pyarrow numpy", ImportError):
+    with explain_errors(f"{path} needs a package: pip install -U pyarrow numpy", ImportError):
         import pyarrow
         from pyarrow import compute, parquet
     # A buffer, as a file may be a single group of rows; pre_buffer would keep all that was read.

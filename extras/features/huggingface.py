@@ -23,8 +23,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from datasets import LFS, PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
-from datasets import read_whole, replacing, without_passwords
+from datasets import LFS, PackageTokenizer, UsageError, atomic_write, end_of_text, explain_errors
+from datasets import extra, one_line, read_whole, without_passwords
 from extras.features.memory import describe_shortage
 from main import Config, LanguageModel, LoadedModel, from_untrusted, load_arrays, sha1_of_file
 from main import sha1_of_text
@@ -114,7 +114,7 @@ def download_model(repository, revision=None):
     its other variables hold here, too.
     """
     fault = f"{repository} is no folder here, and cannot be downloaded from the Hugging Face hub"
-    with explained(f"{fault}: pip install huggingface_hub", ImportError):
+    with explain_errors(f"{fault}: pip install huggingface_hub", ImportError):
         import huggingface_hub
         from huggingface_hub.utils import disable_progress_bars
     if not sys.stderr.isatty():
@@ -124,7 +124,7 @@ def download_model(repository, revision=None):
     weights = ["model.safetensors", "model-*-of-*.safetensors"]
     try:
         folder = Path(download(revision=revision, allow_patterns=TEXTS))
-        with explained(f"{repository} cannot be used: name another model"):
+        with explain_errors(f"{repository} cannot be used: name another model"):
             read_texts(folder)  # before gigabytes are downloaded in vain
         return Path(download(revision=folder.name, allow_patterns=[*TEXTS, *weights]))
     except UsageError:
@@ -142,7 +142,7 @@ def import_model(folder):
     is supported.
     """
     folder = Path(folder)
-    with explained(f"{folder} cannot be used: name another model"):
+    with explain_errors(f"{folder} cannot be used: name another model"):
         config, tokenizer = read_texts(folder)
         files = model_files(folder)
         weights = read_weights(files)
@@ -330,7 +330,7 @@ def read_weights(files):
     for file in files:
         if file.name in TEXTS:
             continue
-        with explained(f"{file.name} is damaged or incomplete"):
+        with explain_errors(f"{file.name} is damaged or incomplete"):
             arrays = load_arrays(file)
             mx.eval(arrays)  # MLX loads lazily
         for name, weight in arrays.items():
@@ -384,7 +384,7 @@ def export_model(model, tokenizer, folder, bits):
         "tokenizer_config.json": json.dumps(tokenizer_settings, indent=2),
         "tokenizer.json": package.to_str(),
     }
-    with explained(f"cannot write to {folder}: name a folder of yours"):
+    with explain_errors(f"cannot write to {folder}: name a folder of yours"):
         write_files(folder, model, texts)
     return kind.capitalize()
 
@@ -399,11 +399,11 @@ def write_files(folder, model, texts):
     # No file gets its name before all are written.
     with contextlib.ExitStack() as files:
         # Opened here, because MLX's own error for a path does not say why it failed.
-        file = files.enter_context(replacing(folder / "model.safetensors"))
+        file = files.enter_context(atomic_write(folder / "model.safetensors"))
         mx.save_safetensors(file, weights, {"format": "mlx"})
         file.flush()
         for name, text in texts.items():
-            file = files.enter_context(replacing(folder / name))
+            file = files.enter_context(atomic_write(folder / name))
             file.write(text.encode("utf-8"))
             file.flush()
 
@@ -455,7 +455,7 @@ def package_of(tokenizer):
     if tokenizer.bos:
         names = [package.id_to_token(token) for token in tokenizer.bos]
         specials = [*zip(names, tokenizer.bos)]
-        with explained("its first tokens cannot be exported"):
+        with explain_errors("its first tokens cannot be exported"):
             template = processors.TemplateProcessing(single=[*names, "$A"], special_tokens=specials)
         package.post_processor = template
     return package

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 
-from datasets import explained, extra, replacing, sync
+from datasets import atomic_write, explain_errors, extra, sync
 from main import DamagedError, model_from_checkpoint, read_checkpoint
 
 
@@ -30,7 +30,7 @@ def keep_file(path, target):
         with contextlib.suppress(OSError):  # another file system
             os.link(path, target)
             return
-    with replacing(target) as file, open(path, "rb") as original:
+    with atomic_write(target) as file, open(path, "rb") as original:
         shutil.copyfileobj(original, file)
 
 
@@ -48,7 +48,7 @@ def open_kept(checkpoint, flag_name):
     folder = checkpoint.folder / flag_name
     expected_id = checkpoint.parents.get(flag_name)
     fault = f"{checkpoint.folder_name} lacks the model in its folder {flag_name}"
-    with explained(fault, kind=DamagedError):
+    with explain_errors(fault, raises=DamagedError):
         if folder.is_symlink():
             raise OSError("it is a link")
         metadata = folder / f"{expected_id}.metadata"

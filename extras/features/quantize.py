@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from datasets import explained
+from datasets import explain_errors
 
 
 def quantize(model, bits, packed):
@@ -40,7 +40,7 @@ def quantize(model, bits, packed):
         group_size = 64 if is_wide else 32
     quantized = {}
     rounded = []
-    with explained(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"):
+    with explain_errors(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"):
         for name, matrix in matrices.items():
             if bits == 16:
                 quantized[name] = matrix.astype(mx.float16)

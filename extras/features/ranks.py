@@ -29,7 +29,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 import main
-from datasets import SPLITS, Dataset, RunError, Split, UsageError, explained, one_line
+from datasets import SPLITS, Dataset, RunError, Split, UsageError, explain_errors, one_line
 from datasets import tokenizer_from_dict
 
 ALONE = (
@@ -47,12 +47,12 @@ class Group(contextlib.AbstractContextManager):
     deadline = None  # of the message under way, as time.monotonic tells it
 
     def __init__(self, argv):
-        with explained("RANKS_TIMEOUT is no number of seconds", ValueError):
+        with explain_errors("RANKS_TIMEOUT is no number of seconds", ValueError):
             self.timeout = float(os.environ.get("RANKS_TIMEOUT", 600))
         self.launcher = os.getppid()
         if "NCCL_HOST_IP" in os.environ:  # what mlx.launch takes where it finds NVIDIA's GPUs
             raise UsageError("ranks cannot meet by NCCL: give mlx.launch --backend ring")
-        with explained(ALONE, RuntimeError, ValueError, kind=RunError):
+        with explain_errors(ALONE, RuntimeError, ValueError, raises=RunError):
             # strict: an error rather than a group of one
             self.group = mx.distributed.init(strict=True)
         self.rank = self.group.rank()
@@ -204,7 +204,7 @@ class Group(contextlib.AbstractContextManager):
         tree = tree_unflatten(list(arrays.items()))
         record = json.loads(texts["record"])
         flags = argparse.Namespace(**record["flags"])
-        with explained(f"rank {self.rank} cannot do as rank 0 does", UsageError):
+        with explain_errors(f"rank {self.rank} cannot do as rank 0 does", UsageError):
             main.use_device(flags.gpu)
         tokenizer = tokenizer_from_dict(record["tokenizer"])
         splits = dict.fromkeys(SPLITS)

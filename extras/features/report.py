@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import os
 
-from datasets import UsageError, explained, one_line, without_passwords
+from datasets import UsageError, explain_errors, one_line, without_passwords
 from main import RECORDED_FLAGS, arguments_of, get_values, say, sha1_of_text
 
 
@@ -96,7 +96,7 @@ def check(report_to):
         package = BOARDS[name].package
         remedy = f"pip install --upgrade {package}, or --report_to none"
         # Of any type: a package that is older than what it needs raises some other error.
-        with explained(f"--report_to {name} needs a package: {remedy}", ImportError, Exception):
+        with explain_errors(f"--report_to {name} needs a package: {remedy}", Exception):
             importlib.import_module(package)
 
 
