@@ -689,15 +689,15 @@ NO_TEXT = {
 MARKUP_SUFFIXES = (".csv", ".htm", ".html", ".ipynb", ".json", ".rtf", ".tex", ".tsv", ".xml")
 
 
-def own_text(paths_of, valid_fraction, text_field, own_folders):
+def user_text(paths_of, valid_fraction, text_field, program_folders):
     """{split: [Span or Rows, ...]} of the user's files.
 
     paths_of: {split: [path, ...]}; only "test" if the rest is a corpus. Without "valid", a part of
     "train" is held out: the files that are named for validation, else see hold_out. Files for
-    validation or testing are left out of the training text. own_folders: see texts_of; text_field:
-    see Rows.
+    validation or testing are left out of the training text. program_folders: see texts_of;
+    text_field: see Rows.
     """
-    files = {split: find_files(paths, own_folders) for split, paths in paths_of.items()}
+    files = {split: find_files(paths, program_folders) for split, paths in paths_of.items()}
     if "train" in files:
         files = set_aside(files)
     splits = {split: [] for split in files}
@@ -748,14 +748,14 @@ def say_what_is_read(files):
         print(f"Lines end as on Windows, in CR LF, which is trained on, too: {some_of(windows)}")
 
 
-def find_files(paths, own_folders):
+def find_files(paths, program_folders):
     """{real path: (path, name)} of the texts that `paths` (files, folders, globs) match.
 
     The name is the path below a folder in `paths`, or from the name of a file or match on.
     """
     found = {}
     for path in paths:
-        for file, name in texts_of(path, own_folders):
+        for file, name in texts_of(path, program_folders):
             if os.path.getsize(file) > 0:
                 found.setdefault(file.resolve(), (file, name))
     if not found:
@@ -766,15 +766,15 @@ def find_files(paths, own_folders):
     return found
 
 
-def texts_of(path, own_folders):
+def texts_of(path, program_folders):
     """[(path, name), ...] in order: a file, the texts in a folder, or those that match a glob.
 
     Files that are no text, or cannot be read, are left out with a message. Hidden files do not
-    count, nor do those in `own_folders` (resolved paths, where this program keeps its files) unless
-    `path` itself lies there. Links to folders are followed, but each folder is read once. Raises
-    UsageError if nothing matches, or if no match is text (of the last one then).
+    count, nor do those in `program_folders` (resolved paths, where this program keeps its files)
+    unless `path` itself lies there. Links to folders are followed, but each folder is read once.
+    Raises UsageError if nothing matches, or if no match is text (of the last one then).
     """
-    own_folders = set(own_folders).difference(Path(os.path.realpath(path)).parents)
+    program_folders = set(program_folders).difference(Path(os.path.realpath(path)).parents)
     queue = [(Path(path), "")]  # a folder's own name tells no split
     if not os.path.exists(path):
         matches = map(Path, sorted(glob.glob(path, recursive=True)))
@@ -788,7 +788,7 @@ def texts_of(path, own_folders):
     seen = set()  # real paths of folders
     for each, name in queue:  # which grows by what the folders in it hold
         real = Path(os.path.realpath(each))
-        if real in seen or own_folders.intersection([real, *real.parents]):
+        if real in seen or program_folders.intersection([real, *real.parents]):
             continue
         if each.is_dir() and os.access(each, os.R_OK | os.X_OK):
             seen.add(real)
@@ -1124,8 +1124,8 @@ def load_dataset(
     named = named_files(dataset, text, valid_text, test_text)
     local = python_modules() if dataset == "python" else {}
     if named:
-        own_folders = [Path(user_path(each)).resolve() for each in (data_dir, save_dir) if each]
-        local |= own_text(named, valid_fraction, text_field, own_folders)
+        program_folders = [Path(user_path(path)).resolve() for path in (data_dir, save_dir) if path]
+        local |= user_text(named, valid_fraction, text_field, program_folders)
     # A use of a text has a folder for each version of its files and this one; the last two stay.
     use = [named, valid_fraction, text_field, vocab_size, is_made and tokenizer.to_dict()]
     name = f"{kind}-{digest_of(use)[:12]}"
@@ -1434,7 +1434,7 @@ def prepare(namespace):
         for name, module in [*sys.modules.items()]:
             # Left by a notebook's last %run. fast.py stays, as its choice of a BLAS is final.
             is_extra = name.startswith("extras.") and name != "extras.features.fast"
-            if is_extra or own_file(module, home):
+            if is_extra or user_module_path(module, home):
                 del sys.modules[name]
     fast = None
     with required_packages():
@@ -1448,17 +1448,17 @@ def prepare(namespace):
     return fast
 
 
-NOT_OWN = re.compile(r"(main|datasets)\.py|(extras|tests|.*site-packages)/.*|\..*|.*(?<!\.py)")
+NOT_USERS = re.compile(r"(main|datasets)\.py|(extras|tests|.*site-packages)/.*|\..*|.*(?<!\.py)")
 
 
-def own_file(module, home):
+def user_module_path(module, home):
     """The path of a module below the folder `home` if it is one of the user's own, else None.
 
     Own modules lie beside main.py or in folders below, but not in those of an environment.
     """
     path = str(getattr(getattr(module, "__spec__", 0), "origin", 0))
     inside = path.removeprefix(f"{home}/")
-    return None if inside == path or NOT_OWN.fullmatch(inside) else inside
+    return None if inside == path or NOT_USERS.fullmatch(inside) else inside
 
 
 def run_command(name, function, arguments):

@@ -2318,8 +2318,8 @@ def read_code(flags):
         names += ["extras/features/lora.py"]
     if flags.get("teacher"):
         names += ["extras/features/distil.py"]
-    user_files = [datasets.own_file(module, str(HERE)) for module in [*sys.modules.values()]]
-    names += filter(None, user_files)
+    paths = [datasets.user_module_path(module, str(HERE)) for module in [*sys.modules.values()]]
+    names += filter(None, paths)
     for name in names:
         if name not in SOURCES and (HERE / name).exists():
             SOURCES[name] = (HERE / name).read_text("utf-8", errors="replace")
