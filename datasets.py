@@ -125,7 +125,7 @@ class Span(NamedTuple):
     errors: str = "surrogateescape"  # for decoding; "strict" rejects invalid UTF-8
 
 
-class Rows(NamedTuple):
+class RowFile(NamedTuple):
     """A file with a document in each row, see extras/features/formats.py."""
 
     path: Path
@@ -690,12 +690,12 @@ MARKUP_SUFFIXES = (".csv", ".htm", ".html", ".ipynb", ".json", ".rtf", ".tex", "
 
 
 def user_text(paths_of, valid_fraction, text_field, program_folders):
-    """{split: [Span or Rows, ...]} of the user's files.
+    """{split: sources, [Span or RowFile, ...]} of the user's files.
 
     paths_of: {split: [path, ...]}; only "test" if the rest is a corpus. Without "valid", a part of
     "train" is held out: the files that are named for validation, else see hold_out. Files for
     validation or testing are left out of the training text. program_folders: see texts_of;
-    text_field: see Rows.
+    text_field: see RowFile.
     """
     files = {split: find_files(paths, program_folders) for split, paths in paths_of.items()}
     if "train" in files:
@@ -703,10 +703,10 @@ def user_text(paths_of, valid_fraction, text_field, program_folders):
     splits = {split: [] for split in files}
     for split, found in files.items():
         for path, _ in found.values():
-            each = whole(path, errors="strict")
+            source = whole(path, errors="strict")
             if ROW_FILES.fullmatch(path.name):
-                each = Rows(path, text_field)
-            splits[split].append(each)
+                source = RowFile(path, text_field)
+            splits[split].append(source)
     if "train" in files and "valid" not in files:
         splits |= hold_out(splits["train"], valid_fraction)
     return splits
@@ -786,24 +786,24 @@ def texts_of(path, program_folders):
         )
     files = {}  # path -> name
     seen = set()  # real paths of folders
-    for each, name in queue:  # which grows by what the folders in it hold
-        real = Path(os.path.realpath(each))
+    for entry, name in queue:  # which grows by what the folders in it hold
+        real = Path(os.path.realpath(entry))
         if real in seen or program_folders.intersection([real, *real.parents]):
             continue
-        if each.is_dir() and os.access(each, os.R_OK | os.X_OK):
+        if entry.is_dir() and os.access(entry, os.R_OK | os.X_OK):
             seen.add(real)
-            if not any(each.glob("*.metadata")):  # a run's files are not text
-                queue += [(below, f"{name}/{below.name}") for below in sorted(each.glob("[!.]*"))]
-        elif each.exists():
-            files[each] = name or each.name
+            if not any(entry.glob("*.metadata")):  # a run's files are not text
+                queue += [(below, f"{name}/{below.name}") for below in sorted(entry.glob("[!.]*"))]
+        elif entry.exists():
+            files[entry] = name or entry.name
     left_out = Counter()  # suffix -> bytes
-    for each in sorted(files):
+    for file in sorted(files):
         try:
-            check_text(each)
+            check_text(file)
         except UsageError as error:
             reason = error
-            del files[each]
-            left_out[each.suffix or each.name] += each.stat().st_size
+            del files[file]
+            left_out[file.suffix or file.name] += file.stat().st_size
     if left_out and not files:
         raise reason
     if left_out:
@@ -875,41 +875,41 @@ def is_held_out(index, valid_fraction):
     return int((index + 1) * valid_fraction + 1e-9) > before
 
 
-def hold_out(documents, valid_fraction):
-    """Splits Spans of whole files, and Rows, into {"train": [Span or Rows, ...], "valid": [...]}.
+def hold_out(sources, valid_fraction):
+    """Splits Spans of whole files, and RowFiles, into {"train": sources, "valid": sources}.
 
     Whole files at regular intervals are held out, by default every tenth. If these have less than
     half of the bytes asked for, or more than twice as many, the end of the text is held out
-    instead. Of Rows, those at regular intervals are.
+    instead. Of the rows of RowFiles, those at regular intervals are.
     """
-    texts = [each for each in documents if type(each) is Span]
+    spans = [span for span in sources if type(span) is Span]
     train = []
     valid = []
     names = "the end of the text"
-    for i, each in enumerate(texts):
-        part = valid if is_held_out(i, valid_fraction) else train
-        part.append(each)
-    total = sum(each.stop for each in texts)  # bytes
-    share = sum(each.stop for each in valid) / max(1, total)
+    for i, span in enumerate(spans):
+        split = valid if is_held_out(i, valid_fraction) else train
+        split.append(span)
+    total = sum(span.stop for span in spans)  # bytes
+    share = sum(span.stop for span in valid) / max(1, total)
     if valid_fraction / 2 <= share <= 2 * valid_fraction:
-        names = some_of([each.path.name for each in valid])
+        names = some_of([span.path.name for span in valid])
     else:
         share = valid_fraction
         train = []
         valid = []
         left = round(total * (1 - valid_fraction))  # bytes to train on
-        for each in texts:
-            first, rest = cut(each, find_cut(each, left, "\n"))
+        for span in spans:
+            first, rest = cut(span, find_cut(span, left, "\n"))
             train.append(first)
             valid.append(rest)
-            left -= each.stop
-    if len(texts) > 1:
+            left -= span.stop
+    if len(spans) > 1:
         print(f"Held out for validation, {share:.1%} of the bytes: {names}")
-    for each in documents:
-        if type(each) is Rows:
-            each = each._replace(valid_fraction=valid_fraction)
-            train.append(each)
-            valid.append(each._replace(is_valid=True))
+    for source in sources:
+        if type(source) is RowFile:
+            row_file = source._replace(valid_fraction=valid_fraction)
+            train.append(row_file)
+            valid.append(row_file._replace(is_valid=True))
     return {"train": train, "valid": valid}
 
 
@@ -933,27 +933,27 @@ UP_TO_A_CUT = re.compile(
 BLOCK = 1 << 17  # bytes or characters that are read at once
 
 
-def read_documents(spans):
-    """Yields (text, before) for everything in `spans`, Spans and Rows.
+def read_documents(sources):
+    """Yields (text, before) for everything in `sources`, Spans and RowFiles.
 
     The text is a whole document in a Span with a marker, else a block of about BLOCK characters.
     `before` is the character before it in its document, "" at a start. Raises UsageError if a file
     cannot be read.
     """
     num_rows = 0  # of all files so far
-    for span in spans:
-        if type(span) is Rows:
-            for text in extra("formats").read_rows(span):
-                if is_held_out(num_rows, span.valid_fraction) == span.is_valid:
+    for source in sources:
+        if type(source) is RowFile:
+            for text in extra("formats").read_rows(source):
+                if is_held_out(num_rows, source.valid_fraction) == source.is_valid:
                     pieces = (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
                     yield from cut_into_blocks(pieces)
                 num_rows += 1
-        elif span.marker:
-            for document in split_at_marker(span):
+        elif source.marker:
+            for document in split_at_marker(source):
                 if document.strip():
                     yield document.strip("\n"), ""
         else:
-            yield from cut_into_blocks(read_pieces(span))
+            yield from cut_into_blocks(read_pieces(source))
 
 
 def begin_lines(blocks):
@@ -1015,13 +1015,13 @@ def read_pieces(span):
             raise not_utf8(span.path, file.tell() - len(error.object), error) from None
 
 
-def encode_documents(spans, tokenizer):
+def encode_documents(sources, tokenizer):
     """Yields (text, ids [N]) block by block, with `bos` before each document.
 
     Between documents is one `eos` or, if the tokenizer has none, a line end (see begin_lines). The
     word tokenizer also ends the last document with `eos`, as it does every line.
     """
-    blocks = read_documents(spans)
+    blocks = read_documents(sources)
     if tokenizer.kind == "word":
         blocks = itertools.chain(blocks, [("", "")])  # ends the last document, too
     eos = tokenizer.eos
@@ -1041,8 +1041,8 @@ def encode_documents(spans, tokenizer):
             yield text, ids
 
 
-def write_tokens(spans, tokenizer, path):
-    """Encodes `spans` into the file `path`, a plain sequence of ids.
+def write_tokens(sources, tokenizer, path):
+    """Encodes `sources` into the file `path`, a plain sequence of ids.
 
     Returns a dict of the counts of a Split, and the SHA256 of the ids. A run that has mapped an old
     file keeps its tokens.
@@ -1050,10 +1050,10 @@ def write_tokens(spans, tokenizer, path):
     counts = Counter()
     digest = hashlib.sha256()
     dtype = token_dtype(tokenizer.vocab_size)
-    total = sum(span.stop - span.start for span in spans if type(span) is Span)  # bytes
+    total = sum(source.stop - source.start for source in sources if type(source) is Span)  # bytes
     bar = progress_bar(total=total, unit="B", unit_scale=True, desc=path.name)
     with bar, atomic_write(path) as out:
-        for text, ids in encode_documents(spans, tokenizer):
+        for text, ids in encode_documents(sources, tokenizer):
             if ids.dtype != dtype or ids.max(initial=0) >= tokenizer.vocab_size:
                 raise UsageError(
                     f"encode of the tokenizer {tokenizer.kind} must give ids below its vocab_size, "
@@ -1117,30 +1117,30 @@ def load_dataset(
         tokenizer = corpus.tokenizer
     if isinstance(tokenizer, (str, Path)) and tokenizer not in KINDS:
         tokenizer = read_tokenizer(tokenizer)
-    is_made = not isinstance(tokenizer, str)  # by the caller, or read from a file
-    kind = tokenizer.kind if is_made else tokenizer
+    is_object = not isinstance(tokenizer, str)  # made by the caller, or read from a file
+    kind = tokenizer.kind if is_object else tokenizer
     if kind != "bpe" and vocab_size != VOCAB_SIZE:
         print("--vocab_size has no effect without --tokenizer bpe.")
-    named = named_files(dataset, text, valid_text, test_text)
-    local = python_modules() if dataset == "python" else {}
-    if named:
+    user_paths = named_files(dataset, text, valid_text, test_text)
+    local_sources = python_modules() if dataset == "python" else {}
+    if user_paths:
         program_folders = [Path(user_path(path)).resolve() for path in (data_dir, save_dir) if path]
-        local |= user_text(named, valid_fraction, text_field, program_folders)
-    # A use of a text has a folder for each version of its files and this one; the last two stay.
-    use = [named, valid_fraction, text_field, vocab_size, is_made and tokenizer.to_dict()]
-    name = f"{kind}-{digest_of(use)[:12]}"
-    cache = data_dir / dataset / f"{name}-{digest_of([hash_of_code(SOURCE), key_of(local)])[:8]}"
+        local_sources |= user_text(user_paths, valid_fraction, text_field, program_folders)
+    # One use of a text has a folder per version of its files and of datasets.py; two stay.
+    key = [user_paths, valid_fraction, text_field, vocab_size, is_object and tokenizer.to_dict()]
+    name = f"{kind}-{digest_of(key)[:12]}"
+    cache = data_dir / dataset / f"{name}-{digest_of_inputs(local_sources)[:8]}"
     with hold_lock(cache):  # only one process encodes
         about = read_about(cache)
         if about is None:
             options = {"data_dir": data_dir, "mirror": mirror}
-            get = functools.partial(fetch, folder=dataset, corpus=corpus, **options)
-            if "train" not in local:
-                splits = zip(SPLITS, corpus.find_texts(get))
-                local = {split: [span] for split, span in splits} | local
-            if not is_made:
-                tokenizer = make_tokenizer(kind, local["train"], vocab_size, **options)
-            about = write_splits(local, tokenizer, cache)
+            get_file = functools.partial(fetch, folder=dataset, corpus=corpus, **options)
+            if "train" not in local_sources:
+                splits = zip(SPLITS, corpus.find_texts(get_file))
+                local_sources = {split: [span] for split, span in splits} | local_sources
+            if not is_object:
+                tokenizer = make_tokenizer(kind, local_sources["train"], vocab_size, **options)
+            about = write_splits(local_sources, tokenizer, cache)
             written = sorted(cache.parent.glob(f"{name}*/about.json"), key=os.path.getmtime)
             for path in written[:-2]:  # a run that has mapped one keeps its tokens
                 shutil.rmtree(path.parent, ignore_errors=True)
@@ -1163,30 +1163,30 @@ def digest_of(data):
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def key_of(local):
-    """A digest of local files, {split: [Span or Rows, ...]}: their paths, cuts, sizes and times."""
-    known = []
-    for each in itertools.chain(*local.values()):
-        status = os.stat(each.path)
-        known.append([repr(each), status.st_size, status.st_mtime_ns])
-    return digest_of(known)
+def digest_of_inputs(sources):
+    """A digest of this file and of local {split: sources}: their paths, cuts, sizes and times."""
+    entries = [hash_of_code(SOURCE)]
+    for source in itertools.chain(*sources.values()):
+        status = os.stat(source.path)
+        entries.append([repr(source), status.st_size, status.st_mtime_ns])
+    return digest_of(entries)
 
 
-def make_tokenizer(kind, spans, vocab_size, **options):
+def make_tokenizer(kind, sources, vocab_size, **options):
     """GPT-2's tokenizer, or one trained on the training split; options: see fetch."""
     if kind == "gpt2":
         path = fetch("tokenizer.json", "gpt2", GPT2, **options)
         return PackageTokenizer(path.read_text("utf-8"), kind)
-    texts = (text for text, _ in read_documents(spans))
+    texts = (text for text, _ in read_documents(sources))
     return TOKENIZERS[kind].train(texts, vocab_size)
 
 
-def write_splits(spans, tokenizer, cache):
+def write_splits(sources, tokenizer, cache):
     """Encodes all splits into `cache`; returns what about.json says of them."""
     about = {"tokenizer": tokenizer.to_dict(), "splits": {}}
-    for split in spans:
+    for split in sources:
         path = cache / f"{split}.tokens"
-        about["splits"][split] = write_tokens(spans[split], tokenizer, path)
+        about["splits"][split] = write_tokens(sources[split], tokenizer, path)
     with atomic_write(cache / "about.json") as file:
         file.write(json.dumps(about | {"check": digest_of(about)}).encode())
     return about

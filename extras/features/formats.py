@@ -20,21 +20,21 @@ BATCH = 16  # rows of a Parquet file that are in memory at once
 TEXTS = re.compile(r"(dictionary<values=)?(large_)?(string|binary)(_view)?\b.*")
 
 
-def read_rows(rows):
-    """Yields the text of each row of a file, "" where there is none; rows: the Rows of datasets.py.
+def read_rows(file):
+    """Yields the text of each row of a file, "" where there is none; file: a RowFile.
 
     Raises UsageError for a row that is no text, one that is too long, or a damaged file.
     """
-    read = read_parquet if rows.path.suffix.lower() == ".parquet" else read_json_lines
+    read = read_parquet if file.path.suffix.lower() == ".parquet" else read_json_lines
     try:
-        for text in read(rows.path, rows.field):
+        for text in read(file.path, file.field):
             yield utf8(text or "")  # JSON may spell half a character
     except (UsageError, MemoryError):
         raise
     except Exception as error:  # what libraries raise for a damaged file has types of its own
         reason = one_line(error) or type(error).__name__
         raise UsageError(
-            f"{rows.path} cannot be read: is it whole, and of the kind that it is named? ({reason})"
+            f"{file.path} cannot be read: is it whole, and of the kind that it is named? ({reason})"
         ) from None
 
 
