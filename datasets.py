@@ -416,16 +416,16 @@ KINDS = ["auto", *TOKENIZERS]
 KINDS.remove("file")
 
 
-def encode_after(tokenizer, befores, texts):
+def encode_after(tokenizer, previous_characters, texts):
     """Encodes each text as a continuation of the character before it ("" at a start): ids [N].
 
     Some tokenizers put a space before whatever they encode.
     """
-    both = tokenizer.encode_batch([before + text for before, text in zip(befores, texts)])
-    for before, text, ids in zip(befores, texts, both):
-        known = tokenizer.encode(before)
-        if np.array_equal(ids[: len(known)], known):
-            yield ids[len(known) :]
+    both = tokenizer.encode_batch([*map("".join, zip(previous_characters, texts))])
+    for previous, text, ids in zip(previous_characters, texts, both):
+        previous_ids = tokenizer.encode(previous)
+        if np.array_equal(ids[: len(previous_ids)], previous_ids):
+            yield ids[len(previous_ids) :]
         else:  # a token spans that character and the first ones of the text
             yield tokenizer.encode(text)
 
@@ -823,8 +823,8 @@ def check_text(path):
         )
     begin = head_of_file(path)
     has_rows = ROW_FILES.fullmatch(path.name)
-    for known, what in NO_TEXT.items():
-        if begin.startswith(known) and (known == LFS or not has_rows):
+    for magic_bytes, what in NO_TEXT.items():
+        if begin.startswith(magic_bytes) and (magic_bytes == LFS or not has_rows):
             raise UsageError(f"{path} is {what}")
     if has_rows:
         return
@@ -871,8 +871,8 @@ def split_by_names(files):
 def is_held_out(index, valid_fraction):
     """Whether the document at this index is one of those held out, at regular intervals."""
     # Without 1e-9, a rounding error could leave a product just below an integer.
-    before = int(index * valid_fraction + 1e-9)
-    return int((index + 1) * valid_fraction + 1e-9) > before
+    num_before = int(index * valid_fraction + 1e-9)
+    return int((index + 1) * valid_fraction + 1e-9) > num_before
 
 
 def hold_out(sources, valid_fraction):
@@ -934,11 +934,11 @@ BLOCK = 1 << 17  # bytes or characters that are read at once
 
 
 def read_documents(sources):
-    """Yields (text, before) for everything in `sources`, Spans and RowFiles.
+    """Yields (text, previous) for everything in `sources`, Spans and RowFiles.
 
     The text is a whole document in a Span with a marker, else a block of about BLOCK characters.
-    `before` is the character before it in its document, "" at a start. Raises UsageError if a file
-    cannot be read.
+    `previous` is the character before it in its document, "" at a start. Raises UsageError if a
+    file cannot be read.
     """
     num_rows = 0  # of all files so far
     for source in sources:
@@ -962,10 +962,10 @@ def begin_lines(blocks):
     A line end is added unless the document before ends with one. blocks: see read_documents.
     """
     last = "\n"  # character
-    for text, before in blocks:
-        if not before and last != "\n":
+    for text, previous in blocks:
+        if not previous and last != "\n":
             yield "\n", last
-        yield text, before
+        yield text, previous
         last = text[-1]
 
 
@@ -980,11 +980,11 @@ def split_at_marker(span):
 
 
 def cut_into_blocks(pieces):
-    """Yields (text, before) for a document that comes in pieces of at most BLOCK characters.
+    """Yields (text, previous) for a document that comes in pieces of at most BLOCK characters.
 
     The blocks give the tokens of the whole; see read_documents.
     """
-    before = ""
+    previous = ""
     rest = ""  # not yet yielded
     for piece in pieces:
         found = UP_TO_A_CUT.match(rest)
@@ -994,11 +994,11 @@ def cut_into_blocks(pieces):
         elif len(rest) > 16 * BLOCK:  # memory must stay bounded even if the text is one word
             end = len(rest)
         if end > 0:
-            yield rest[:end], before
-            before = rest[end - 1]
+            yield rest[:end], previous
+            previous = rest[end - 1]
         rest = rest[end:] + piece
     if rest:
-        yield rest, before
+        yield rest, previous
 
 
 def read_pieces(span):
@@ -1029,9 +1029,9 @@ def encode_documents(sources, tokenizer):
         blocks = begin_lines(blocks)
     last = eos  # as if a document had just ended: nothing goes before the first one
     while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
-        texts, befores = zip(*batch)
-        for text, before, ids in zip(texts, befores, encode_after(tokenizer, befores, texts)):
-            if not before:  # it begins a document
+        texts, characters = zip(*batch)
+        for (text, previous), ids in zip(batch, encode_after(tokenizer, characters, texts)):
+            if not previous:  # it begins a document
                 first = [*tokenizer.bos]
                 if last != eos and first[:1] != [eos]:  # some models have one token for both
                     first.insert(0, eos)
@@ -1198,8 +1198,8 @@ def read_about(cache):
         about = json.loads((cache / "about.json").read_text("utf-8"))
         if about.pop("check") != digest_of(about):
             raise ValueError("about.json is not what was written")
-        for split, known in about["splits"].items():
-            if hash_of_file(cache / f"{split}.tokens") != known["sha256"]:
+        for split, counts in about["splits"].items():
+            if hash_of_file(cache / f"{split}.tokens") != counts["sha256"]:
                 raise ValueError("tokens are not what was written")
         return about
     except FileNotFoundError:  # nothing encoded yet, or killed while encoding
@@ -1215,9 +1215,9 @@ def map_dataset(name, cache, about, train_tokens):
     dtype = token_dtype(tokenizer.vocab_size)
     splits = dict.fromkeys(SPLITS)
     sha256 = {}
-    for split, known in about["splits"].items():
+    for split, counts in about["splits"].items():
         path = cache / f"{split}.tokens"
-        identity = digest_of([known.pop("sha256"), about["tokenizer"]])
+        identity = digest_of([counts.pop("sha256"), about["tokenizer"]])
         if split != "test":
             sha256[split] = identity  # checkpoints store these
         if path.stat().st_size < 2 * np.dtype(dtype).itemsize:
@@ -1225,8 +1225,8 @@ def map_dataset(name, cache, about, train_tokens):
         tokens = np.memmap(path, dtype, "r")
         if split == "train" and train_tokens and train_tokens < len(tokens):
             tokens = tokens[:train_tokens]
-            known = dict.fromkeys(known)
-        splits[split] = Split(tokens, **known)
+            counts = dict.fromkeys(counts)
+        splits[split] = Split(tokens, **counts)
     if splits["train"] is None or splits["valid"] is None:
         raise UsageError(
             "no text is left for training or validation: "

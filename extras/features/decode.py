@@ -125,13 +125,13 @@ class BatchDecoder:
     def draw(self, flags, seeds, count=1):
         """Ids [B, count], sampled after each of the last `count` tokens of every text."""
         logits = self.logits(count).flatten(0, 1)  # [B * count, V]
-        befores = []  # the window up to each of those tokens
+        prefixes = []  # the window up to each of those tokens
         keys = []
         for text, start, seed in zip(self.texts, self.starts, seeds):
             for end in range(len(text) - count + 1, len(text) + 1):
-                befores.append(text[start:end])
+                prefixes.append(text[start:end])
                 keys.append([seed, end])
-        logits = process_logits(logits, flags, befores)
+        logits = process_logits(logits, flags, prefixes)
 
         def draw_one(row, key):
             return sample_token(row, flags, key)
@@ -170,22 +170,22 @@ class SpeculativeDecoder:
         """Yields `max_tokens` ids and appends them to the text."""
         self.proposed = 0
         self.accepted = 0
-        known = len(self.ids)  # tokens that are final
-        end = known + max_tokens
+        num_final = len(self.ids)  # tokens that are final
+        end = num_final + max_tokens
         try:
-            while known < end:
-                ids = self.draw(end - known, flags, seed)
+            while num_final < end:
+                ids = self.draw(end - num_final, flags, seed)
                 for token in ids:
-                    known += 1
+                    num_final += 1
                     yield token
         finally:
-            self.truncate(known)  # drops what was sampled but not consumed
+            self.truncate(num_final)  # drops what was sampled but not consumed
 
     def draw(self, most, flags, seed):
         """Samples between one and `most` ids and appends them to the text."""
-        known = len(self.ids)
+        num_final = len(self.ids)
         # Beyond this, the window would move.
-        room = self.decoder.model.config.context_size - (known - self.decoder.starts[0])
+        room = self.decoder.model.config.context_size - (num_final - self.decoder.starts[0])
         wanted = max(0, min(self.length, room, most - 1))
         proposals = [token for [token] in self.draft.generate(wanted, flags, [seed])]
         ids = self.decoder.draw(flags, [seed], wanted + 1)[0].tolist()
@@ -194,7 +194,7 @@ class SpeculativeDecoder:
             accepted += 1
         self.proposed += wanted
         self.accepted += accepted
-        self.truncate(known + accepted)
+        self.truncate(num_final + accepted)
         self.ids.append(ids[accepted])  # the model's own token, after the last accepted one
         return ids[: accepted + 1]
 

@@ -95,6 +95,6 @@ def no_text(path, number, field, texts):
     """The UsageError for a row that holds texts in the fields `texts` alone."""
     remedy = "write the text of each row into it, as one string"
     if texts:
-        known = ", ".join(f"{name:.40}" for name in texts[:10])
-        remedy = f"name another one by --text_field (it has {known}), or {remedy}"
+        listed = ", ".join(f"{name:.40}" for name in texts[:10])
+        remedy = f"name another one by --text_field (it has {listed}), or {remedy}"
     return UsageError(f"row {number:,} of {path} has no text in the field {field}: {remedy}")
