@@ -1249,7 +1249,7 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
         raise UsageError(f'add a line "SHA256 SIZE {name}" to the files of {folder} in CORPORA')
     sha256, size = listed.groups()
     path = data_dir / folder / name
-    part = path.with_name(f"{name}.part")
+    partial_path = path.with_name(f"{name}.part")
     sources = [host + name for host in corpus.hosts]
     if mirror:
         sources = [f"{mirror.rstrip('/')}/{folder}/{name}"]
@@ -1262,12 +1262,12 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
         for source in sources:
             # requests raises OSErrors, except a ValueError for a malformed redirect.
             try:
-                transfer(source, part, sha256, int(size))
+                transfer(source, partial_path, sha256, int(size))
             except (OSError, ValueError) as error:
                 reasons.append(without_passwords(f"{source}: {one_line(error)}"))
                 continue
             print(f"Downloaded {without_passwords(source)} (verified) to {path}")
-            return part.replace(path)
+            return partial_path.replace(path)
     reason = "; ".join(reasons) or "it has no hosts in CORPORA"
     raise RunError(
         f"{name} could not be downloaded ({reason}). Put it at {path} by hand "
@@ -1276,23 +1276,23 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
     )
 
 
-def transfer(source, part, sha256, size):
-    """Downloads or copies a file to `part`, and checks its SHA256. Raises OSError or ValueError."""
+def transfer(source, path, sha256, size):
+    """Downloads or copies a file to `path`, and checks its SHA256. Raises OSError or ValueError."""
     while True:
-        is_resumed = part.exists()  # an earlier process has left it unfinished
+        is_resumed = path.exists()  # an earlier process has left it unfinished
         if "://" in source:
-            download(source, part, size)
+            download(source, path, size)
         else:
-            shutil.copyfile(user_path(source), part)
-        if hash_of_file(part) == sha256:
+            shutil.copyfile(user_path(source), path)
+        if hash_of_file(path) == sha256:
             return
-        part.unlink()
+        path.unlink()
         if not is_resumed:
             raise OSError("its SHA256 is not the expected one")
 
 
-def download(address, part, size):
-    """Appends to `part` the bytes that it lacks of the `size` bytes at an address.
+def download(address, path, size):
+    """Appends to `path` the bytes that it lacks of the `size` bytes at an address.
 
     Raises OSError or ValueError after four tries, or at once if another try would not help.
     """
@@ -1303,18 +1303,18 @@ def download(address, part, size):
         "Accept-Encoding": "identity",  # so that sizes and ranges refer to the file itself
     }
     options = {"stream": True, "timeout": 30, "hooks": {"response": close_redirect}}  # seconds
-    part.touch()
+    path.touch()
     host_answered = False
     for pause in (0, 1, 4, 16):  # seconds
         time.sleep(pause)
-        have = part.stat().st_size
+        have = path.stat().st_size
         if have >= size:
             return
         headers["Range"] = f"bytes={have}-"
         try:
             with requests.get(address, headers=headers, **options) as response:
                 host_answered = True
-                return receive(response, part, have, size)
+                return receive(response, path, have, size)
         except requests.RequestException as error:
             reason = cause_of(error)
         if not host_answered:  # a dead host is not worth the wait
@@ -1328,8 +1328,8 @@ def close_redirect(response, **_):
         response.close()
 
 
-def receive(response, part, start, size):
-    """Writes to `part` a response that should begin at byte `start` of a file.
+def receive(response, path, start, size):
+    """Writes to `path` a response that should begin at byte `start` of a file.
 
     Raises requests.RequestException if another try may help, OSError if it will not.
     """
@@ -1340,8 +1340,8 @@ def receive(response, part, start, size):
         raise OSError(f"HTTP status {status}")
     if status != 206:
         start = 0  # a server may ignore the range and send the whole file
-    bar = progress_bar(total=size, initial=start, unit="B", unit_scale=True, desc=part.stem)
-    with bar, open(part, "ab" if start else "wb") as out:
+    bar = progress_bar(total=size, initial=start, unit="B", unit_scale=True, desc=path.stem)
+    with bar, open(path, "ab" if start else "wb") as out:
         for chunk in response.iter_content(1 << 16):  # an incomplete chunk is lost
             bar.update(out.write(chunk))
             if out.tell() > size:  # a server must not fill the disk
@@ -1535,11 +1535,11 @@ def extra(name):
     )
 
 
-def is_nothing(node, part):
-    """Whether a part of a syntax tree does nothing: a docstring, or a format's empty end (3.12)."""
-    if isinstance(part, ast.Expr):
-        return isinstance(part.value, ast.Constant)
-    return isinstance(node, ast.JoinedStr) and part.value == ""
+def is_nothing(node, child):
+    """Whether a node's child does nothing: a docstring, or an f-string's empty text (3.12)."""
+    if isinstance(child, ast.Expr):
+        return isinstance(child.value, ast.Constant)
+    return isinstance(node, ast.JoinedStr) and child.value == ""
 
 
 def words_of_code(source):
@@ -1560,12 +1560,12 @@ def words_of_code(source):
             if value is None or value == [] or name in ("kind", "ctx"):
                 continue
             words.append(name)
-            for part in value if isinstance(value, list) else [value]:
-                if not isinstance(part, ast.AST):
-                    words.append(repr(part))
-                elif not is_nothing(node, part):
+            for child in value if isinstance(value, list) else [value]:
+                if not isinstance(child, ast.AST):
+                    words.append(repr(child))
+                elif not is_nothing(node, child):
                     words.append("")
-                    nodes.append(part)
+                    nodes.append(child)
     return words
 
 

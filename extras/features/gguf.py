@@ -84,11 +84,11 @@ def convert_weights(model, names, is_permuted):
     converted = []
     for name, weight in tree_flatten(model.parameters()):
         array = np.array(weight)
-        part, _, kind = name.rpartition(".")  # kind: weight or bias
-        if is_permuted and part.endswith(("q_proj", "k_proj")):
+        layer_name, _, kind = name.rpartition(".")  # kind: weight or bias
+        if is_permuted and layer_name.endswith(("q_proj", "k_proj")):
             halves = array.reshape(-1, 2, config.head_dim // 2, config.dim)
             array = halves.swapaxes(1, 2).reshape(array.shape)
-        converted.append((f"{names[part]}.{kind}", array))
+        converted.append((f"{names[layer_name]}.{kind}", array))
     if config.rope_scaling:
         # How many times slower each pair of dimensions rotates than without scaling.
         plain = rope_frequencies(config.head_dim, config.rope_theta)

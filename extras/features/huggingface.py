@@ -410,14 +410,14 @@ def write_files(folder, model, texts):
 
 def find_counterpart(config):
     """Their model_type for a model of this Config. Raises UsageError if there is none."""
-    parts = {}
+    unusual_fields = {}
     for name, value in vars(config).items():
         if name not in (*THEIR_NAMES, "untie", "rope_scaling") and value != PLAIN[name]:
-            parts[name] = value
-    for kind, its_parts in KINDS.items():
-        if parts == its_parts:
+            unusual_fields[name] = value
+    for kind, its_fields in KINDS.items():
+        if unusual_fields == its_fields:
             return kind
-    shape = " ".join(f"--{name} {value}" for name, value in parts.items())
+    shape = " ".join(f"--{name} {value}" for name, value in unusual_fields.items())
     raise UsageError(f"Hugging Face has no model with {shape}: train one with --mlp swiglu")
 
 
