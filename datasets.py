@@ -694,7 +694,7 @@ def user_text(paths_of, valid_fraction, text_field, program_folders):
 
     paths_of: {split: [path, ...]}; only "test" if the rest is a corpus. Without "valid", a part of
     "train" is held out: the files that are named for validation, else see hold_out. Files for
-    validation or testing are left out of the training text. program_folders: see texts_of;
+    validation or testing are left out of the training text. program_folders: see find_text_files;
     text_field: see RowFile.
     """
     files = {split: find_files(paths, program_folders) for split, paths in paths_of.items()}
@@ -720,14 +720,14 @@ def set_aside(files):
     left_out = [name for real, (_, name) in files["train"].items() if real in held_out]
     # A user who names the same files for both wants to train on them.
     if 0 < len(left_out) < len(files["train"]):
-        print(f"Not training on what is for validation or testing: {some_of(left_out)}")
+        print(f"Not training on what is for validation or testing: {first_names(left_out)}")
         for real in held_out:
             files["train"].pop(real, None)
     say_what_is_read(files["train"])
     return files
 
 
-def some_of(names):
+def first_names(names):
     """The first five names of a list, and how many more there are."""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return ", ".join(name.lstrip("/") for name in names[:5]) + more
@@ -736,16 +736,16 @@ def some_of(names):
 def say_what_is_read(files):
     """Prints what may surprise the user of a text; files: see find_files."""
     marked = []
-    windows = []
+    crlf = []
     for path, name in files.values():
         if path.suffix.lower() in MARKUP_SUFFIXES:
             marked.append(name)
-        if not ROW_FILES.fullmatch(path.name) and b"\r\n" in head_of_file(path):
-            windows.append(name)
+        if not ROW_FILES.fullmatch(path.name) and b"\r\n" in read_head(path):
+            crlf.append(name)
     if marked:
-        print(f"Read as they are, with their markup: {some_of(marked)}")
-    if windows:
-        print(f"Lines end as on Windows, in CR LF, which is trained on, too: {some_of(windows)}")
+        print(f"Read as they are, with their markup: {first_names(marked)}")
+    if crlf:
+        print(f"Lines end as on Windows, in CR LF, which is trained on, too: {first_names(crlf)}")
 
 
 def find_files(paths, program_folders):
@@ -755,7 +755,7 @@ def find_files(paths, program_folders):
     """
     found = {}
     for path in paths:
-        for file, name in texts_of(path, program_folders):
+        for file, name in find_text_files(path, program_folders):
             if os.path.getsize(file) > 0:
                 found.setdefault(file.resolve(), (file, name))
     if not found:
@@ -766,7 +766,7 @@ def find_files(paths, program_folders):
     return found
 
 
-def texts_of(path, program_folders):
+def find_text_files(path, program_folders):
     """[(path, name), ...] in order: a file, the texts in a folder, or those that match a glob.
 
     Files that are no text, or cannot be read, are left out with a message. Hidden files do not
@@ -808,7 +808,7 @@ def texts_of(path, program_folders):
         raise reason
     if left_out:
         what = f"{left_out.total():,} bytes in files that are no readable UTF-8 text"
-        print(f"{path}: leaving out {what} ({some_of([*left_out])})")
+        print(f"{path}: leaving out {what} ({first_names([*left_out])})")
     return sorted(files.items())
 
 
@@ -821,7 +821,7 @@ def check_text(path):
         raise UsageError(
             f"{path} is a pipe, a device or a socket: write its text to a file, and name that"
         )
-    begin = head_of_file(path)
+    begin = read_head(path)
     has_rows = ROW_FILES.fullmatch(path.name)
     for magic_bytes, what in NO_TEXT.items():
         if begin.startswith(magic_bytes) and (magic_bytes == LFS or not has_rows):
@@ -836,7 +836,7 @@ def check_text(path):
     next(read_pieces(whole(path, errors="strict")), "")
 
 
-def head_of_file(path):
+def read_head(path):
     """The first 64 KiB of a file."""
     with explain_errors(f"{path} cannot be read", OSError), open(path, "rb") as file:
         return file.read(1 << 16)
@@ -892,7 +892,7 @@ def hold_out(sources, valid_fraction):
     total = sum(span.stop for span in spans)  # bytes
     share = sum(span.stop for span in valid) / max(1, total)
     if valid_fraction / 2 <= share <= 2 * valid_fraction:
-        names = some_of([span.path.name for span in valid])
+        names = first_names([span.path.name for span in valid])
     else:
         share = valid_fraction
         train = []
