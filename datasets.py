@@ -1415,7 +1415,7 @@ def progress_bar(**options):
     return tqdm(**options)
 
 
-def be_one_module(namespace):
+def alias_running_module(namespace):
     """Lets an `import` find the file that runs as __main__; namespace: its globals()."""
     running = sys.modules["__main__"]
     if vars(running) is namespace:  # and not cProfile's, for example
@@ -1430,7 +1430,7 @@ def prepare(namespace):
     """
     home = str(namespace["HERE"])
     if namespace["__name__"] == "__main__":
-        be_one_module(namespace)
+        alias_running_module(namespace)
         for name, module in [*sys.modules.items()]:
             # Left by a notebook's last %run. fast.py stays, as its choice of a BLAS is final.
             is_extra = name.startswith("extras.") and name != "extras.features.fast"
@@ -1575,7 +1575,7 @@ def hash_of_code(source):
     return digest_of(words_of_code(source))
 
 
-def definition(name, source):
+def source_of_definition(name, source):
     """The source of a function or class, without decorators; "" if it is not there."""
     lines = rf"^(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # to the next statement
     found = re.search(lines, source, flags=re.MULTILINE)
@@ -1723,7 +1723,7 @@ def hold_lock(folder):
         yield
 
 
-def no_follow(path, flags):
+def open_no_follow(path, flags):
     """An `opener` for open(): raises OSError if `path` is a link, which might lead anywhere.
 
     Opening a pipe does not wait for its other end.
@@ -2024,5 +2024,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    be_one_module(globals())  # so that extras import no second copy
+    alias_running_module(globals())  # so that extras import no second copy
     run_program("datasets.py", main)

@@ -56,8 +56,8 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
 from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, TEXT_FLAGS, Flag, RunError, UsageError
-from datasets import absolute, explain_errors, extra, new_file, no_follow, nonempty, number, one_of
-from datasets import printable, publish, sync, user_path
+from datasets import absolute, explain_errors, extra, new_file, nonempty, number, one_of
+from datasets import open_no_follow, printable, publish, sync, user_path
 
 # ---- Model --------------------------------------------------------------------------------------
 # Decoder-only, pre-norm, with RMSNorm, RoPE and grouped-query attention. Layers are named as in
@@ -126,7 +126,7 @@ def fast_version(function, dependencies=()):
         return function
     names = [dependency.__name__ for dependency in (function, *dependencies)]
     for name in names:
-        sha256 = datasets.hash_of_code(datasets.definition(name, SOURCE))
+        sha256 = datasets.hash_of_code(datasets.source_of_definition(name, SOURCE))
         is_edited = sha256 != fast.STANDS_FOR.get(name)
         if is_edited and name not in EDITED_FUNCTIONS:
             EDITED_FUNCTIONS.append(name)
@@ -1753,7 +1753,7 @@ def sha1_of_text(text):
 
 def sha1_of_file(path):
     """The SHA1 of a file, but not of a symbolic link. Raises OSError."""
-    return datasets.hash_of_file(path, hashlib.sha1, no_follow)
+    return datasets.hash_of_file(path, hashlib.sha1, open_no_follow)
 
 
 def sha1_of_arrays(arrays):
@@ -1782,7 +1782,7 @@ def read_checkpoint(metadata_path):
 
     Raises an exception of any type if it is malformed: the file is untrusted.
     """
-    with open(metadata_path, "rb", opener=no_follow) as file:
+    with open(metadata_path, "rb", opener=open_no_follow) as file:
         length = int.from_bytes(file.read(8), "little")  # of the JSON header that follows
         # The length may be junk. MLX itself reads no header of 100 MB.
         header = json.loads(file.read(min(length, 10**8)))["__metadata__"]
@@ -2478,7 +2478,7 @@ class Reporter:
         row = {"iteration": run.iteration, "prompt": prompt, "text": text}
         with self.writing("samples.jsonl"):
             path = run.folder / "samples.jsonl"
-            with open(path, "a", encoding="utf-8", opener=no_follow) as file:
+            with open(path, "a", encoding="utf-8", opener=open_no_follow) as file:
                 file.write(json.dumps(row) + "\n")
 
     @contextlib.contextmanager
@@ -2514,7 +2514,7 @@ class Log:
         if not {*row} <= {*self.columns}:
             self.rewrite(texts)
             return
-        with open(self.path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
+        with open(self.path, "a", encoding="utf-8", newline="", opener=open_no_follow) as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
 
     def rewrite(self, last_row):
@@ -2552,7 +2552,7 @@ def read_log(path):
     if os.path.lexists(path):
         # A spreadsheet may have added a byte-order mark.
         options = {"encoding": "utf-8-sig", "errors": "replace", "newline": ""}
-        with open(path, **options, opener=no_follow) as file:
+        with open(path, **options, opener=open_no_follow) as file:
             for line in file:
                 with contextlib.suppress(csv.Error, ValueError, KeyError):
                     values = next(csv.reader([line]))

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from datasets import RunError, UsageError, explain_errors, no_follow
+from datasets import RunError, UsageError, explain_errors, open_no_follow
 from extras.versus.sequential import SCREEN
 
 NAME = "comparisons.jsonl"
@@ -44,7 +44,7 @@ def begin_look(described, results, again=False):
 
 def record(path, result):
     """Appends a result to a ledger."""
-    with open(path, "a", encoding="utf-8", opener=no_follow) as file:
+    with open(path, "a", encoding="utf-8", opener=open_no_follow) as file:
         file.write(json.dumps(result) + "\n")
 
 
