@@ -930,22 +930,22 @@ UP_TO_A_CUT = re.compile(
 )
 
 
-BLOCK = 1 << 17  # bytes or characters that are read at once
+BLOCK_SIZE = 1 << 17  # bytes or characters that are read at once
 
 
 def read_documents(sources):
     """Yields (text, previous) for everything in `sources`, Spans and RowFiles.
 
-    The text is a whole document in a Span with a marker, else a block of about BLOCK characters.
-    `previous` is the character before it in its document, "" at a start. Raises UsageError if a
-    file cannot be read.
+    The text is a whole document in a Span with a marker, else a block of about BLOCK_SIZE
+    characters. `previous` is the character before it in its document, "" at a start. Raises
+    UsageError if a file cannot be read.
     """
     num_rows = 0  # of all files so far
     for source in sources:
         if type(source) is RowFile:
             for text in extra("formats").read_rows(source):
                 if is_held_out(num_rows, source.valid_fraction) == source.is_valid:
-                    pieces = (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
+                    pieces = (text[i : i + BLOCK_SIZE] for i in range(0, len(text), BLOCK_SIZE))
                     yield from cut_into_blocks(pieces)
                 num_rows += 1
         elif source.marker:
@@ -980,7 +980,7 @@ def split_at_marker(span):
 
 
 def cut_into_blocks(pieces):
-    """Yields (text, previous) for a document that comes in pieces of at most BLOCK characters.
+    """Yields (text, previous) for a document that comes in pieces of at most BLOCK_SIZE characters.
 
     The blocks give the tokens of the whole; see read_documents.
     """
@@ -991,7 +991,7 @@ def cut_into_blocks(pieces):
         end = 0
         if found:
             end = found.end()
-        elif len(rest) > 16 * BLOCK:  # memory must stay bounded even if the text is one word
+        elif len(rest) > 16 * BLOCK_SIZE:  # memory must stay bounded even if the text is one word
             end = len(rest)
         if end > 0:
             yield rest[:end], previous
@@ -1002,12 +1002,12 @@ def cut_into_blocks(pieces):
 
 
 def read_pieces(span):
-    """Yields the text of a span, read in pieces of BLOCK bytes."""
+    """Yields the text of a span, read in pieces of BLOCK_SIZE bytes."""
     # A byte-order mark is no part of the text.
     encoding = "utf-8" if span.start else "utf-8-sig"
     with open(span.path, "rb") as file:
         file.seek(span.start)
-        blocks = iter(lambda: file.read(min(BLOCK, span.stop - file.tell())), b"")
+        blocks = iter(lambda: file.read(min(BLOCK_SIZE, span.stop - file.tell())), b"")
         try:
             yield from codecs.iterdecode(blocks, encoding, span.errors)
         except UnicodeDecodeError as error:

@@ -274,7 +274,7 @@ def main_steps(folder, kind, dtype, line):
     if kind == "plain":
         from extras.features import fast
 
-        env["PLAIN_FUNCTIONS"] = ",".join(fast.STANDS_FOR)
+        env["PLAIN_FUNCTIONS"] = ",".join(fast.PLAIN_HASHES)
     save_dir = tempfile.mkdtemp(dir=folder)
     line = [*line, "--tokenizer", "word", "--dtype", dtype, "--lr_warmup", 0]
     line += ["--steps_per_report", 1, "--sample_tokens", 0]

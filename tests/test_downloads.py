@@ -104,7 +104,7 @@ def test_an_edited_program_encodes_anew(ptb):
     assert (ids, twice) == ([1, 3, 2, 0, 0], [1, 3, 2, 0, 0, 0, 0])
     ptb.edit('" <eos> <eos> "', '" <eos> "')
     assert load() == (ids, first, time), "it is not encoded again"
-    ptb.edit("BLOCK = 1 << 17", "BLOCK = 1 << 16")
+    ptb.edit("BLOCK_SIZE = 1 << 17", "BLOCK_SIZE = 1 << 16")
     _, third, _ = load()
     assert {*first.parent.glob("*-*")} == {second, third}, "the two that were written last"
 

@@ -20,7 +20,7 @@ of the same names:
 fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
 
 They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
-for the plain function with the hash in STANDS_FOR: one that was edited is used itself. Loss and
+for the plain function with the hash in PLAIN_HASHES: one that was edited is used itself. Loss and
 metrics also stand for the classes Embedding and LanguageModel, whose logits they compute, and
 parallelize for Muon. On a GPU, all but embed, loss and metrics leave the work to MLX. Without this
 file, or with the environment variable DISABLE_FAST set, main.py works the same, only slower, but
@@ -58,7 +58,7 @@ from extras.common.limits import count_cores
 
 # Of main.py's functions that those below stand for, hash_of_code. Where a test finds that a plain
 # function has changed, compare the two, then enter its new one.
-STANDS_FOR = {
+PLAIN_HASHES = {
     "linear_product": "9b9baf3e6e0cab64e99fdf0352d573908bd0f1db68589626cfa65dd20c87eee1",
     "rms_norm": "bb525adb914ad7e3cbb3f0bec8564c25734f93814102f2ae9daeaa5d275583b9",
     "rotate": "1fb880b53c2b9083019d24ae287c91d5023415b0d2742cfcca929f75be8edf0c",
@@ -121,7 +121,7 @@ def use_fast_blas():
     return name
 
 
-HEAP = 2**32  # bytes of memory that get huge pages
+HEAP_BYTES = 2**32  # bytes of memory that get huge pages
 MADV_HUGEPAGE = 14
 
 
@@ -136,10 +136,10 @@ def keep_freed_memory():
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         libc.malloc.restype = ctypes.c_void_p
-        heap = libc.malloc(ctypes.c_size_t(HEAP))  # takes no memory before it is used
+        heap = libc.malloc(ctypes.c_size_t(HEAP_BYTES))  # takes no memory before it is used
         if heap:
             start = heap & -(2**16)  # madvise wants the start of a page: 64 KiB at most
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(HEAP), MADV_HUGEPAGE)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(HEAP_BYTES), MADV_HUGEPAGE)
             libc.free(ctypes.c_void_p(heap))  # the next arrays come from it
 
 

@@ -15,7 +15,7 @@ import re
 from datasets import UsageError, explain_errors, one_line, utf8
 
 MOST_BYTES = 1 << 24  # of a row, as JSON or as a text
-BATCH = 16  # rows of a Parquet file that are in memory at once
+BATCH_ROWS = 16  # rows of a Parquet file that are in memory at once
 # Types of columns that may hold texts, as pyarrow spells them; writers need not say which bytes do.
 TEXTS = re.compile(r"(dictionary<values=)?(large_)?(string|binary)(_view)?\b.*")
 
@@ -74,7 +74,7 @@ def read_parquet(path, field):
         if field not in texts:
             raise no_text(path, 1, field, texts)
         number = 1
-        for batch in file.iter_batches(BATCH, columns=[field], use_threads=False):
+        for batch in file.iter_batches(BATCH_ROWS, columns=[field], use_threads=False):
             column = batch.column(0).cast(pyarrow.large_string())
             for length in compute.binary_length(column).to_pylist():
                 if length is not None and length > MOST_BYTES:

@@ -37,7 +37,7 @@ ALONE = (
     "MLX_RANK, OMPI_COMM_WORLD_SIZE and PMI_SIZE"
 )
 LOST = "another rank is gone ({}): rerun the command to resume from the last checkpoint"
-PIECE = 1 << 26  # bytes of a message, at most
+MAX_PIECE_BYTES = 1 << 26  # bytes of a message, at most
 
 
 class Group(contextlib.AbstractContextManager):
@@ -151,8 +151,8 @@ class Group(contextlib.AbstractContextManager):
         whole = np.zeros(size, np.uint8)
         if self.rank == 0:
             whole[:] = np.frombuffer(content, np.uint8)
-        for start in range(0, size, PIECE):
-            piece = whole[start : start + PIECE]
+        for start in range(0, size, MAX_PIECE_BYTES):
+            piece = whole[start : start + MAX_PIECE_BYTES]
             piece[:] = self.exchange(mx.distributed.all_sum, mx.array(piece))  # others add zeros
         return whole.tobytes()
 
