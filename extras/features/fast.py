@@ -346,8 +346,8 @@ def normalize_gradients(inputs, gradients, outputs):
     gradient = gradients[0]
     factor = outputs[1]
     product = gradient * x
-    along = product @ weight[:, None]  # [N, 1]
-    d_x = (gradient * weight - x * along * (mx.square(factor) / x.shape[-1])) * factor
+    row_dots = product @ weight[:, None]  # [N, 1]
+    d_x = (gradient * weight - x * row_dots * (mx.square(factor) / x.shape[-1])) * factor
     d_weight = (product.T @ factor).flatten()
     return d_x, d_weight, mx.zeros_like(eps)
 
@@ -501,8 +501,8 @@ def attend_masked(queries, keys, values, mask):
     query share is then a row, and only operations with rows use the vector units.
     """
     scores = (keys @ queries.swapaxes(-1, -2)) * queries.shape[-1] ** -0.5 + mask
-    powers = exp(scores - scores.max(axis=-2, keepdims=True))
-    weights = powers / powers.sum(axis=-2, keepdims=True)  # [B, K, L, N]
+    exps = exp(scores - scores.max(axis=-2, keepdims=True))
+    weights = exps / exps.sum(axis=-2, keepdims=True)  # [B, K, L, N]
     return weights.swapaxes(-1, -2) @ values, weights
 
 
@@ -514,8 +514,8 @@ def attend_gradients(inputs, gradients, outputs):
     d_values = weights @ gradient
     # The gradient w.r.t. the weights, times softmax's Jacobian.
     d_weights = values @ gradient.swapaxes(-1, -2)
-    along = sum_of_rows(gradient * attended).swapaxes(-1, -2)  # [B, K, 1, N]
-    d_scores = weights * (d_weights - along) * queries.shape[-1] ** -0.5
+    row_dots = sum_of_rows(gradient * attended).swapaxes(-1, -2)  # [B, K, 1, N]
+    d_scores = weights * (d_weights - row_dots) * queries.shape[-1] ** -0.5
     d_queries = d_scores.swapaxes(-1, -2) @ keys
     d_keys = d_scores @ queries
     return d_queries, d_keys, d_values, mx.zeros_like(mask)
@@ -581,19 +581,19 @@ def training_loss(model, hidden, targets, scale):
     together with the loss, in chunks of rows (as in Liger Kernel, Hsu et al. 2024): this takes half
     the time of computing one after the other, and the logits [B * L, V] never exist as a whole.
     """
-    weights = mx.full(targets.size, scale)
-    states = hidden.flatten(0, 1)
+    loss_weights = mx.full(targets.size, scale)
+    flat_hidden = hidden.flatten(0, 1)
     head = model.head.astype(hidden.dtype)
-    return cross_entropy_and_gradients(states, head, targets.flatten(), weights)[0]
+    return cross_entropy_and_gradients(flat_hidden, head, targets.flatten(), loss_weights)[0]
 
 
 def token_metrics(model, hidden, targets):
     """The cross-entropy of each position in nats, {"loss": [B, L]}: main.py's `token_metrics`."""
-    states = hidden.flatten(0, 1)
+    flat_hidden = hidden.flatten(0, 1)
     head = model.head.astype(hidden.dtype)
     losses = []
-    for rows in chunks(len(states), len(head)):
-        inputs = states[rows]
+    for rows in chunks(len(flat_hidden), len(head)):
+        inputs = flat_hidden[rows]
         if losses:
             inputs = wait_for(losses[-1:], inputs)
         logits = (inputs @ head.T).astype(mx.float32)
@@ -602,15 +602,15 @@ def token_metrics(model, hidden, targets):
     return {"loss": mx.concatenate(losses).reshape(targets.shape)}
 
 
-def chunks(positions, words):
+def chunks(num_positions, vocab_size):
     """Slices of so many positions, for as many logits each as are computed at a time."""
     # Chunks of 2^23 logits (32 MiB) cost no time; with fewer than 128 rows, the products of a large
     # vocabulary become slow. A GPU needs larger ones: each chunk reads all of the head.
-    most = max(128, 2**23 // words)
+    max_rows = max(128, 2**23 // vocab_size)
     if on_gpu():
-        most = max(1024, 2**27 // words)
-    size = math.ceil(positions / math.ceil(positions / most))
-    return [slice(start, start + size) for start in range(0, positions, size)]
+        max_rows = max(1024, 2**27 // vocab_size)
+    size = math.ceil(num_positions / math.ceil(num_positions / max_rows))
+    return [slice(start, start + size) for start in range(0, num_positions, size)]
 
 
 def sum_over_chunks(hidden, head, add_chunk):
@@ -633,37 +633,37 @@ def sum_over_chunks(hidden, head, add_chunk):
     return loss, mx.concatenate(d_hidden), d_head
 
 
-def loss_and_gradients(hidden, head, targets, weights, loss_of_chunk):
-    """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; targets, weights: [N].
+def loss_and_gradients(hidden, head, targets, loss_weights, loss_of_chunk):
+    """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; targets, loss_weights: [N].
 
-    loss_of_chunk(logits [n, V] float32, targets [n], weights [n, 1], rows) computes, for a slice
-    `rows` of the rows, the loss and two factors of its gradient w.r.t. the logits, `powers` [n, V]
-    and `scale` [n, 1]: the gradient is powers * scale, minus `weights` at each target. The last
-    term is never materialized on a CPU: it would be nearly all zeros.
+    loss_of_chunk(logits [n, V] float32, targets [n], loss_weights [n, 1], rows) computes, for a
+    slice `rows` of the rows, the loss and two factors of its gradient w.r.t. the logits, `exps` [n,
+    V] and `scale` [n, 1]: the gradient is exps * scale, minus `loss_weights` at each target. The
+    last term is never materialized on a CPU: it would be nearly all zeros.
     """
 
     def add_chunk(inputs, rows, d_head):
-        weight = weights[rows, None]  # [n, 1]
+        weight = loss_weights[rows, None]  # [n, 1]
         logits = (inputs @ head.T).astype(mx.float32)  # [n, V]
-        loss, powers, scale = loss_of_chunk(logits, targets[rows], weight, rows)
+        loss, exps, scale = loss_of_chunk(logits, targets[rows], weight, rows)
         if on_gpu():
             is_target = mx.arange(len(head)) == targets[rows, None]
-            d_logits = (powers * scale - mx.where(is_target, weight, 0)).astype(head.dtype)
+            d_logits = (exps * scale - mx.where(is_target, weight, 0)).astype(head.dtype)
             return loss, d_logits @ head, add_to(d_head, d_logits, inputs)
-        powers = powers.astype(head.dtype)
+        exps = exps.astype(head.dtype)
         scale = scale.astype(head.dtype)
         at_targets = head[targets[rows]] * weight.astype(head.dtype)  # [n, D]
-        d_inputs = (powers @ head) * scale - at_targets
+        d_inputs = (exps @ head) * scale - at_targets
         inputs = inputs * scale  # D columns scaled instead of V
         if d_head is None:
-            return loss, d_inputs, powers.T @ inputs  # [V, D]
-        return loss, d_inputs, mx.addmm(d_head, powers.T, inputs)
+            return loss, d_inputs, exps.T @ inputs  # [V, D]
+        return loss, d_inputs, mx.addmm(d_head, exps.T, inputs)
 
     loss, d_hidden, d_head = sum_over_chunks(hidden, head, add_chunk)
     if not on_gpu():
-        states = hidden.astype(mx.float32) * weights[:, None]  # [N, D]
+        weighted_hidden = hidden.astype(mx.float32) * loss_weights[:, None]  # [N, D]
         # `at` adds up repeated targets.
-        d_head = d_head.astype(mx.float32).at[targets].subtract(states)
+        d_head = d_head.astype(mx.float32).at[targets].subtract(weighted_hidden)
     return loss, d_hidden, d_head
 
 
@@ -673,23 +673,23 @@ def add_to(d_head, d_logits, inputs):
     return product if d_head is None else d_head + product
 
 
-def fused_cross_entropy_and_gradients(hidden, head, targets, weights):
+def fused_cross_entropy_and_gradients(hidden, head, targets, loss_weights):
     """`cross_entropy_and_gradients` by MLX's fused kernels for GPUs.
 
-    They, and those of products, are fast with a multiple of 128 logits. Further ones are -3e38, a
-    bias that costs nothing.
+    They, and those of products, are fast with a multiple of 128 logits. Padding is -3e38, a bias
+    that costs nothing.
     """
-    further = -len(head) % 128
-    padded = mx.pad(head, [(0, further), (0, 0)])
-    is_further = mx.arange(len(padded)) >= len(head)
-    bias = mx.where(is_further, -3e38, 0).astype(head.dtype)
+    num_padding = -len(head) % 128
+    padded = mx.pad(head, [(0, num_padding), (0, 0)])
+    is_padding = mx.arange(len(padded)) >= len(head)
+    bias = mx.where(is_padding, -3e38, 0).astype(head.dtype)
 
-    def loss_of_chunk(logits, targets, weights):
-        return (mx.fast.cross_entropy(logits, targets) * weights).sum()
+    def loss_of_chunk(logits, targets, loss_weights):
+        return (mx.fast.cross_entropy(logits, targets) * loss_weights).sum()
 
     def add_chunk(inputs, rows, d_head):
         logits = mx.addmm(bias, inputs, padded.T)
-        loss, d_logits = mx.value_and_grad(loss_of_chunk)(logits, targets[rows], weights[rows])
+        loss, d_logits = mx.value_and_grad(loss_of_chunk)(logits, targets[rows], loss_weights[rows])
         return loss, d_logits @ padded, add_to(d_head, d_logits, inputs)
 
     loss, d_hidden, d_head = sum_over_chunks(hidden, padded, add_chunk)
@@ -710,22 +710,22 @@ def wait_for(done, array):
     return mx.depends([array], [idle])[0]
 
 
-def cross_entropy_of_chunk(logits, targets, weights, rows):
-    """The `loss_of_chunk` of training_loss; logits: [n, V], targets: [n], weights: [n, 1]."""
-    nats, powers, total = losses_of_chunk(logits, targets)
-    return (nats * weights).sum(), powers, weights / total
+def cross_entropy_of_chunk(logits, targets, loss_weights, rows):
+    """The `loss_of_chunk` of training_loss; logits: [n, V], targets: [n], loss_weights: [n, 1]."""
+    nats, exps, total = losses_of_chunk(logits, targets)
+    return (nats * loss_weights).sum(), exps, loss_weights / total
 
 
 def losses_of_chunk(logits, targets):
-    """Cross-entropies [n, 1] of logits [n, V]; `powers` [n, V] and their sums `total` [n, 1].
+    """Cross-entropies [n, 1] of logits [n, V]; `exps` [n, V] and their sums `total` [n, 1].
 
-    powers / total are the probabilities; targets: [n].
+    exps / total are the probabilities; targets: [n].
     """
     largest = max_of_rows(logits)  # [n, 1]
-    powers = exp(logits - largest)  # exponents <= 0: no overflow, and `exp` requires it
-    total = sum_of_rows(powers)
+    exps = exp(logits - largest)  # exponents <= 0: no overflow, and `exp` requires it
+    total = sum_of_rows(exps)
     target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)  # [n, 1]
-    return mx.log(total) - (target_logits - largest), powers, total
+    return mx.log(total) - (target_logits - largest), exps, total
 
 
 def max_of_rows(array):
@@ -761,11 +761,11 @@ def stored_gradients(inputs, gradients, outputs):
 
 
 @mx.custom_function
-def cross_entropy_and_gradients(hidden, head, targets, weights):
+def cross_entropy_and_gradients(hidden, head, targets, loss_weights):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; see stored_gradients."""
     if on_gpu():
-        return fused_cross_entropy_and_gradients(hidden, head, targets, weights)
-    return loss_and_gradients(hidden, head, targets, weights, cross_entropy_of_chunk)
+        return fused_cross_entropy_and_gradients(hidden, head, targets, loss_weights)
+    return loss_and_gradients(hidden, head, targets, loss_weights, cross_entropy_of_chunk)
 
 
 cross_entropy_and_gradients.vjp(stored_gradients)

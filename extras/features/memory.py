@@ -30,7 +30,7 @@ def memory_of_step(model, flags, ranks, optimizer, teacher):
     # The gradients of a block take as much again. One that is computed again is there twice, too.
     blocks = 3 if flags.grad_checkpoint else config.num_blocks + 1
     activations = positions * (blocks * block + config.num_blocks * config.dim)
-    # Rows of logits, of their powers and gradients, and of gradients of the output layer.
+    # Rows of logits, of their exps and gradients, and of gradients of the output layer.
     logits = 4 * positions + config.dim
     if fast:
         streams = fast.count_streams(rows, config.context_size)
