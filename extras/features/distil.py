@@ -11,8 +11,8 @@ is required: the logits of the two models never exist as a whole.
 import mlx.core as mx
 
 from datasets import UsageError
-from extras.features.fast import cross_entropy_of_chunk, exp, loss_and_gradients, max_of_rows
-from extras.features.fast import stored_gradients, sum_of_rows
+from extras.features.fast import cross_entropy_of_chunk, exp, loss_and_gradients, row_maxima
+from extras.features.fast import row_sums, stored_gradients
 from main import EDITED_FUNCTIONS
 
 
@@ -63,7 +63,7 @@ def distilled_loss_and_gradients(
             columns = [(0, 0), (0, padding)]
             their_powers = mx.pad(their_powers, columns)
             theirs = mx.pad(theirs, columns)  # any finite logit will do: it is multiplied by 0
-        differences = sum_of_rows(their_powers * (theirs - ours)) / their_total
+        differences = row_sums(their_powers * (theirs - ours)) / their_total
         divergences = differences + mx.log(our_total) - mx.log(their_total)  # [n, 1]
         # T² times the gradient of a divergence w.r.t. the logits is T (our - their probabilities).
         pull = share * temperature * weights[rows, None]  # [n, 1]
@@ -80,6 +80,6 @@ distilled_loss_and_gradients.vjp(stored_gradients)
 
 def soften(logits, temperature):
     """Logits [n, V] / temperature, less their maximum; e to the power of them; its sums [n, 1]."""
-    below = (logits - max_of_rows(logits)) / temperature
+    below = (logits - row_maxima(logits)) / temperature
     powers = exp(below)
-    return below, powers, sum_of_rows(powers)
+    return below, powers, row_sums(powers)

@@ -13,7 +13,7 @@ of the same names:
     training_loss     loss and gradient in one pass over chunks of rows, so that the logits never
                       exist as a whole, and
     token_metrics     the losses of a validation text, by the same chunks
-    sum_over_shards   a sum over the rows of a batch, of which each core computes a share
+    sum_over_shards   a sum over the rows of a batch, of which each core computes a shard
     clip_grad_norm    gradient clipping on all cores
     parallelize       an optimizer that distributes its work over the cores
 
@@ -335,7 +335,7 @@ def norm_of_one(x, weight, eps):
 @mx.custom_function
 def normalize(x, weight, eps):
     """RMSNorm of x [N, D], and the factors [N, 1] that normalize the rows."""
-    squares = sum_of_rows(x * x)
+    squares = row_sums(x * x)
     factor = mx.rsqrt(squares / x.shape[-1] + eps)
     return x * factor * weight, factor
 
@@ -359,7 +359,7 @@ def rotate(x, frequencies, offset):
     """
     B, H, L, d = x.shape
     if L == 1 and type(offset) is int and not on_gpu():
-        return x @ rotation(offset, frequencies.tobytes())
+        return x @ rotation_matrix(offset, frequencies.tobytes())
     if L == 1 or on_gpu():
         periods = mx.array(1 / frequencies)
         return mx.fast.rope(
@@ -386,7 +386,7 @@ def rotate_pairs(pairs, table):
 
 
 @rotate_pairs.vjp
-def rotate_back(inputs, gradient, output):
+def rotate_gradients(inputs, gradient, output):
     """The gradient is rotated by the negative angles: MLX's own first fills arrays with zeros.
 
     It is stored by positions, as the projection's gradient wants it, which otherwise copies it.
@@ -399,7 +399,7 @@ def rotate_back(inputs, gradient, output):
 
 
 @lru_cache(maxsize=1)
-def rotation(offset, frequencies):
+def rotation_matrix(offset, frequencies):
     """RoPE at one position as a matrix [d, d], which all blocks share; frequencies: bytes."""
     angles = offset * np.frombuffer(frequencies)  # [d / 2]
     cosines = np.diag(np.cos(angles))
@@ -414,17 +414,17 @@ def embed(table, tokens):
     There MLX adds up the rows of a token in an order that varies, so that no run would repeat.
     """
     if on_gpu():
-        return rows_of(table, tokens)
+        return gather_rows(table, tokens)
     return table[tokens]
 
 
 @mx.custom_function
-def rows_of(table, tokens):
+def gather_rows(table, tokens):
     return table[tokens]
 
 
-@rows_of.vjp
-def gradient_of_table(inputs, gradient, output):
+@gather_rows.vjp
+def gather_rows_gradients(inputs, gradient, output):
     table, tokens = inputs
     sums = sum_by_id(gradient.flatten(0, -2), tokens.flatten(), len(table))
     return sums, mx.zeros_like(tokens)
@@ -514,7 +514,7 @@ def attend_gradients(inputs, gradients, outputs):
     d_values = weights @ gradient
     # The gradient w.r.t. the weights, times softmax's Jacobian.
     d_weights = values @ gradient.swapaxes(-1, -2)
-    row_dots = sum_of_rows(gradient * attended).swapaxes(-1, -2)  # [B, K, 1, N]
+    row_dots = row_sums(gradient * attended).swapaxes(-1, -2)  # [B, K, 1, N]
     d_scores = weights * (d_weights - row_dots) * queries.shape[-1] ** -0.5
     d_queries = d_scores.swapaxes(-1, -2) @ keys
     d_keys = d_scores @ queries
@@ -637,9 +637,9 @@ def loss_and_gradients(hidden, head, targets, loss_weights, loss_of_chunk):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; targets, loss_weights: [N].
 
     loss_of_chunk(logits [n, V] float32, targets [n], loss_weights [n, 1], rows) computes, for a
-    slice `rows` of the rows, the loss and two factors of its gradient w.r.t. the logits, `exps` [n,
-    V] and `scale` [n, 1]: the gradient is exps * scale, minus `loss_weights` at each target. The
-    last term is never materialized on a CPU: it would be nearly all zeros.
+    slice `rows`, the loss and two factors of its gradient w.r.t. the logits, `exps` [n, V] and
+    `scale` [n, 1]: the gradient is exps * scale, minus `loss_weights` at each target. The last
+    term is never materialized on a CPU: it would be nearly all zeros.
     """
 
     def add_chunk(inputs, rows, d_head):
@@ -721,14 +721,14 @@ def losses_of_chunk(logits, targets):
 
     exps / total are the probabilities; targets: [n].
     """
-    largest = max_of_rows(logits)  # [n, 1]
+    largest = row_maxima(logits)  # [n, 1]
     exps = exp(logits - largest)  # exponents <= 0: no overflow, and `exp` requires it
-    total = sum_of_rows(exps)
+    total = row_sums(exps)
     target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)  # [n, 1]
     return mx.log(total) - (target_logits - largest), exps, total
 
 
-def max_of_rows(array):
+def row_maxima(array):
     """The row maxima [n, 1] of an array [n, V].
 
     On a CPU, MLX's own is scalar along a row; of two halves it is not, which takes a third of the
@@ -741,7 +741,7 @@ def max_of_rows(array):
     return array.max(axis=-1, keepdims=True)
 
 
-def sum_of_rows(array):
+def row_sums(array):
     """The row sums [n, 1] of an array [n, V]; on a CPU by a product, which is twice as fast."""
     if on_gpu():
         return array.sum(axis=-1, keepdims=True)
@@ -831,13 +831,13 @@ def use_cpu():
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or a container forbids it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     use_precompiled_header()
-    set_blas_threads(count_cores())  # a share of a batch gets one, see use_streams
+    set_blas_threads(count_cores())  # a shard of a batch gets one, see use_streams
 
 
 def count_streams(rows, context_size):
     """How many streams share the rows of a batch.
 
-    A share has at least 256 positions on average, or its products would be too small. A GPU has
+    A shard has at least 256 positions on average, or its products would be too small. A GPU has
     one stream, and so does macOS, whose BLAS has its own threads.
     """
     if on_gpu() or BLAS.startswith("Accelerate"):
@@ -875,26 +875,26 @@ def current_streams():
 def sum_over_shards(function, *arrays):
     """function(*arrays), a tree of arrays that is a sum over the rows of `arrays` [B, L, ...].
 
-    Each stream computes it for a share of the rows; the shares are added up leaf by leaf, each leaf
+    Each stream computes it for a shard of the rows; these sums are added up leaf by leaf, each leaf
     on the next stream in turn. This only builds MLX's graph; when it is evaluated, all streams run
     in parallel.
     """
     streams = use_streams(*arrays[0].shape[:2])
-    shares = []
+    partial_sums = []
     for stream, rows in split_rows(len(arrays[0]), streams):
         with mx.stream(stream):  # operations run on the stream under which they are built
-            shares.append(function(*[array[rows] for array in arrays]))
+            partial_sums.append(function(*[array[rows] for array in arrays]))
     streams_in_turn = itertools.cycle(streams)
 
     def add_up(*leaves):
         with mx.stream(next(streams_in_turn)):
             return reduce(mx.add, leaves)
 
-    return tree_map(add_up, *shares)
+    return tree_map(add_up, *partial_sums)
 
 
 def split_rows(count, streams):
-    """Yields each stream with its share of `count` rows, a slice."""
+    """Yields each stream with its shard of `count` rows, a slice."""
     for i, stream in enumerate(streams):
         yield stream, slice(count * i // len(streams), count * (i + 1) // len(streams))
 
@@ -944,18 +944,18 @@ def parallelize(optimizer):
 
     optimizer.apply_single = apply_single
     if hasattr(optimizer, "orthogonalize"):  # Muon
-        optimizer.orthogonalize = partial(in_shares, optimizer.orthogonalize)
+        optimizer.orthogonalize = partial(map_over_shards, optimizer.orthogonalize)
     return optimizer
 
 
-def in_shares(function, stack):
-    """function(stack), arrays [N, ...]; each stream computes it for a share of them."""
-    shares = []
+def map_over_shards(function, stack):
+    """function(stack), arrays [N, ...]; each stream computes it for a shard of them."""
+    results = []
     for stream, rows in split_rows(len(stack), current_streams()):
         if rows.start < rows.stop:
             with mx.stream(stream):
-                shares += [*function(stack[rows])]
-    return shares
+                results += [*function(stack[rows])]
+    return results
 
 
 def adamw_update(optimizer, gradient, parameter, state):
