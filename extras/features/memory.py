@@ -56,8 +56,8 @@ def check_memory(model, flags, ranks, optimizer, teacher):
         changed = argparse.Namespace(**vars(flags) | changes)
         return sum(memory_of_step(model, changed, ranks, optimizer, teacher).values())
 
-    short = describe_shortage(needed())
-    if not short:
+    shortage = describe_shortage(needed())
+    if not shortage:
         return
     fits = []
     for checkpoint in {flags.grad_checkpoint, True}:
@@ -74,8 +74,8 @@ def check_memory(model, flags, ranks, optimizer, teacher):
                 break
     remedy = " or ".join(fits) or "a smaller model or context"
     if needed() > 1.5 * memory_size():
-        raise UsageError(f"{short}: give {remedy}")
-    say(f"Perhaps too much: {short}. It will fit with {remedy}.")
+        raise UsageError(f"{shortage}: give {remedy}")
+    say(f"Perhaps too much: {shortage}. It will fit with {remedy}.")
 
 
 def describe_shortage(needed):
