@@ -1082,7 +1082,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return {"loss": loss, "gradient_norm": norm}
 
     def step(inputs, targets, dropout_rate, keys):
-        # Turns sums over positions into means; ranks.average divides by the number of ranks.
+        # Turns sums over positions into means; ranks.all_mean divides by the number of ranks.
         scale = ranks.size / targets.size
         shard_gradients = partial(loss_and_gradients, scale, dropout_rate)
         # This rank's rows of each micro-batch.
@@ -1096,7 +1096,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
                 total = result if total is None else tree_map(mx.add, total, result)
                 if len(inputs) > flags.batch_size:  # or all would be in memory at once
                     mx.eval(total)
-            loss, gradients = ranks.average(total)  # ranks exchange gradients only here
+            loss, gradients = ranks.all_mean(total)  # ranks exchange gradients only here
             metrics = apply_gradients(loss, gradients)
             # The code above only builds a graph, which is computed here. Arrays not listed would
             # become part of the next step's graph.
@@ -1297,7 +1297,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     if stop_signal:
         interrupts.stop_signal = stop_signal  # perhaps by another rank
         return None
-    return {name: ranks.sum(total) / num_targets for name, total in totals.items()}
+    return {name: ranks.all_sum(total) / num_targets for name, total in totals.items()}
 
 
 def evaluation_windows(tokens, starts, context_size, stride):
@@ -2211,11 +2211,11 @@ class SingleProcess:
     def broadcast_run(self, run):
         """Sends rank 0's run to the other ranks."""
 
-    def average(self, tree):
+    def all_mean(self, tree):
         """The mean of a tree of arrays over all ranks."""
         return tree
 
-    def sum(self, number):
+    def all_sum(self, number):
         """The sum of a number over all ranks."""
         return number
 

@@ -58,18 +58,18 @@ class Group(contextlib.AbstractContextManager):
         self.rank = self.group.rank()
         self.size = self.group.size()
         threading.Thread(target=self.watch, args=[ring_connections()], daemon=True).start()
-        self.compare(argv)
+        self.check_same_program(argv)
 
-    def compare(self, argv):
+    def check_same_program(self, argv):
         """Raises UsageError on rank 0, and ends the others, unless all run the same.
 
         A stale copy on one machine would train something else without an error.
         """
-        same = hashlib.sha256(f"{argv} {mx.__version__}".encode())
+        sha256 = hashlib.sha256(f"{argv} {mx.__version__}".encode())
         for pattern in ("*.py", "extras/**/*.py", "extras/**/*.c"):
             for path in sorted(main.HERE.glob(pattern)):
-                same.update(path.read_bytes())
-        digests = self.gather(list(same.digest()))  # [ranks, 32]
+                sha256.update(path.read_bytes())
+        digests = self.all_gather(list(sha256.digest()))  # [ranks, 32]
         others = np.flatnonzero((digests != digests[0]).any(axis=1))
         if not len(others):
             return
@@ -103,10 +103,10 @@ class Group(contextlib.AbstractContextManager):
             if current is None:
                 continue
             if time.monotonic() > current and self.is_shared:  # preparing a text may take hours
-                end(f"nothing was heard of it for {self.timeout:g} s")
+                exit_process(f"nothing was heard of it for {self.timeout:g} s")
             is_closed = bool(poll.poll(0))
             if is_closed and current == suspect:
-                end("its connection is closed")
+                exit_process("its connection is closed")
             suspect = current if is_closed else None
 
     def exchange(self, operation, tree):
@@ -122,12 +122,12 @@ class Group(contextlib.AbstractContextManager):
             self.deadline = None
         return result
 
-    def average(self, tree):
+    def all_mean(self, tree):
         """The mean over all ranks of a tree of arrays."""
         # In one message: with several, two ranks might send different ones first.
         return self.exchange(partial(nn.average_gradients, all_reduce_size=2**62), tree)
 
-    def gather(self, numbers):
+    def all_gather(self, numbers):
         """The numbers of every rank, a NumPy array [ranks, ...]."""
         numbers = np.asarray(numbers)
         # As bytes: MLX would turn float64 into float32.
@@ -135,19 +135,19 @@ class Group(contextlib.AbstractContextManager):
         gathered = self.exchange(mx.distributed.all_gather, mine)
         return np.array(gathered).view(numbers.dtype).reshape(self.size, *numbers.shape)
 
-    def sum(self, number):
+    def all_sum(self, number):
         """The sum of a number over all ranks."""
-        return self.gather(number).sum().item()
+        return self.all_gather(number).sum().item()
 
     def agree(self, stop_signal, is_time_up=False):
         """A signal that any rank has received, and whether the time is up on any."""
         if os.getppid() != self.launcher:  # which was killed: nobody would see the run any more
             stop_signal = stop_signal or signal.SIGHUP
-        return self.gather([stop_signal or 0, is_time_up]).max(axis=0).tolist()
+        return self.all_gather([stop_signal or 0, is_time_up]).max(axis=0).tolist()
 
     def broadcast(self, content=b""):
         """Rank 0's bytes on every rank."""
-        size = self.gather(len(content))[0].item()
+        size = self.all_gather(len(content))[0].item()
         whole = np.zeros(size, np.uint8)
         if self.rank == 0:
             whole[:] = np.frombuffer(content, np.uint8)
@@ -243,7 +243,7 @@ def ring_connections():
     return connections
 
 
-def end(reason):
+def exit_process(reason):
     """Ends this process, whose main thread is stuck inside MLX."""
     print(f"main.py: {LOST.format(reason)}", file=sys.stderr, flush=True)
     os._exit(1)
