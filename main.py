@@ -1701,7 +1701,7 @@ class Contents(NamedTuple):
         weights = self.weights
         rank = checkpoint.flags["lora_rank"]
         if rank:  # the file holds only the adapters
-            base = extra("kept_models").open_kept(checkpoint, "init_from").model
+            base = extra("kept_models").open_kept_model(checkpoint, "init_from").model
             with explain_errors(f"{checkpoint} does not fit its base", raises=DamagedError):
                 alpha = checkpoint.flags["lora_alpha"]
                 weights = extra("lora").merge(base, weights, rank, alpha)
@@ -2125,7 +2125,7 @@ def model_from_checkpoint(checkpoint):
     contents = checkpoint.open()
     files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
     if checkpoint.flags["lora_rank"]:
-        files |= extra("kept_models").kept_files(checkpoint, "init_from")
+        files |= extra("kept_models").kept_model_files(checkpoint, "init_from")
     return LoadedModel(contents.load_model(), contents.tokenizer, checkpoint.id, files)
 
 
@@ -3340,11 +3340,11 @@ def set_up(flags, ranks):
             flags = resolve_flags(flags.explicit, contents.checkpoint.flags | test_flags)
             models = {}
             for name in needed_models(flags):
-                models[name] = extra("kept_models").open_kept(contents.checkpoint, name)
+                models[name] = extra("kept_models").open_kept_model(contents.checkpoint, name)
         run = make_run(folder, flags, contents, models, dataset, ranks)
         if not existing:
             for name in needed_models(flags):
-                extra("kept_models").keep(folder / name, models[name].files)
+                extra("kept_models").keep_model(folder / name, models[name].files)
         with Interrupts() as interrupts:  # from here on there is something to save
             print_start(run, contents and contents.checkpoint)
             if chosen and not existing:

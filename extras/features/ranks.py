@@ -32,11 +32,11 @@ import main
 from datasets import SPLITS, Dataset, RunError, Split, UsageError, explain_errors, one_line
 from datasets import tokenizer_from_dict
 
-ALONE = (
+ALONE_MESSAGE = (
     "cannot join the other ranks: start two or more with mlx.launch or Open MPI's mpirun, or unset "
     "MLX_RANK, OMPI_COMM_WORLD_SIZE and PMI_SIZE"
 )
-LOST = "another rank is gone ({}): rerun the command to resume from the last checkpoint"
+LOST_MESSAGE = "another rank is gone ({}): rerun the command to resume from the last checkpoint"
 MAX_PIECE_BYTES = 1 << 26  # bytes of a message, at most
 
 
@@ -52,7 +52,7 @@ class Group(contextlib.AbstractContextManager):
         self.launcher = os.getppid()
         if "NCCL_HOST_IP" in os.environ:  # what mlx.launch takes where it finds NVIDIA's GPUs
             raise UsageError("ranks cannot meet by NCCL: give mlx.launch --backend ring")
-        with explain_errors(ALONE, RuntimeError, ValueError, raises=RunError):
+        with explain_errors(ALONE_MESSAGE, RuntimeError, ValueError, raises=RunError):
             # strict: an error rather than a group of one
             self.group = mx.distributed.init(strict=True)
         self.rank = self.group.rank()
@@ -117,7 +117,7 @@ class Group(contextlib.AbstractContextManager):
             result = operation(tree, group=self.group)
             mx.eval(result)
         except RuntimeError as error:
-            raise ConnectionError(LOST.format(one_line(error))) from None
+            raise ConnectionError(LOST_MESSAGE.format(one_line(error))) from None
         finally:
             self.deadline = None
         return result
@@ -245,5 +245,5 @@ def ring_connections():
 
 def exit_process(reason):
     """Ends this process, whose main thread is stuck inside MLX."""
-    print(f"main.py: {LOST.format(reason)}", file=sys.stderr, flush=True)
+    print(f"main.py: {LOST_MESSAGE.format(reason)}", file=sys.stderr, flush=True)
     os._exit(1)

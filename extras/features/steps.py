@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from datasets import UsageError, progress_bar, sync
-from extras.features.kept_models import open_kept
+from extras.features.kept_models import open_kept_model
 from main import SingleProcess, checkpoints_in, describe_changes, list_versions, make_run, make_step
 from main import needed_models, open_newest, read_code, reload_data, resolve_flags, sha1_of_code
 from main import train_step, write_checkpoint
@@ -104,5 +104,5 @@ def open_run(folder, flags, checkpoint, kin):
     if checkpoint:
         contents = open_newest([checkpoint], is_named=True)
     dataset = reload_data(flags, kin)
-    models = {name: open_kept(kin, name) for name in needed_models(flags)}
+    models = {name: open_kept_model(kin, name) for name in needed_models(flags)}
     return make_run(folder, flags, contents, models, dataset, SingleProcess())
