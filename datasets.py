@@ -496,36 +496,36 @@ class Corpus(NamedTuple):
     files: str = ""  # a line each: SHA256 (as by sha256sum), size in bytes, name
 
 
-def ptb(fetch):
+def ptb(get_file):
     """Penn Treebank as in Mikolov et al. (2010): a sentence a line, a 10,000-word vocabulary."""
-    return [whole(fetch(f"ptb.{split}.txt")) for split in SPLITS]
+    return [whole(get_file(f"ptb.{split}.txt")) for split in SPLITS]
 
 
-def wikitext(size, fetch):
+def wikitext(size, get_file):
     """WikiText (Merity et al. 2016): 2 or 103 million words of Wikipedia articles."""
-    archive = fetch(f"wikitext-{size}-v1.zip")
+    archive = get_file(f"wikitext-{size}-v1.zip")
     return [whole(unzip(archive, f"wikitext-{size}/wiki.{split}.tokens")) for split in SPLITS]
 
 
-def enwik8(fetch):
+def enwik8(get_file):
     """The first 100 MB of an English Wikipedia dump (Hutter Prize): 90, 5 and 5 million bytes."""
-    text = whole(unzip(fetch("enwik8.zip"), "enwik8"))
+    text = whole(unzip(get_file("enwik8.zip"), "enwik8"))
     return cut(text, text.stop * 90 // 100, text.stop * 95 // 100)
 
 
-def tinyshakespeare(fetch):
+def tinyshakespeare(get_file):
     """Karpathy's 40,000 lines of Shakespeare: 90 % of the characters (all ASCII) for training."""
-    text = whole(fetch("input.txt"))
+    text = whole(get_file("input.txt"))
     return cut(text, text.stop * 90 // 100)
 
 
-def tinystories(fetch):
+def tinystories(get_file):
     """Stories by GPT-3.5 and GPT-4 (Eldan & Li 2023).
 
     There is no test split, so the second half of the validation file serves as one.
     """
-    train = whole(fetch("TinyStories-train.txt"), marker=END)
-    valid = whole(fetch("TinyStories-valid.txt"), marker=END)
+    train = whole(get_file("TinyStories-train.txt"), marker=END)
+    valid = whole(get_file("TinyStories-valid.txt"), marker=END)
     return [train, *cut(valid, find_cut(valid, valid.stop // 2, END))]
 
 
@@ -842,7 +842,7 @@ def read_head(path):
         return file.read(1 << 16)
 
 
-def not_utf8(path, start, error):
+def encoding_error(path, start, error):
     """The UsageError for a UnicodeDecodeError in bytes of a file, the first of them at `start`."""
     if re.search(rb"[\0-\x08\x0e-\x1a]", error.object):
         remedy = "it is no plain text: leave it out, or extract its text into another file"
@@ -1012,7 +1012,7 @@ def read_pieces(span):
             yield from codecs.iterdecode(blocks, encoding, span.errors)
         except UnicodeDecodeError as error:
             # error.object: bytes kept from earlier reads, then the last block.
-            raise not_utf8(span.path, file.tell() - len(error.object), error) from None
+            raise encoding_error(span.path, file.tell() - len(error.object), error) from None
 
 
 def encode_documents(sources, tokenizer):
@@ -1468,8 +1468,8 @@ def run_command(name, function, arguments):
     failure; both are reported in one line on stderr.
     """
     if os.getpid() == 1:  # a container's first process ignores signals by default
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, _: os._exit(128 + number))
+        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signal_number, lambda signal_number, _: os._exit(128 + signal_number))
     line = None
     status = 1
     try:
@@ -1869,7 +1869,7 @@ def path_name(text):
 path_name.metavar = "FILE"
 
 
-# The flags that choose a text, {group: {flag: row}}; main.py has these and others.
+# The flags that choose a text, {group: {name: Flag}}; main.py has these and others.
 TEXT_FLAGS = {
     "data": {
         "dataset": Flag(
@@ -1970,19 +1970,19 @@ class Parser(argparse.ArgumentParser):
         return f"{name}{equals}{value}"
 
 
-def add_flags(group, rows):
-    """Adds rows of flags, {flag: row}, to an argparse parser, or to a group of one."""
-    for name, row in rows.items():
-        metavar = getattr(row.convert, "metavar", "TEXT")
-        if hasattr(row.convert, "choices"):
-            metavar = f"{{{','.join(row.convert.choices())}}}"
-        options = {"type": row.convert, "metavar": metavar}
-        if row.convert is bool:
+def add_flags(group, flags):
+    """Adds flags, {name: Flag}, to an argparse parser, or to a group of one."""
+    for name, flag in flags.items():
+        metavar = getattr(flag.convert, "metavar", "TEXT")
+        if hasattr(flag.convert, "choices"):
+            metavar = f"{{{','.join(flag.convert.choices())}}}"
+        options = {"type": flag.convert, "metavar": metavar}
+        if flag.convert is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        elif row.default == []:
+        elif flag.default == []:
             options |= {"nargs": "+", "action": "extend"}  # `--text a --text b` names both
-        default = f" (default: {row.default})" if row.default else ""
-        group.add_argument(f"--{name}", help=row.help + default, **options)
+        default = f" (default: {flag.default})" if flag.default else ""
+        group.add_argument(f"--{name}", help=flag.help + default, **options)
         for other in other_names().get(name, "").split():
             group.add_argument(f"--{other}", dest=name, help=argparse.SUPPRESS, **options)
 
@@ -1995,9 +1995,9 @@ def main(arguments):
         argument_default=argparse.SUPPRESS,  # load_dataset has the defaults
         allow_abbrev=False,
     )
-    own = {"save_tokenizer": Flag(None, path_name, "also write the tokenizer as a tokenizer.json")}
-    for rows in [*TEXT_FLAGS.values(), own]:
-        add_flags(parser, rows)
+    save_tokenizer = Flag(None, path_name, "also write the tokenizer as a tokenizer.json")
+    for flags in [*TEXT_FLAGS.values(), {"save_tokenizer": save_tokenizer}]:
+        add_flags(parser, flags)
     options = vars(parser.parse_args(arguments))
     file = options.pop("save_tokenizer", None)
     if file:

@@ -47,7 +47,7 @@ def read_json_lines(path, field):
             if not line:
                 return
             if len(line) > MOST_BYTES:
-                raise too_long(path, number)
+                raise long_row_error(path, number)
             if line.isspace():
                 continue
             fault = f'row {number:,} of {path} must be a JSON object, as in {{"{field}": "Hello"}}'
@@ -58,7 +58,7 @@ def read_json_lines(path, field):
             text = row.get(field, 0)
             if text is not None and not isinstance(text, str):
                 texts = [name for name, value in row.items() if isinstance(value, str)]
-                raise no_text(path, number, field, texts)
+                raise missing_text_error(path, number, field, texts)
             yield text
 
 
@@ -72,18 +72,18 @@ def read_parquet(path, field):
         columns = file.schema_arrow
         texts = [column.name for column in columns if TEXTS.fullmatch(str(column.type))]
         if field not in texts:
-            raise no_text(path, 1, field, texts)
+            raise missing_text_error(path, 1, field, texts)
         number = 1
         for batch in file.iter_batches(BATCH_ROWS, columns=[field], use_threads=False):
             column = batch.column(0).cast(pyarrow.large_string())
             for length in compute.binary_length(column).to_pylist():
                 if length is not None and length > MOST_BYTES:
-                    raise too_long(path, number)
+                    raise long_row_error(path, number)
                 number += 1
             yield from column.to_pylist()
 
 
-def too_long(path, number):
+def long_row_error(path, number):
     """The UsageError for a row of more than MOST_BYTES."""
     return UsageError(
         f"row {number:,} of {path} has more than {MOST_BYTES:,} bytes: cut it into several rows, "
@@ -91,7 +91,7 @@ def too_long(path, number):
     )
 
 
-def no_text(path, number, field, texts):
+def missing_text_error(path, number, field, texts):
     """The UsageError for a row that holds texts in the fields `texts` alone."""
     remedy = "write the text of each row into it, as one string"
     if texts:
