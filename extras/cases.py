@@ -32,12 +32,12 @@ def main(arguments):
     skipped, unless --identifier names them. Raises UsageError if a file cannot be used, RunError
     if no checkpoint can be or --output cannot be written.
     """
-    own = {
+    program_flags = {
         "identifier": IDENTIFIERS,
         "top_k": Flag(5, SIZE, "the tokens expected are to be among so many"),
         "output": Flag(None, path_name, "file for the results, as JSON"),
     }
-    parser = make_parser("cases", __doc__, "gpu", **own)
+    parser = make_parser("cases", __doc__, "gpu", **program_flags)
     parser.add_argument("files", metavar="FILE", nargs="+", type=path_name, help="YAML, of cases")
     flags = read_flags(parser, arguments)
     cases = read_cases(flags.files, flags.output)
