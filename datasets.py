@@ -169,7 +169,7 @@ class Tokenizer:
 
     def pieces(self, ids):
         """The characters or words of these ids; ids beyond the vocabulary are padding, left out."""
-        return [self.printed[token] for token in map(int, ids) if token < self.vocab_size]
+        return [self.id_to_text[token] for token in map(int, ids) if token < self.vocab_size]
 
     def to_dict(self):
         return {"kind": self.kind, "vocabulary": self.vocabulary}
@@ -219,10 +219,10 @@ class CharTokenizer(Tokenizer):
         self.vocabulary = vocabulary
         self.unk = len(vocabulary)  # the id after the last character
         self.vocab_size = self.unk + 1
-        self.printed = vocabulary + "\ufffd"  # [id] -> character
+        self.id_to_text = vocabulary + "\ufffd"  # [id] -> character
         # [code point] -> id: looks up all characters of a text at once.
-        self.table = np.full(0x110000, self.unk, token_dtype(self.vocab_size))
-        self.table[[ord(character) for character in vocabulary]] = np.arange(self.unk)
+        self.code_point_to_id = np.full(0x110000, self.unk, token_dtype(self.vocab_size))
+        self.code_point_to_id[[ord(character) for character in vocabulary]] = np.arange(self.unk)
 
     @classmethod
     def train(cls, texts, vocab_size=None):
@@ -234,7 +234,7 @@ class CharTokenizer(Tokenizer):
 
     def encode(self, text):
         code_points = np.frombuffer(utf8(text).encode("utf-32-le"), np.uint32)  # [N]
-        return self.table[code_points]  # [N]
+        return self.code_point_to_id[code_points]  # [N]
 
     def decode(self, ids):
         return "".join(self.pieces(ids))
@@ -254,13 +254,13 @@ class WordTokenizer(Tokenizer):
 
     def __init__(self, vocabulary):
         self.vocabulary = vocabulary
-        self.ids = {word: token for token, word in enumerate(vocabulary)}
+        self.word_to_id = {word: token for token, word in enumerate(vocabulary)}
         self.vocab_size = len(vocabulary)
-        self.eos = self.ids["<eos>"]
-        self.unk = self.ids["<unk>"]
+        self.eos = self.word_to_id["<eos>"]
+        self.unk = self.word_to_id["<unk>"]
         self.dtype = token_dtype(self.vocab_size)
-        self.printed = list(vocabulary)  # [id] -> what decode joins with spaces
-        self.printed[self.eos] = "\n"
+        self.id_to_text = list(vocabulary)  # [id] -> what decode joins with spaces
+        self.id_to_text[self.eos] = "\n"
 
     @classmethod
     def train(cls, texts, vocab_size=None):
@@ -277,7 +277,7 @@ class WordTokenizer(Tokenizer):
         return utf8(text).replace("\n", " <eos> ").split()
 
     def encode(self, text):
-        ids = map(self.ids.get, self.split(text), itertools.repeat(self.unk))
+        ids = map(self.word_to_id.get, self.split(text), itertools.repeat(self.unk))
         return np.fromiter(ids, self.dtype)  # [N]
 
     def decode(self, ids):
@@ -285,7 +285,7 @@ class WordTokenizer(Tokenizer):
         return re.sub(" ?\n ?", "\n", text)  # no spaces around a line end
 
     def unknown(self, text):
-        return [word for word in text.split() if word not in self.ids]
+        return [word for word in text.split() if word not in self.word_to_id]
 
 
 VOCAB_SIZE = 32000  # of the tokenizer bpe, by default

@@ -486,7 +486,7 @@ def convert_characters(tokenizer):
 
 def convert_words(tokenizer):
     """Words between white space, and <eos> for each line end."""
-    package = Tokenizer(models.WordLevel(tokenizer.ids, "<unk>"))
+    package = Tokenizer(models.WordLevel(tokenizer.word_to_id, "<unk>"))
     line_ends = normalizers.Replace("\n", " <eos> ")
     # str.split, which yields our words, treats these as white space; WhitespaceSplit does not.
     separators = normalizers.Replace(Regex("[\x1c-\x1f]"), " ")
