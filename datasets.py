@@ -487,7 +487,7 @@ def token_dtype(vocab_size):
 class Corpus(NamedTuple):
     """A row of CORPORA."""
 
-    tokenizer: str  # the kind that `auto` selects
+    tokenizer_kind: str  # that `auto` selects
     # A function that returns a list of Spans: of train, valid and, if there is one, test. Its
     # argument is a function that, given a name in `files`, downloads the file and returns its path.
     # None: the texts are on this machine, see load_dataset.
@@ -596,7 +596,7 @@ c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f 1924281556 Tiny
 }
 
 # The tokenizer "gpt2" is downloaded in the same way.
-GPT2 = Corpus(
+GPT2_TOKENIZER_FILES = Corpus(
     "gpt2",
     hosts=(
         "https://huggingface.co/openai-community/gpt2/resolve/"
@@ -1114,7 +1114,7 @@ def load_dataset(
     data_dir = open_data_dir(data_dir or save_dir)
     corpus = CORPORA[dataset]
     if tokenizer == "auto":
-        tokenizer = corpus.tokenizer
+        tokenizer = corpus.tokenizer_kind
     if isinstance(tokenizer, (str, Path)) and tokenizer not in KINDS:
         tokenizer = read_tokenizer(tokenizer)
     is_object = not isinstance(tokenizer, str)  # made by the caller, or read from a file
@@ -1175,7 +1175,7 @@ def digest_of_inputs(sources):
 def make_tokenizer(kind, sources, vocab_size, **options):
     """GPT-2's tokenizer, or one trained on the training split; options: see fetch."""
     if kind == "gpt2":
-        path = fetch("tokenizer.json", "gpt2", GPT2, **options)
+        path = fetch("tokenizer.json", "gpt2", GPT2_TOKENIZER_FILES, **options)
         return PackageTokenizer(path.read_text("utf-8"), kind)
     texts = (text for text, _ in read_documents(sources))
     return TOKENIZERS[kind].train(texts, vocab_size)
@@ -1214,12 +1214,12 @@ def map_dataset(name, cache, about, train_tokens):
     tokenizer = tokenizer_from_dict(about["tokenizer"])
     dtype = token_dtype(tokenizer.vocab_size)
     splits = dict.fromkeys(SPLITS)
-    sha256 = {}
+    hashes = {}
     for split, counts in about["splits"].items():
         path = cache / f"{split}.tokens"
         identity = digest_of([counts.pop("sha256"), about["tokenizer"]])
         if split != "test":
-            sha256[split] = identity  # checkpoints store these
+            hashes[split] = identity  # checkpoints store these
         if path.stat().st_size < 2 * np.dtype(dtype).itemsize:
             continue  # a single token has no next one to predict
         tokens = np.memmap(path, dtype, "r")
@@ -1232,7 +1232,7 @@ def map_dataset(name, cache, about, train_tokens):
             "no text is left for training or validation: "
             "give more text, another --valid_fraction, or --valid_text"
         )
-    return Dataset(name, tokenizer, **splits, sha256=sha256, folder=cache)
+    return Dataset(name, tokenizer, **splits, sha256=hashes, folder=cache)
 
 
 # ---- Downloads ----------------------------------------------------------------------------------

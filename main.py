@@ -2938,7 +2938,7 @@ def resolve_flags(explicit, recorded=None):
         if explicit[name] not in CHECKPOINT_WORDS and is_model_folder(user_path(explicit[name])):
             setattr(flags, name, absolute(explicit[name]))
     if flags.tokenizer == "auto":
-        flags.tokenizer = datasets.CORPORA[flags.dataset].tokenizer
+        flags.tokenizer = datasets.CORPORA[flags.dataset].tokenizer_kind
     elif flags.tokenizer == explicit.get("tokenizer") and flags.tokenizer not in datasets.KINDS:
         flags.tokenizer = absolute(flags.tokenizer)
     if flags.num_kv_heads is None:
