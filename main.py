@@ -3403,7 +3403,7 @@ def evaluate_checkpoint(flags):
     else:
         dataset = reload_data(flags, checkpoint)
     if flags.quantize:
-        extra("quantize").quantize(model, flags.quantize, packed=False)
+        extra("quantize").quantize(model, flags.quantize, is_packed=False)
     announce(checkpoint)
     for line in notice_ineffective_flags(flags):
         print(line, file=sys.stderr)
@@ -3422,7 +3422,7 @@ def sample_checkpoint(flags):
     if flags.draft:
         draft = extra("decode").open_draft(flags, contents)
     if flags.quantize:
-        extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
+        extra("quantize").quantize(model, flags.quantize, is_packed=flags.gpu)
     # The checkpoint is announced only after all user errors are ruled out: an error must be the
     # only line on stderr.
     announce(contents.checkpoint)

@@ -32,7 +32,7 @@ def main(arguments):
     flags = read_flags(parser, arguments)
     checkpoint, model, tokenizer = load_checkpoint(flags)
     if flags.quantize:
-        quantize(model, flags.quantize, packed=flags.gpu)
+        quantize(model, flags.quantize, is_packed=flags.gpu)
     answer_file(model, tokenizer, checkpoint, flags)
 
 

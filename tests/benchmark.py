@@ -441,7 +441,7 @@ def sample(gpu, rounds, count=100):
     for name, shape in SAMPLED.items():
         model = make_model(**shape, context_size=1024, mlp="swiglu")
         rounded = make_model(**shape, context_size=1024, mlp="swiglu")
-        quantize(rounded, 8, packed=gpu)
+        quantize(rounded, 8, is_packed=gpu)
         with tempfile.TemporaryDirectory() as folder:
             workers = start_workers(model, folder, gpu)
             speeds = {

@@ -361,7 +361,7 @@ def export_model(model, tokenizer, folder, bits):
         raise UsageError(f"{folder} holds {taken[0].name} already: name a new folder")
     settings = make_settings(model.config, kind, tokenizer)
     if bits:
-        group_size = extra("quantize").quantize(model, bits, packed=True)
+        group_size = extra("quantize").quantize(model, bits, is_packed=True)
         if group_size:
             # This entry tells mlx_lm that the weights are packed.
             settings["quantization"] = {"group_size": group_size, "bits": bits}
