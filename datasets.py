@@ -295,7 +295,7 @@ TOKENIZER_FAILED = (
 
 # BPE's training time grows with the square of a word's length, so words are cut at this length.
 LONG_WORD = re.compile(r"(\w{1000}|\W{1000})")
-# Each long word matches this at a multiple of 500; a test of these alone takes 1 % of the time.
+# Each long word matches this at a multiple of 500; testing only there takes 1 % of the time.
 IN_LONG_WORD = re.compile(r"\w{500}|\W{500}")
 
 
@@ -1388,7 +1388,7 @@ def explain_errors(text, *errors, raises=UsageError):
         raise raises(f"{text} ({one_line(error)})") from None
 
 
-# Characters that a terminal acts on: all controls but tabs and line ends.
+# Characters that a terminal acts on: all controls but \t and \n.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 

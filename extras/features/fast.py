@@ -22,8 +22,8 @@ fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
 They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
 for the plain function with the hash in PLAIN_HASHES: one that was edited is used itself. Loss and
 metrics also stand for the classes Embedding and LanguageModel, whose logits they compute, and
-parallelize for Muon. On a GPU, all but embed, loss and metrics leave the work to MLX. Without this
-file, or with the environment variable DISABLE_FAST set, main.py works the same, only slower, but
+parallelize for Muon. On a GPU, all but embed, rms_norm, loss, metrics and AdamW's update are MLX's.
+Without this file, or with DISABLE_FAST in the environment, main.py works the same, only slower, but
 for --teacher, several ranks, bfloat16 on a CPU and runs that repeat on a GPU, which need it.
 
 Shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value heads, d
@@ -56,8 +56,8 @@ import numpy as np
 from datasets import UsageError, atomic_write, digest_of, hold_lock, open_kernel_dir, use_compiler
 from extras.common.limits import count_cores
 
-# Of main.py's functions that those below stand for, hash_of_code. Where a test finds that a plain
-# function has changed, compare the two, then enter its new one.
+# hash_of_code of main.py's plain versions. Where a test finds that one has changed, compare it with
+# the fast one, then enter the new hash.
 PLAIN_HASHES = {
     "linear_product": "9b9baf3e6e0cab64e99fdf0352d573908bd0f1db68589626cfa65dd20c87eee1",
     "rms_norm": "bb525adb914ad7e3cbb3f0bec8564c25734f93814102f2ae9daeaa5d275583b9",
