@@ -125,7 +125,7 @@ class Span(NamedTuple):
     errors: str = "surrogateescape"  # for decoding; "strict" rejects invalid UTF-8
 
 
-class Rows(NamedTuple):
+class RowFile(NamedTuple):
     """A file with a document in each row, see extras/features/formats.py."""
 
     path: Path
@@ -169,7 +169,7 @@ class Tokenizer:
 
     def pieces(self, ids):
         """The characters or words of these ids; ids beyond the vocabulary are padding, left out."""
-        return [self.printed[token] for token in map(int, ids) if token < self.vocab_size]
+        return [self.id_to_text[token] for token in map(int, ids) if token < self.vocab_size]
 
     def to_dict(self):
         return {"kind": self.kind, "vocabulary": self.vocabulary}
@@ -219,10 +219,10 @@ class CharTokenizer(Tokenizer):
         self.vocabulary = vocabulary
         self.unk = len(vocabulary)  # the id after the last character
         self.vocab_size = self.unk + 1
-        self.printed = vocabulary + "\ufffd"  # [id] -> character
+        self.id_to_text = vocabulary + "\ufffd"  # [id] -> character
         # [code point] -> id: looks up all characters of a text at once.
-        self.table = np.full(0x110000, self.unk, token_dtype(self.vocab_size))
-        self.table[[ord(character) for character in vocabulary]] = np.arange(self.unk)
+        self.code_point_to_id = np.full(0x110000, self.unk, token_dtype(self.vocab_size))
+        self.code_point_to_id[[ord(character) for character in vocabulary]] = np.arange(self.unk)
 
     @classmethod
     def train(cls, texts, vocab_size=None):
@@ -234,7 +234,7 @@ class CharTokenizer(Tokenizer):
 
     def encode(self, text):
         code_points = np.frombuffer(utf8(text).encode("utf-32-le"), np.uint32)  # [N]
-        return self.table[code_points]  # [N]
+        return self.code_point_to_id[code_points]  # [N]
 
     def decode(self, ids):
         return "".join(self.pieces(ids))
@@ -254,13 +254,13 @@ class WordTokenizer(Tokenizer):
 
     def __init__(self, vocabulary):
         self.vocabulary = vocabulary
-        self.ids = {word: token for token, word in enumerate(vocabulary)}
+        self.word_to_id = {word: token for token, word in enumerate(vocabulary)}
         self.vocab_size = len(vocabulary)
-        self.eos = self.ids["<eos>"]
-        self.unk = self.ids["<unk>"]
+        self.eos = self.word_to_id["<eos>"]
+        self.unk = self.word_to_id["<unk>"]
         self.dtype = token_dtype(self.vocab_size)
-        self.printed = list(vocabulary)  # [id] -> what decode joins with spaces
-        self.printed[self.eos] = "\n"
+        self.id_to_text = list(vocabulary)  # [id] -> what decode joins with spaces
+        self.id_to_text[self.eos] = "\n"
 
     @classmethod
     def train(cls, texts, vocab_size=None):
@@ -277,7 +277,7 @@ class WordTokenizer(Tokenizer):
         return utf8(text).replace("\n", " <eos> ").split()
 
     def encode(self, text):
-        ids = map(self.ids.get, self.split(text), itertools.repeat(self.unk))
+        ids = map(self.word_to_id.get, self.split(text), itertools.repeat(self.unk))
         return np.fromiter(ids, self.dtype)  # [N]
 
     def decode(self, ids):
@@ -285,7 +285,7 @@ class WordTokenizer(Tokenizer):
         return re.sub(" ?\n ?", "\n", text)  # no spaces around a line end
 
     def unknown(self, text):
-        return [word for word in text.split() if word not in self.ids]
+        return [word for word in text.split() if word not in self.word_to_id]
 
 
 VOCAB_SIZE = 32000  # of the tokenizer bpe, by default
@@ -295,7 +295,7 @@ TOKENIZER_FAILED = (
 
 # BPE's training time grows with the square of a word's length, so words are cut at this length.
 LONG_WORD = re.compile(r"(\w{1000}|\W{1000})")
-# Each long word matches this at a multiple of 500; a test of these alone takes 1 % of the time.
+# Each long word matches this at a multiple of 500; testing only there takes 1 % of the time.
 IN_LONG_WORD = re.compile(r"\w{500}|\W{500}")
 
 
@@ -374,19 +374,19 @@ class PackageTokenizer(Tokenizer):
 
     def encode_batch(self, texts):
         texts = [utf8(text) for text in texts]
-        with explained(TOKENIZER_FAILED):
+        with explain_errors(TOKENIZER_FAILED):
             # Runs in parallel threads; "fast" (0.20 or newer) omits the tokens' offsets.
             encodings = self.package.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def decode(self, ids):
-        with explained(TOKENIZER_FAILED):
+        with explain_errors(TOKENIZER_FAILED):
             # With skip_special_tokens, END would vanish from the text.
             return self.package.decode(list(map(int, ids)), skip_special_tokens=False)
 
     def unknown(self, text):
         text = utf8(text)
-        with explained(TOKENIZER_FAILED):
+        with explain_errors(TOKENIZER_FAILED):
             encoding = self.package.encode(text, add_special_tokens=False)
         pieces = zip(encoding.ids, encoding.offsets)
         return [text[start:end] for token, (start, end) in pieces if token == self.unk]
@@ -416,16 +416,16 @@ KINDS = ["auto", *TOKENIZERS]
 KINDS.remove("file")
 
 
-def encode_after(tokenizer, befores, texts):
+def encode_after(tokenizer, previous_characters, texts):
     """Encodes each text as a continuation of the character before it ("" at a start): ids [N].
 
     Some tokenizers put a space before whatever they encode.
     """
-    both = tokenizer.encode_batch([before + text for before, text in zip(befores, texts)])
-    for before, text, ids in zip(befores, texts, both):
-        known = tokenizer.encode(before)
-        if np.array_equal(ids[: len(known)], known):
-            yield ids[len(known) :]
+    both = tokenizer.encode_batch([*map("".join, zip(previous_characters, texts))])
+    for previous, text, ids in zip(previous_characters, texts, both):
+        previous_ids = tokenizer.encode(previous)
+        if np.array_equal(ids[: len(previous_ids)], previous_ids):
+            yield ids[len(previous_ids) :]
         else:  # a token spans that character and the first ones of the text
             yield tokenizer.encode(text)
 
@@ -442,7 +442,7 @@ def tokenizer_from_dict(data):
 
     Raises UsageError if it is malformed, ImportError if it needs a package that is not installed.
     """
-    with explained("the tokenizer cannot be used"):
+    with explain_errors("the tokenizer cannot be used"):
         options = dict(data)
         kind = options.pop("kind")
         tokenizer = TOKENIZERS[kind](**options)
@@ -455,7 +455,7 @@ def read_tokenizer(path):
     kinds = ", ".join(KINDS)
     fault = f"--tokenizer {path} must be a Hugging Face tokenizer.json, or one of {kinds}"
     fault += "; download the one of a model on the hub, or convert a .model with transformers"
-    with explained(fault):
+    with explain_errors(fault):
         return PackageTokenizer(read_whole(Path(user_path(path))), "file")
 
 
@@ -487,7 +487,7 @@ def token_dtype(vocab_size):
 class Corpus(NamedTuple):
     """A row of CORPORA."""
 
-    tokenizer: str  # the kind that `auto` selects
+    tokenizer_kind: str  # that `auto` selects
     # A function that returns a list of Spans: of train, valid and, if there is one, test. Its
     # argument is a function that, given a name in `files`, downloads the file and returns its path.
     # None: the texts are on this machine, see load_dataset.
@@ -496,36 +496,36 @@ class Corpus(NamedTuple):
     files: str = ""  # a line each: SHA256 (as by sha256sum), size in bytes, name
 
 
-def ptb(fetch):
+def ptb(get_file):
     """Penn Treebank as in Mikolov et al. (2010): a sentence a line, a 10,000-word vocabulary."""
-    return [whole(fetch(f"ptb.{split}.txt")) for split in SPLITS]
+    return [whole(get_file(f"ptb.{split}.txt")) for split in SPLITS]
 
 
-def wikitext(size, fetch):
+def wikitext(size, get_file):
     """WikiText (Merity et al. 2016): 2 or 103 million words of Wikipedia articles."""
-    archive = fetch(f"wikitext-{size}-v1.zip")
+    archive = get_file(f"wikitext-{size}-v1.zip")
     return [whole(unzip(archive, f"wikitext-{size}/wiki.{split}.tokens")) for split in SPLITS]
 
 
-def enwik8(fetch):
+def enwik8(get_file):
     """The first 100 MB of an English Wikipedia dump (Hutter Prize): 90, 5 and 5 million bytes."""
-    text = whole(unzip(fetch("enwik8.zip"), "enwik8"))
+    text = whole(unzip(get_file("enwik8.zip"), "enwik8"))
     return cut(text, text.stop * 90 // 100, text.stop * 95 // 100)
 
 
-def tinyshakespeare(fetch):
+def tinyshakespeare(get_file):
     """Karpathy's 40,000 lines of Shakespeare: 90 % of the characters (all ASCII) for training."""
-    text = whole(fetch("input.txt"))
+    text = whole(get_file("input.txt"))
     return cut(text, text.stop * 90 // 100)
 
 
-def tinystories(fetch):
+def tinystories(get_file):
     """Stories by GPT-3.5 and GPT-4 (Eldan & Li 2023).
 
     There is no test split, so the second half of the validation file serves as one.
     """
-    train = whole(fetch("TinyStories-train.txt"), marker=END)
-    valid = whole(fetch("TinyStories-valid.txt"), marker=END)
+    train = whole(get_file("TinyStories-train.txt"), marker=END)
+    valid = whole(get_file("TinyStories-valid.txt"), marker=END)
     return [train, *cut(valid, find_cut(valid, valid.stop // 2, END))]
 
 
@@ -596,7 +596,7 @@ c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f 1924281556 Tiny
 }
 
 # The tokenizer "gpt2" is downloaded in the same way.
-GPT2 = Corpus(
+GPT2_TOKENIZER_FILES = Corpus(
     "gpt2",
     hosts=(
         "https://huggingface.co/openai-community/gpt2/resolve/"
@@ -622,8 +622,8 @@ def cut(span, *cuts):
 def unzip(archive, member):
     """Unpacks a member of a zip file, beside it and under its base name; returns its path."""
     path = archive.with_name(os.path.basename(member))  # so a name like ../x leads nowhere else
-    with locked(path.parent), zipfile.ZipFile(archive) as members, members.open(member) as data:
-        with replacing(path) as out:
+    with hold_lock(path.parent), zipfile.ZipFile(archive) as members, members.open(member) as data:
+        with atomic_write(path) as out:
             shutil.copyfileobj(data, out)
     return path
 
@@ -689,24 +689,24 @@ NO_TEXT = {
 MARKUP_SUFFIXES = (".csv", ".htm", ".html", ".ipynb", ".json", ".rtf", ".tex", ".tsv", ".xml")
 
 
-def own_text(paths_of, valid_fraction, text_field, own_folders):
-    """{split: [Span or Rows, ...]} of the user's files.
+def user_text(paths_of, valid_fraction, text_field, program_folders):
+    """{split: sources, [Span or RowFile, ...]} of the user's files.
 
     paths_of: {split: [path, ...]}; only "test" if the rest is a corpus. Without "valid", a part of
     "train" is held out: the files that are named for validation, else see hold_out. Files for
-    validation or testing are left out of the training text. own_folders: see texts_of; text_field:
-    see Rows.
+    validation or testing are left out of the training text. program_folders: see find_text_files;
+    text_field: see RowFile.
     """
-    files = {split: find_files(paths, own_folders) for split, paths in paths_of.items()}
+    files = {split: find_files(paths, program_folders) for split, paths in paths_of.items()}
     if "train" in files:
         files = set_aside(files)
     splits = {split: [] for split in files}
     for split, found in files.items():
         for path, _ in found.values():
-            each = whole(path, errors="strict")
+            source = whole(path, errors="strict")
             if ROW_FILES.fullmatch(path.name):
-                each = Rows(path, text_field)
-            splits[split].append(each)
+                source = RowFile(path, text_field)
+            splits[split].append(source)
     if "train" in files and "valid" not in files:
         splits |= hold_out(splits["train"], valid_fraction)
     return splits
@@ -720,14 +720,14 @@ def set_aside(files):
     left_out = [name for real, (_, name) in files["train"].items() if real in held_out]
     # A user who names the same files for both wants to train on them.
     if 0 < len(left_out) < len(files["train"]):
-        print(f"Not training on what is for validation or testing: {some_of(left_out)}")
+        print(f"Not training on what is for validation or testing: {first_names(left_out)}")
         for real in held_out:
             files["train"].pop(real, None)
     say_what_is_read(files["train"])
     return files
 
 
-def some_of(names):
+def first_names(names):
     """The first five names of a list, and how many more there are."""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return ", ".join(name.lstrip("/") for name in names[:5]) + more
@@ -736,26 +736,26 @@ def some_of(names):
 def say_what_is_read(files):
     """Prints what may surprise the user of a text; files: see find_files."""
     marked = []
-    windows = []
+    crlf = []
     for path, name in files.values():
         if path.suffix.lower() in MARKUP_SUFFIXES:
             marked.append(name)
-        if not ROW_FILES.fullmatch(path.name) and b"\r\n" in head_of_file(path):
-            windows.append(name)
+        if not ROW_FILES.fullmatch(path.name) and b"\r\n" in read_head(path):
+            crlf.append(name)
     if marked:
-        print(f"Read as they are, with their markup: {some_of(marked)}")
-    if windows:
-        print(f"Lines end as on Windows, in CR LF, which is trained on, too: {some_of(windows)}")
+        print(f"Read as they are, with their markup: {first_names(marked)}")
+    if crlf:
+        print(f"Lines end as on Windows, in CR LF, which is trained on, too: {first_names(crlf)}")
 
 
-def find_files(paths, own_folders):
+def find_files(paths, program_folders):
     """{real path: (path, name)} of the texts that `paths` (files, folders, globs) match.
 
     The name is the path below a folder in `paths`, or from the name of a file or match on.
     """
     found = {}
     for path in paths:
-        for file, name in texts_of(path, own_folders):
+        for file, name in find_text_files(path, program_folders):
             if os.path.getsize(file) > 0:
                 found.setdefault(file.resolve(), (file, name))
     if not found:
@@ -766,15 +766,15 @@ def find_files(paths, own_folders):
     return found
 
 
-def texts_of(path, own_folders):
+def find_text_files(path, program_folders):
     """[(path, name), ...] in order: a file, the texts in a folder, or those that match a glob.
 
     Files that are no text, or cannot be read, are left out with a message. Hidden files do not
-    count, nor do those in `own_folders` (resolved paths, where this program keeps its files) unless
-    `path` itself lies there. Links to folders are followed, but each folder is read once. Raises
-    UsageError if nothing matches, or if no match is text (of the last one then).
+    count, nor do those in `program_folders` (resolved paths, where this program keeps its files)
+    unless `path` itself lies there. Links to folders are followed, but each folder is read once.
+    Raises UsageError if nothing matches, or if no match is text (of the last one then).
     """
-    own_folders = set(own_folders).difference(Path(os.path.realpath(path)).parents)
+    program_folders = set(program_folders).difference(Path(os.path.realpath(path)).parents)
     queue = [(Path(path), "")]  # a folder's own name tells no split
     if not os.path.exists(path):
         matches = map(Path, sorted(glob.glob(path, recursive=True)))
@@ -786,29 +786,29 @@ def texts_of(path, own_folders):
         )
     files = {}  # path -> name
     seen = set()  # real paths of folders
-    for each, name in queue:  # which grows by what the folders in it hold
-        real = Path(os.path.realpath(each))
-        if real in seen or own_folders.intersection([real, *real.parents]):
+    for entry, name in queue:  # which grows by what the folders in it hold
+        real = Path(os.path.realpath(entry))
+        if real in seen or program_folders.intersection([real, *real.parents]):
             continue
-        if each.is_dir() and os.access(each, os.R_OK | os.X_OK):
+        if entry.is_dir() and os.access(entry, os.R_OK | os.X_OK):
             seen.add(real)
-            if not any(each.glob("*.metadata")):  # a run's files are not text
-                queue += [(below, f"{name}/{below.name}") for below in sorted(each.glob("[!.]*"))]
-        elif each.exists():
-            files[each] = name or each.name
+            if not any(entry.glob("*.metadata")):  # a run's files are not text
+                queue += [(below, f"{name}/{below.name}") for below in sorted(entry.glob("[!.]*"))]
+        elif entry.exists():
+            files[entry] = name or entry.name
     left_out = Counter()  # suffix -> bytes
-    for each in sorted(files):
+    for file in sorted(files):
         try:
-            check_text(each)
+            check_text(file)
         except UsageError as error:
             reason = error
-            del files[each]
-            left_out[each.suffix or each.name] += each.stat().st_size
+            del files[file]
+            left_out[file.suffix or file.name] += file.stat().st_size
     if left_out and not files:
         raise reason
     if left_out:
         what = f"{left_out.total():,} bytes in files that are no readable UTF-8 text"
-        print(f"{path}: leaving out {what} ({some_of([*left_out])})")
+        print(f"{path}: leaving out {what} ({first_names([*left_out])})")
     return sorted(files.items())
 
 
@@ -821,10 +821,10 @@ def check_text(path):
         raise UsageError(
             f"{path} is a pipe, a device or a socket: write its text to a file, and name that"
         )
-    begin = head_of_file(path)
+    begin = read_head(path)
     has_rows = ROW_FILES.fullmatch(path.name)
-    for known, what in NO_TEXT.items():
-        if begin.startswith(known) and (known == LFS or not has_rows):
+    for magic_bytes, what in NO_TEXT.items():
+        if begin.startswith(magic_bytes) and (magic_bytes == LFS or not has_rows):
             raise UsageError(f"{path} is {what}")
     if has_rows:
         return
@@ -836,13 +836,13 @@ def check_text(path):
     next(read_pieces(whole(path, errors="strict")), "")
 
 
-def head_of_file(path):
+def read_head(path):
     """The first 64 KiB of a file."""
-    with explained(f"{path} cannot be read", OSError), open(path, "rb") as file:
+    with explain_errors(f"{path} cannot be read", OSError), open(path, "rb") as file:
         return file.read(1 << 16)
 
 
-def not_utf8(path, start, error):
+def encoding_error(path, start, error):
     """The UsageError for a UnicodeDecodeError in bytes of a file, the first of them at `start`."""
     if re.search(rb"[\0-\x08\x0e-\x1a]", error.object):
         remedy = "it is no plain text: leave it out, or extract its text into another file"
@@ -871,45 +871,45 @@ def split_by_names(files):
 def is_held_out(index, valid_fraction):
     """Whether the document at this index is one of those held out, at regular intervals."""
     # Without 1e-9, a rounding error could leave a product just below an integer.
-    before = int(index * valid_fraction + 1e-9)
-    return int((index + 1) * valid_fraction + 1e-9) > before
+    num_before = int(index * valid_fraction + 1e-9)
+    return int((index + 1) * valid_fraction + 1e-9) > num_before
 
 
-def hold_out(documents, valid_fraction):
-    """Splits Spans of whole files, and Rows, into {"train": [Span or Rows, ...], "valid": [...]}.
+def hold_out(sources, valid_fraction):
+    """Splits Spans of whole files, and RowFiles, into {"train": sources, "valid": sources}.
 
     Whole files at regular intervals are held out, by default every tenth. If these have less than
     half of the bytes asked for, or more than twice as many, the end of the text is held out
-    instead. Of Rows, those at regular intervals are.
+    instead. Of the rows of RowFiles, those at regular intervals are.
     """
-    texts = [each for each in documents if type(each) is Span]
+    spans = [span for span in sources if type(span) is Span]
     train = []
     valid = []
     names = "the end of the text"
-    for i, each in enumerate(texts):
-        part = valid if is_held_out(i, valid_fraction) else train
-        part.append(each)
-    total = sum(each.stop for each in texts)  # bytes
-    share = sum(each.stop for each in valid) / max(1, total)
+    for i, span in enumerate(spans):
+        split = valid if is_held_out(i, valid_fraction) else train
+        split.append(span)
+    total = sum(span.stop for span in spans)  # bytes
+    share = sum(span.stop for span in valid) / max(1, total)
     if valid_fraction / 2 <= share <= 2 * valid_fraction:
-        names = some_of([each.path.name for each in valid])
+        names = first_names([span.path.name for span in valid])
     else:
         share = valid_fraction
         train = []
         valid = []
         left = round(total * (1 - valid_fraction))  # bytes to train on
-        for each in texts:
-            first, rest = cut(each, find_cut(each, left, "\n"))
+        for span in spans:
+            first, rest = cut(span, find_cut(span, left, "\n"))
             train.append(first)
             valid.append(rest)
-            left -= each.stop
-    if len(texts) > 1:
+            left -= span.stop
+    if len(spans) > 1:
         print(f"Held out for validation, {share:.1%} of the bytes: {names}")
-    for each in documents:
-        if type(each) is Rows:
-            each = each._replace(valid_fraction=valid_fraction)
-            train.append(each)
-            valid.append(each._replace(is_valid=True))
+    for source in sources:
+        if type(source) is RowFile:
+            row_file = source._replace(valid_fraction=valid_fraction)
+            train.append(row_file)
+            valid.append(row_file._replace(is_valid=True))
     return {"train": train, "valid": valid}
 
 
@@ -930,30 +930,30 @@ UP_TO_A_CUT = re.compile(
 )
 
 
-BLOCK = 1 << 17  # bytes or characters that are read at once
+BLOCK_SIZE = 1 << 17  # bytes or characters that are read at once
 
 
-def read_documents(spans):
-    """Yields (text, before) for everything in `spans`, Spans and Rows.
+def read_documents(sources):
+    """Yields (text, previous) for everything in `sources`, Spans and RowFiles.
 
-    The text is a whole document in a Span with a marker, else a block of about BLOCK characters.
-    `before` is the character before it in its document, "" at a start. Raises UsageError if a file
-    cannot be read.
+    The text is a whole document in a Span with a marker, else a block of about BLOCK_SIZE
+    characters. `previous` is the character before it in its document, "" at a start. Raises
+    UsageError if a file cannot be read.
     """
     num_rows = 0  # of all files so far
-    for span in spans:
-        if type(span) is Rows:
-            for text in extra("formats").read_rows(span):
-                if is_held_out(num_rows, span.valid_fraction) == span.is_valid:
-                    pieces = (text[i : i + BLOCK] for i in range(0, len(text), BLOCK))
+    for source in sources:
+        if type(source) is RowFile:
+            for text in extra("formats").read_rows(source):
+                if is_held_out(num_rows, source.valid_fraction) == source.is_valid:
+                    pieces = (text[i : i + BLOCK_SIZE] for i in range(0, len(text), BLOCK_SIZE))
                     yield from cut_into_blocks(pieces)
                 num_rows += 1
-        elif span.marker:
-            for document in split_at_marker(span):
+        elif source.marker:
+            for document in split_at_marker(source):
                 if document.strip():
                     yield document.strip("\n"), ""
         else:
-            yield from cut_into_blocks(read_pieces(span))
+            yield from cut_into_blocks(read_pieces(source))
 
 
 def begin_lines(blocks):
@@ -962,10 +962,10 @@ def begin_lines(blocks):
     A line end is added unless the document before ends with one. blocks: see read_documents.
     """
     last = "\n"  # character
-    for text, before in blocks:
-        if not before and last != "\n":
+    for text, previous in blocks:
+        if not previous and last != "\n":
             yield "\n", last
-        yield text, before
+        yield text, previous
         last = text[-1]
 
 
@@ -980,48 +980,48 @@ def split_at_marker(span):
 
 
 def cut_into_blocks(pieces):
-    """Yields (text, before) for a document that comes in pieces of at most BLOCK characters.
+    """Yields (text, previous) for a document that comes in pieces of at most BLOCK_SIZE characters.
 
     The blocks give the tokens of the whole; see read_documents.
     """
-    before = ""
+    previous = ""
     rest = ""  # not yet yielded
     for piece in pieces:
         found = UP_TO_A_CUT.match(rest)
         end = 0
         if found:
             end = found.end()
-        elif len(rest) > 16 * BLOCK:  # memory must stay bounded even if the text is one word
+        elif len(rest) > 16 * BLOCK_SIZE:  # memory must stay bounded even if the text is one word
             end = len(rest)
         if end > 0:
-            yield rest[:end], before
-            before = rest[end - 1]
+            yield rest[:end], previous
+            previous = rest[end - 1]
         rest = rest[end:] + piece
     if rest:
-        yield rest, before
+        yield rest, previous
 
 
 def read_pieces(span):
-    """Yields the text of a span, read in pieces of BLOCK bytes."""
+    """Yields the text of a span, read in pieces of BLOCK_SIZE bytes."""
     # A byte-order mark is no part of the text.
     encoding = "utf-8" if span.start else "utf-8-sig"
     with open(span.path, "rb") as file:
         file.seek(span.start)
-        blocks = iter(lambda: file.read(min(BLOCK, span.stop - file.tell())), b"")
+        blocks = iter(lambda: file.read(min(BLOCK_SIZE, span.stop - file.tell())), b"")
         try:
             yield from codecs.iterdecode(blocks, encoding, span.errors)
         except UnicodeDecodeError as error:
             # error.object: bytes kept from earlier reads, then the last block.
-            raise not_utf8(span.path, file.tell() - len(error.object), error) from None
+            raise encoding_error(span.path, file.tell() - len(error.object), error) from None
 
 
-def encode_documents(spans, tokenizer):
+def encode_documents(sources, tokenizer):
     """Yields (text, ids [N]) block by block, with `bos` before each document.
 
     Between documents is one `eos` or, if the tokenizer has none, a line end (see begin_lines). The
     word tokenizer also ends the last document with `eos`, as it does every line.
     """
-    blocks = read_documents(spans)
+    blocks = read_documents(sources)
     if tokenizer.kind == "word":
         blocks = itertools.chain(blocks, [("", "")])  # ends the last document, too
     eos = tokenizer.eos
@@ -1029,9 +1029,9 @@ def encode_documents(spans, tokenizer):
         blocks = begin_lines(blocks)
     last = eos  # as if a document had just ended: nothing goes before the first one
     while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
-        texts, befores = zip(*batch)
-        for text, before, ids in zip(texts, befores, encode_after(tokenizer, befores, texts)):
-            if not before:  # it begins a document
+        texts, characters = zip(*batch)
+        for (text, previous), ids in zip(batch, encode_after(tokenizer, characters, texts)):
+            if not previous:  # it begins a document
                 first = [*tokenizer.bos]
                 if last != eos and first[:1] != [eos]:  # some models have one token for both
                     first.insert(0, eos)
@@ -1041,8 +1041,8 @@ def encode_documents(spans, tokenizer):
             yield text, ids
 
 
-def write_tokens(spans, tokenizer, path):
-    """Encodes `spans` into the file `path`, a plain sequence of ids.
+def write_tokens(sources, tokenizer, path):
+    """Encodes `sources` into the file `path`, a plain sequence of ids.
 
     Returns a dict of the counts of a Split, and the SHA256 of the ids. A run that has mapped an old
     file keeps its tokens.
@@ -1050,10 +1050,10 @@ def write_tokens(spans, tokenizer, path):
     counts = Counter()
     digest = hashlib.sha256()
     dtype = token_dtype(tokenizer.vocab_size)
-    total = sum(span.stop - span.start for span in spans if type(span) is Span)  # bytes
+    total = sum(source.stop - source.start for source in sources if type(source) is Span)  # bytes
     bar = progress_bar(total=total, unit="B", unit_scale=True, desc=path.name)
-    with bar, replacing(path) as out:
-        for text, ids in encode_documents(spans, tokenizer):
+    with bar, atomic_write(path) as out:
+        for text, ids in encode_documents(sources, tokenizer):
             if ids.dtype != dtype or ids.max(initial=0) >= tokenizer.vocab_size:
                 raise UsageError(
                     f"encode of the tokenizer {tokenizer.kind} must give ids below its vocab_size, "
@@ -1114,33 +1114,33 @@ def load_dataset(
     data_dir = open_data_dir(data_dir or save_dir)
     corpus = CORPORA[dataset]
     if tokenizer == "auto":
-        tokenizer = corpus.tokenizer
+        tokenizer = corpus.tokenizer_kind
     if isinstance(tokenizer, (str, Path)) and tokenizer not in KINDS:
         tokenizer = read_tokenizer(tokenizer)
-    is_made = not isinstance(tokenizer, str)  # by the caller, or read from a file
-    kind = tokenizer.kind if is_made else tokenizer
+    is_object = not isinstance(tokenizer, str)  # made by the caller, or read from a file
+    kind = tokenizer.kind if is_object else tokenizer
     if kind != "bpe" and vocab_size != VOCAB_SIZE:
         print("--vocab_size has no effect without --tokenizer bpe.")
-    named = named_files(dataset, text, valid_text, test_text)
-    local = python_modules() if dataset == "python" else {}
-    if named:
-        own_folders = [Path(user_path(each)).resolve() for each in (data_dir, save_dir) if each]
-        local |= own_text(named, valid_fraction, text_field, own_folders)
-    # A use of a text has a folder for each version of its files and this one; the last two stay.
-    use = [named, valid_fraction, text_field, vocab_size, is_made and tokenizer.to_dict()]
-    name = f"{kind}-{digest_of(use)[:12]}"
-    cache = data_dir / dataset / f"{name}-{digest_of([hash_of_code(SOURCE), key_of(local)])[:8]}"
-    with locked(cache):  # only one process encodes
+    user_paths = named_files(dataset, text, valid_text, test_text)
+    local_sources = python_modules() if dataset == "python" else {}
+    if user_paths:
+        program_folders = [Path(user_path(path)).resolve() for path in (data_dir, save_dir) if path]
+        local_sources |= user_text(user_paths, valid_fraction, text_field, program_folders)
+    # One use of a text has a folder per version of its files and of datasets.py; two stay.
+    key = [user_paths, valid_fraction, text_field, vocab_size, is_object and tokenizer.to_dict()]
+    name = f"{kind}-{digest_of(key)[:12]}"
+    cache = data_dir / dataset / f"{name}-{digest_of_inputs(local_sources)[:8]}"
+    with hold_lock(cache):  # only one process encodes
         about = read_about(cache)
         if about is None:
             options = {"data_dir": data_dir, "mirror": mirror}
-            get = functools.partial(fetch, folder=dataset, corpus=corpus, **options)
-            if "train" not in local:
-                splits = zip(SPLITS, corpus.find_texts(get))
-                local = {split: [span] for split, span in splits} | local
-            if not is_made:
-                tokenizer = make_tokenizer(kind, local["train"], vocab_size, **options)
-            about = write_splits(local, tokenizer, cache)
+            get_file = functools.partial(fetch, folder=dataset, corpus=corpus, **options)
+            if "train" not in local_sources:
+                splits = zip(SPLITS, corpus.find_texts(get_file))
+                local_sources = {split: [span] for split, span in splits} | local_sources
+            if not is_object:
+                tokenizer = make_tokenizer(kind, local_sources["train"], vocab_size, **options)
+            about = write_splits(local_sources, tokenizer, cache)
             written = sorted(cache.parent.glob(f"{name}*/about.json"), key=os.path.getmtime)
             for path in written[:-2]:  # a run that has mapped one keeps its tokens
                 shutil.rmtree(path.parent, ignore_errors=True)
@@ -1163,31 +1163,31 @@ def digest_of(data):
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def key_of(local):
-    """A digest of local files, {split: [Span or Rows, ...]}: their paths, cuts, sizes and times."""
-    known = []
-    for each in itertools.chain(*local.values()):
-        status = os.stat(each.path)
-        known.append([repr(each), status.st_size, status.st_mtime_ns])
-    return digest_of(known)
+def digest_of_inputs(sources):
+    """A digest of this file and of local {split: sources}: their paths, cuts, sizes and times."""
+    entries = [hash_of_code(SOURCE)]
+    for source in itertools.chain(*sources.values()):
+        status = os.stat(source.path)
+        entries.append([repr(source), status.st_size, status.st_mtime_ns])
+    return digest_of(entries)
 
 
-def make_tokenizer(kind, spans, vocab_size, **options):
+def make_tokenizer(kind, sources, vocab_size, **options):
     """GPT-2's tokenizer, or one trained on the training split; options: see fetch."""
     if kind == "gpt2":
-        path = fetch("tokenizer.json", "gpt2", GPT2, **options)
+        path = fetch("tokenizer.json", "gpt2", GPT2_TOKENIZER_FILES, **options)
         return PackageTokenizer(path.read_text("utf-8"), kind)
-    texts = (text for text, _ in read_documents(spans))
+    texts = (text for text, _ in read_documents(sources))
     return TOKENIZERS[kind].train(texts, vocab_size)
 
 
-def write_splits(spans, tokenizer, cache):
+def write_splits(sources, tokenizer, cache):
     """Encodes all splits into `cache`; returns what about.json says of them."""
     about = {"tokenizer": tokenizer.to_dict(), "splits": {}}
-    for split in spans:
+    for split in sources:
         path = cache / f"{split}.tokens"
-        about["splits"][split] = write_tokens(spans[split], tokenizer, path)
-    with replacing(cache / "about.json") as file:
+        about["splits"][split] = write_tokens(sources[split], tokenizer, path)
+    with atomic_write(cache / "about.json") as file:
         file.write(json.dumps(about | {"check": digest_of(about)}).encode())
     return about
 
@@ -1198,8 +1198,8 @@ def read_about(cache):
         about = json.loads((cache / "about.json").read_text("utf-8"))
         if about.pop("check") != digest_of(about):
             raise ValueError("about.json is not what was written")
-        for split, known in about["splits"].items():
-            if hash_of_file(cache / f"{split}.tokens") != known["sha256"]:
+        for split, counts in about["splits"].items():
+            if hash_of_file(cache / f"{split}.tokens") != counts["sha256"]:
                 raise ValueError("tokens are not what was written")
         return about
     except FileNotFoundError:  # nothing encoded yet, or killed while encoding
@@ -1214,25 +1214,25 @@ def map_dataset(name, cache, about, train_tokens):
     tokenizer = tokenizer_from_dict(about["tokenizer"])
     dtype = token_dtype(tokenizer.vocab_size)
     splits = dict.fromkeys(SPLITS)
-    sha256 = {}
-    for split, known in about["splits"].items():
+    hashes = {}
+    for split, counts in about["splits"].items():
         path = cache / f"{split}.tokens"
-        identity = digest_of([known.pop("sha256"), about["tokenizer"]])
+        identity = digest_of([counts.pop("sha256"), about["tokenizer"]])
         if split != "test":
-            sha256[split] = identity  # checkpoints store these
+            hashes[split] = identity  # checkpoints store these
         if path.stat().st_size < 2 * np.dtype(dtype).itemsize:
             continue  # a single token has no next one to predict
         tokens = np.memmap(path, dtype, "r")
         if split == "train" and train_tokens and train_tokens < len(tokens):
             tokens = tokens[:train_tokens]
-            known = dict.fromkeys(known)
-        splits[split] = Split(tokens, **known)
+            counts = dict.fromkeys(counts)
+        splits[split] = Split(tokens, **counts)
     if splits["train"] is None or splits["valid"] is None:
         raise UsageError(
             "no text is left for training or validation: "
             "give more text, another --valid_fraction, or --valid_text"
         )
-    return Dataset(name, tokenizer, **splits, sha256=sha256, folder=cache)
+    return Dataset(name, tokenizer, **splits, sha256=hashes, folder=cache)
 
 
 # ---- Downloads ----------------------------------------------------------------------------------
@@ -1249,12 +1249,12 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
         raise UsageError(f'add a line "SHA256 SIZE {name}" to the files of {folder} in CORPORA')
     sha256, size = listed.groups()
     path = data_dir / folder / name
-    part = path.with_name(f"{name}.part")
+    partial_path = path.with_name(f"{name}.part")
     sources = [host + name for host in corpus.hosts]
     if mirror:
         sources = [f"{mirror.rstrip('/')}/{folder}/{name}"]
     reasons = []
-    with locked(path.parent):  # if two processes race, one downloads and the other finds the file
+    with hold_lock(path.parent):  # if two processes race, one downloads, the other finds the file
         if path.exists():
             if hash_of_file(path) == sha256:
                 return path
@@ -1262,12 +1262,12 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
         for source in sources:
             # requests raises OSErrors, except a ValueError for a malformed redirect.
             try:
-                transfer(source, part, sha256, int(size))
+                transfer(source, partial_path, sha256, int(size))
             except (OSError, ValueError) as error:
                 reasons.append(without_passwords(f"{source}: {one_line(error)}"))
                 continue
             print(f"Downloaded {without_passwords(source)} (verified) to {path}")
-            return part.replace(path)
+            return partial_path.replace(path)
     reason = "; ".join(reasons) or "it has no hosts in CORPORA"
     raise RunError(
         f"{name} could not be downloaded ({reason}). Put it at {path} by hand "
@@ -1276,23 +1276,23 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
     )
 
 
-def transfer(source, part, sha256, size):
-    """Downloads or copies a file to `part`, and checks its SHA256. Raises OSError or ValueError."""
+def transfer(source, path, sha256, size):
+    """Downloads or copies a file to `path`, and checks its SHA256. Raises OSError or ValueError."""
     while True:
-        is_resumed = part.exists()  # an earlier process has left it unfinished
+        is_resumed = path.exists()  # an earlier process has left it unfinished
         if "://" in source:
-            download(source, part, size)
+            download(source, path, size)
         else:
-            shutil.copyfile(user_path(source), part)
-        if hash_of_file(part) == sha256:
+            shutil.copyfile(user_path(source), path)
+        if hash_of_file(path) == sha256:
             return
-        part.unlink()
+        path.unlink()
         if not is_resumed:
             raise OSError("its SHA256 is not the expected one")
 
 
-def download(address, part, size):
-    """Appends to `part` the bytes that it lacks of the `size` bytes at an address.
+def download(address, path, size):
+    """Appends to `path` the bytes that it lacks of the `size` bytes at an address.
 
     Raises OSError or ValueError after four tries, or at once if another try would not help.
     """
@@ -1303,18 +1303,18 @@ def download(address, part, size):
         "Accept-Encoding": "identity",  # so that sizes and ranges refer to the file itself
     }
     options = {"stream": True, "timeout": 30, "hooks": {"response": close_redirect}}  # seconds
-    part.touch()
+    path.touch()
     host_answered = False
     for pause in (0, 1, 4, 16):  # seconds
         time.sleep(pause)
-        have = part.stat().st_size
+        have = path.stat().st_size
         if have >= size:
             return
         headers["Range"] = f"bytes={have}-"
         try:
             with requests.get(address, headers=headers, **options) as response:
                 host_answered = True
-                return receive(response, part, have, size)
+                return receive(response, path, have, size)
         except requests.RequestException as error:
             reason = cause_of(error)
         if not host_answered:  # a dead host is not worth the wait
@@ -1328,8 +1328,8 @@ def close_redirect(response, **_):
         response.close()
 
 
-def receive(response, part, start, size):
-    """Writes to `part` a response that should begin at byte `start` of a file.
+def receive(response, path, start, size):
+    """Writes to `path` a response that should begin at byte `start` of a file.
 
     Raises requests.RequestException if another try may help, OSError if it will not.
     """
@@ -1340,8 +1340,8 @@ def receive(response, part, start, size):
         raise OSError(f"HTTP status {status}")
     if status != 206:
         start = 0  # a server may ignore the range and send the whole file
-    bar = progress_bar(total=size, initial=start, unit="B", unit_scale=True, desc=part.stem)
-    with bar, open(part, "ab" if start else "wb") as out:
+    bar = progress_bar(total=size, initial=start, unit="B", unit_scale=True, desc=path.stem)
+    with bar, open(path, "ab" if start else "wb") as out:
         for chunk in response.iter_content(1 << 16):  # an incomplete chunk is lost
             bar.update(out.write(chunk))
             if out.tell() > size:  # a server must not fill the disk
@@ -1371,11 +1371,11 @@ class RunError(Exception):
 
 
 @contextlib.contextmanager
-def explained(text, *errors, kind=UsageError):
-    """Turns exceptions of the types `errors` (default: any) into a one-line message for the user.
+def explain_errors(text, *errors, raises=UsageError):
+    """Turns exceptions of the types `errors` (default: any) into one of the type `raises`.
 
-    The message is `text`, which names the cause and the remedy, followed by the exception's own
-    message. Raises `kind`. A missing package or name passes unless `errors` has its type.
+    Its message, one line for the user, is `text`, which names the cause and the remedy, followed by
+    the exception's own. A missing package or name passes unless `errors` has its type.
     """
     expected = errors or (BaseException,)  # a panic of the package tokenizers is no Exception
     try:
@@ -1385,10 +1385,10 @@ def explained(text, *errors, kind=UsageError):
     except expected as error:
         if isinstance(error, (ImportError, NameError)) and not errors:
             raise  # not an error in what was read
-        raise kind(f"{text} ({one_line(error)})") from None
+        raise raises(f"{text} ({one_line(error)})") from None
 
 
-# Characters that a terminal acts on: all controls but tabs and line ends.
+# Characters that a terminal acts on: all controls but \t and \n.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -1415,7 +1415,7 @@ def progress_bar(**options):
     return tqdm(**options)
 
 
-def be_one_module(namespace):
+def alias_running_module(namespace):
     """Lets an `import` find the file that runs as __main__; namespace: its globals()."""
     running = sys.modules["__main__"]
     if vars(running) is namespace:  # and not cProfile's, for example
@@ -1430,11 +1430,11 @@ def prepare(namespace):
     """
     home = str(namespace["HERE"])
     if namespace["__name__"] == "__main__":
-        be_one_module(namespace)
+        alias_running_module(namespace)
         for name, module in [*sys.modules.items()]:
             # Left by a notebook's last %run. fast.py stays, as its choice of a BLAS is final.
             is_extra = name.startswith("extras.") and name != "extras.features.fast"
-            if is_extra or own_file(module, home):
+            if is_extra or user_module_path(module, home):
                 del sys.modules[name]
     fast = None
     with required_packages():
@@ -1448,17 +1448,17 @@ def prepare(namespace):
     return fast
 
 
-NOT_OWN = re.compile(r"(main|datasets)\.py|(extras|tests|.*site-packages)/.*|\..*|.*(?<!\.py)")
+NOT_USERS = re.compile(r"(main|datasets)\.py|(extras|tests|.*site-packages)/.*|\..*|.*(?<!\.py)")
 
 
-def own_file(module, home):
+def user_module_path(module, home):
     """The path of a module below the folder `home` if it is one of the user's own, else None.
 
     Own modules lie beside main.py or in folders below, but not in those of an environment.
     """
     path = str(getattr(getattr(module, "__spec__", 0), "origin", 0))
     inside = path.removeprefix(f"{home}/")
-    return None if inside == path or NOT_OWN.fullmatch(inside) else inside
+    return None if inside == path or NOT_USERS.fullmatch(inside) else inside
 
 
 def run_command(name, function, arguments):
@@ -1468,8 +1468,8 @@ def run_command(name, function, arguments):
     failure; both are reported in one line on stderr.
     """
     if os.getpid() == 1:  # a container's first process ignores signals by default
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, _: os._exit(128 + number))
+        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signal_number, lambda signal_number, _: os._exit(128 + signal_number))
     line = None
     status = 1
     try:
@@ -1535,11 +1535,11 @@ def extra(name):
     )
 
 
-def is_nothing(node, part):
-    """Whether a part of a syntax tree does nothing: a docstring, or a format's empty end (3.12)."""
-    if isinstance(part, ast.Expr):
-        return isinstance(part.value, ast.Constant)
-    return isinstance(node, ast.JoinedStr) and part.value == ""
+def is_nothing(node, child):
+    """Whether a node's child does nothing: a docstring, or an f-string's empty text (3.12)."""
+    if isinstance(child, ast.Expr):
+        return isinstance(child.value, ast.Constant)
+    return isinstance(node, ast.JoinedStr) and child.value == ""
 
 
 def words_of_code(source):
@@ -1560,12 +1560,12 @@ def words_of_code(source):
             if value is None or value == [] or name in ("kind", "ctx"):
                 continue
             words.append(name)
-            for part in value if isinstance(value, list) else [value]:
-                if not isinstance(part, ast.AST):
-                    words.append(repr(part))
-                elif not is_nothing(node, part):
+            for child in value if isinstance(value, list) else [value]:
+                if not isinstance(child, ast.AST):
+                    words.append(repr(child))
+                elif not is_nothing(node, child):
                     words.append("")
-                    nodes.append(part)
+                    nodes.append(child)
     return words
 
 
@@ -1575,7 +1575,7 @@ def hash_of_code(source):
     return digest_of(words_of_code(source))
 
 
-def definition(name, source):
+def source_of_definition(name, source):
     """The source of a function or class, without decorators; "" if it is not there."""
     lines = rf"^(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # to the next statement
     found = re.search(lines, source, flags=re.MULTILINE)
@@ -1662,7 +1662,7 @@ def open_kernel_dir():
             is_noexec = os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
             if is_private and os.access(folder, os.W_OK) and not is_noexec:
                 return folder
-    with explained("no folder for compiled code: set TMPDIR to a folder of yours", OSError):
+    with explain_errors("no folder for compiled code: set TMPDIR to a folder of yours", OSError):
         folder = tempfile.mkdtemp(prefix="transformer-lm-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
@@ -1686,7 +1686,7 @@ def use_compiler(folder, command):
     script = COMPILER_SCRIPT.format(command)
     with contextlib.suppress(OSError):
         if not path.exists() or path.read_text("utf-8") != script:
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 file.write(script.encode())
                 os.fchmod(file.fileno(), 0o700)
     os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -1714,7 +1714,7 @@ def flock(file, mode=fcntl.LOCK_EX):
 
 
 @contextlib.contextmanager
-def locked(folder):
+def hold_lock(folder):
     """Makes a folder, and holds its lock: one process at a time is in such a block."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as lock:
@@ -1723,7 +1723,7 @@ def locked(folder):
         yield
 
 
-def no_follow(path, flags):
+def open_no_follow(path, flags):
     """An `opener` for open(): raises OSError if `path` is a link, which might lead anywhere.
 
     Opening a pipe does not wait for its other end.
@@ -1752,7 +1752,7 @@ def publish(file, path):
 
 
 @contextlib.contextmanager
-def replacing(path):
+def atomic_write(path):
     """Yields a new binary file, which replaces `path` when the block ends.
 
     If the block or the disk fails, an old file at `path` stays intact. Raises OSError.
@@ -1865,7 +1865,7 @@ def path_name(text):
 path_name.metavar = "FILE"
 
 
-# The flags that choose a text, {group: {flag: row}}; main.py has these and others.
+# The flags that choose a text, {group: {name: Flag}}; main.py has these and others.
 TEXT_FLAGS = {
     "data": {
         "dataset": Flag(
@@ -1966,19 +1966,19 @@ class Parser(argparse.ArgumentParser):
         return f"{name}{equals}{value}"
 
 
-def add_flags(group, rows):
-    """Adds rows of flags, {flag: row}, to an argparse parser, or to a group of one."""
-    for name, row in rows.items():
-        metavar = getattr(row.convert, "metavar", "TEXT")
-        if hasattr(row.convert, "choices"):
-            metavar = f"{{{','.join(row.convert.choices)}}}"
-        options = {"type": row.convert, "metavar": metavar}
-        if row.convert is bool:
+def add_flags(group, flags):
+    """Adds flags, {name: Flag}, to an argparse parser, or to a group of one."""
+    for name, flag in flags.items():
+        metavar = getattr(flag.convert, "metavar", "TEXT")
+        if hasattr(flag.convert, "choices"):
+            metavar = f"{{{','.join(flag.convert.choices)}}}"
+        options = {"type": flag.convert, "metavar": metavar}
+        if flag.convert is bool:
             options = {"action": argparse.BooleanOptionalAction}
-        elif row.default == []:
+        elif flag.default == []:
             options |= {"nargs": "+", "action": "extend"}  # `--text a --text b` names both
-        default = f" (default: {row.default})" if row.default else ""
-        group.add_argument(f"--{name}", help=row.help + default, **options)
+        default = f" (default: {flag.default})" if flag.default else ""
+        group.add_argument(f"--{name}", help=flag.help + default, **options)
         for other in other_names().get(name, "").split():
             group.add_argument(f"--{other}", dest=name, help=argparse.SUPPRESS, **options)
 
@@ -1991,16 +1991,16 @@ def main(arguments):
         argument_default=argparse.SUPPRESS,  # load_dataset has the defaults
         allow_abbrev=False,
     )
-    own = {"save_tokenizer": Flag(None, path_name, "also write the tokenizer as a tokenizer.json")}
-    for rows in [*TEXT_FLAGS.values(), own]:
-        add_flags(parser, rows)
+    save_tokenizer = Flag(None, path_name, "also write the tokenizer as a tokenizer.json")
+    for flags in [*TEXT_FLAGS.values(), {"save_tokenizer": save_tokenizer}]:
+        add_flags(parser, flags)
     options = vars(parser.parse_args(arguments))
     file = options.pop("save_tokenizer", None)
     if file:
         file = Path(file)
         if os.path.lexists(file):
             raise UsageError(f"--save_tokenizer {file} exists: name another file, or delete it")
-        with explained(f"cannot write {file}: name another file", OSError):
+        with explain_errors(f"cannot write {file}: name another file", OSError):
             make_writable(file.parent)
     usual = "text" if "text" in options else "ptb"
     dataset = load_dataset(**{"dataset": usual} | options)
@@ -2014,11 +2014,11 @@ def main(arguments):
     print(printable(f"begins {dataset.tokenizer.decode(dataset.train.tokens[:100])!r}"))
     if file:
         package = extra("huggingface").package_of(dataset.tokenizer)
-        with replacing(file) as out:
+        with atomic_write(file) as out:
             out.write(package.to_str().encode())
         print(f"its tokenizer is {file}")
 
 
 if __name__ == "__main__":
-    be_one_module(globals())  # so that extras import no second copy
+    alias_running_module(globals())  # so that extras import no second copy
     run_program("datasets.py", main)

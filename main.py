@@ -56,8 +56,8 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
 from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, TEXT_FLAGS, Flag, RunError, UsageError
-from datasets import absolute, explained, extra, new_file, no_follow, nonempty, number, one_of
-from datasets import printable, publish, sync, user_path
+from datasets import absolute, explain_errors, extra, new_file, nonempty, number, one_of
+from datasets import open_no_follow, printable, publish, sync, user_path
 
 # ---- Model --------------------------------------------------------------------------------------
 # Decoder-only, pre-norm, with RMSNorm, RoPE and grouped-query attention. Layers are named as in
@@ -121,8 +121,8 @@ def fast_version(function, dependencies=()):
         return function
     names = [dependency.__name__ for dependency in (function, *dependencies)]
     for name in names:
-        sha256 = datasets.hash_of_code(datasets.definition(name, MAIN_SOURCE))
-        is_edited = sha256 != fast.STANDS_FOR.get(name)
+        sha256 = datasets.hash_of_code(datasets.source_of_definition(name, MAIN_SOURCE))
+        is_edited = sha256 != fast.PLAIN_HASHES.get(name)
         if is_edited and name not in EDITED_FUNCTIONS:
             EDITED_FUNCTIONS.append(name)
     # extras.versus compares an edited function with its original in plain MLX, as the fast version
@@ -1089,7 +1089,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return {"loss": loss, "gradient_norm": norm}
 
     def step_fn(inputs, targets, dropout_rate, row_keys):
-        # Turns sums over positions into means; ranks.average divides by the number of ranks.
+        # Turns sums over positions into means; ranks.all_mean divides by the number of ranks.
         scale = ranks.size / targets.size
         shard_gradients = partial(loss_and_gradients, scale, dropout_rate)
         # This rank's rows of each micro-batch.
@@ -1103,7 +1103,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
                 total = sums if total is None else tree_map(mx.add, total, sums)
                 if len(inputs) > flags.batch_size:  # or all would be in memory at once
                     mx.eval(total)
-            loss, gradients = ranks.average(total)  # ranks exchange gradients only here
+            loss, gradients = ranks.all_mean(total)  # ranks exchange gradients only here
             metrics = apply_gradients(loss, gradients)
             # The code above only builds a graph, which is computed here. Arrays not listed would
             # become part of the next step's graph.
@@ -1304,7 +1304,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     if stop_signal:
         interrupts.stop_signal = stop_signal  # perhaps by another rank
         return None
-    return {name: ranks.sum(total) / num_targets for name, total in totals.items()}
+    return {name: ranks.all_sum(total) / num_targets for name, total in totals.items()}
 
 
 def evaluation_windows(tokens, starts, context_size, stride):
@@ -1657,7 +1657,7 @@ class Checkpoint(Progress):
 
         Raises DamagedError if either is not what was saved.
         """
-        with explained(f"{self} is damaged", kind=DamagedError):
+        with explain_errors(f"{self} is damaged", raises=DamagedError):
             if sha1_of_file(self.weights_path) != self.id:
                 raise ValueError("its .safetensors has another SHA1")
             weights = load_arrays(self.weights_path)
@@ -1708,11 +1708,11 @@ class Contents(NamedTuple):
         weights = self.weights
         rank = checkpoint.flags["lora_rank"]
         if rank:  # the file holds only the adapters
-            base = extra("kept_models").open_kept(checkpoint, "init_from").model
-            with explained(f"{checkpoint} does not fit its base", kind=DamagedError):
+            base = extra("kept_models").open_kept_model(checkpoint, "init_from").model
+            with explain_errors(f"{checkpoint} does not fit its base", raises=DamagedError):
                 alpha = checkpoint.flags["lora_alpha"]
                 weights = extra("lora").merge(base, weights, rank, alpha)
-        with explained(f"{checkpoint} does not fit its record", kind=DamagedError):
+        with explain_errors(f"{checkpoint} does not fit its record", raises=DamagedError):
             model = LanguageModel(checkpoint.config)
             check_arrays(weights, model.parameters())
             model.update(tree_unflatten(weights))
@@ -1722,7 +1722,7 @@ class Contents(NamedTuple):
     def restore(self, run):
         """Puts the saved state into a run. Raises DamagedError if it does not fit."""
         checkpoint = self.checkpoint
-        with explained(f"{checkpoint} does not fit its record", kind=DamagedError):
+        with explain_errors(f"{checkpoint} does not fit its record", raises=DamagedError):
             check_arrays(self.weights, run.model.trainable_parameters())
             run.model.update(tree_unflatten(self.weights))
             state = tree_unflatten(self.state)
@@ -1760,7 +1760,7 @@ def sha1_of_text(text):
 
 def sha1_of_file(path):
     """The SHA1 of a file, but not of a symbolic link. Raises OSError."""
-    return datasets.hash_of_file(path, hashlib.sha1, no_follow)
+    return datasets.hash_of_file(path, hashlib.sha1, open_no_follow)
 
 
 def sha1_of_arrays(arrays):
@@ -1789,7 +1789,7 @@ def read_checkpoint(metadata_path):
 
     Raises an exception of any type if it is malformed: the file is untrusted.
     """
-    with open(metadata_path, "rb", opener=no_follow) as file:
+    with open(metadata_path, "rb", opener=open_no_follow) as file:
         length = int.from_bytes(file.read(8), "little")  # of the JSON header that follows
         # The length may be junk. MLX itself reads no header of 100 MB.
         header = json.loads(file.read(min(length, 10**8)))["__metadata__"]
@@ -1849,7 +1849,7 @@ def list_checkpoints(save_dir, warn=False):
 
 def list_run_folders(save_dir):
     """The folders in `save_dir` that may hold a run; see list_checkpoints."""
-    with explained(f"--save_dir {save_dir} holds no runs: train a model first", OSError):
+    with explain_errors(f"--save_dir {save_dir} holds no runs: train a model first", OSError):
         paths = list(save_dir.iterdir())
     folders = []
     for path in paths:
@@ -2111,7 +2111,7 @@ def open_model(save_dir, name, flag_name):
     if is_foreign(name):
         return extra("huggingface").open_by_name(name)
     checkpoint = find_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
-    with explained(f"--{flag_name} cannot be used: name another", DamagedError, kind=RunError):
+    with explain_errors(f"--{flag_name}: name another model", DamagedError, raises=RunError):
         return model_from_checkpoint(checkpoint)
 
 
@@ -2131,7 +2131,7 @@ def model_from_checkpoint(checkpoint):
     contents = checkpoint.open()
     files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
     if checkpoint.flags["lora_rank"]:
-        files |= extra("kept_models").kept_files(checkpoint, "init_from")
+        files |= extra("kept_models").kept_model_files(checkpoint, "init_from")
     return LoadedModel(contents.load_model(), contents.tokenizer, checkpoint.id, files)
 
 
@@ -2217,11 +2217,11 @@ class SingleProcess:
     def broadcast_run(self, run):
         """Sends rank 0's run to the other ranks."""
 
-    def average(self, tree):
+    def all_mean(self, tree):
         """The mean of a tree of arrays over all ranks."""
         return tree
 
-    def sum(self, number):
+    def all_sum(self, number):
         """The sum of a number over all ranks."""
         return number
 
@@ -2324,8 +2324,9 @@ def read_code(flag_values):
         paths += ["extras/features/lora.py"]
     if flag_values.get("teacher"):
         paths += ["extras/features/distil.py"]
-    user_files = [datasets.own_file(module, str(HERE)) for module in [*sys.modules.values()]]
-    paths += filter(None, user_files)
+    modules = [*sys.modules.values()]
+    user_paths = [datasets.user_module_path(module, str(HERE)) for module in modules]
+    paths += filter(None, user_paths)
     for path in paths:
         if path not in LOADED_SOURCES and (HERE / path).exists():
             LOADED_SOURCES[path] = (HERE / path).read_text("utf-8", errors="replace")
@@ -2487,7 +2488,7 @@ class Reporter:
         row = {"iteration": self.run.iteration, "prompt": prompt, "text": text}
         with self.writing("samples.jsonl"):
             path = self.run.folder / "samples.jsonl"
-            with open(path, "a", encoding="utf-8", opener=no_follow) as file:
+            with open(path, "a", encoding="utf-8", opener=open_no_follow) as file:
                 file.write(json.dumps(row) + "\n")
 
     @contextlib.contextmanager
@@ -2523,7 +2524,7 @@ class Log:
         if not {*row} <= {*self.columns}:
             self.rewrite(texts)
             return
-        with open(self.path, "a", encoding="utf-8", newline="", opener=no_follow) as file:
+        with open(self.path, "a", encoding="utf-8", newline="", opener=open_no_follow) as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
 
     def rewrite(self, last_row):
@@ -2545,7 +2546,7 @@ class Log:
             if position <= self.kept_up_to:
                 writer.writerow(row)
         writer.writerow(last_row)
-        with datasets.replacing(self.path) as file:
+        with datasets.atomic_write(self.path) as file:
             file.write(text.getvalue().encode())
         self.columns = columns
         self.kept_up_to = (math.inf, True)  # later rows are of this process
@@ -2561,7 +2562,7 @@ def read_log(path):
     if os.path.lexists(path):
         # A spreadsheet may have added a byte-order mark.
         options = {"encoding": "utf-8-sig", "errors": "replace", "newline": ""}
-        with open(path, **options, opener=no_follow) as file:
+        with open(path, **options, opener=open_no_follow) as file:
             for line in file:
                 with contextlib.suppress(csv.Error, ValueError, KeyError):
                     values = next(csv.reader([line]))
@@ -2883,7 +2884,7 @@ def read_config(name):
     if not path.is_file():
         recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
         raise UsageError(f"--config {name}: no such file; the recipes are {recipes}")
-    with explained(f"--config {name} must be a YAML file of flags like dim: 8"):
+    with explain_errors(f"--config {name} must be a YAML file of flags like dim: 8"):
         canonical = {}  # {another program's name: ours}
         for name, aliases in datasets.other_names().items():
             canonical |= dict.fromkeys(aliases.split(), name)
@@ -2943,7 +2944,7 @@ def resolve_flags(explicit, recorded=None):
         if is_model_folder(user_path(explicit[name])):
             setattr(flags, name, absolute(explicit[name]))
     if flags.tokenizer == "auto":
-        flags.tokenizer = datasets.CORPORA[flags.dataset].tokenizer
+        flags.tokenizer = datasets.CORPORA[flags.dataset].tokenizer_kind
     elif flags.tokenizer == explicit.get("tokenizer") and flags.tokenizer not in datasets.KINDS:
         flags.tokenizer = absolute(flags.tokenizer)
     if flags.num_kv_heads is None:
@@ -3166,7 +3167,7 @@ def flags_from_pretrained(models, flags):
 def make_model(flags, dataset, checkpoint, models):
     """The model of a run; only that of --init_from already has its weights."""
     if checkpoint and "init_from" not in models:
-        with explained(f"{checkpoint} has no model", kind=DamagedError):
+        with explain_errors(f"{checkpoint} has no model", raises=DamagedError):
             return LanguageModel(checkpoint.config)
     try:
         if "init_from" in models:
@@ -3341,11 +3342,11 @@ def set_up(flags, ranks):
             flags = resolve_flags(flags.explicit, contents.checkpoint.flags | test_flags)
             models = {}
             for name in needed_model_flags(flags):
-                models[name] = extra("kept_models").open_kept(contents.checkpoint, name)
+                models[name] = extra("kept_models").open_kept_model(contents.checkpoint, name)
         run = make_run(folder, flags, contents, models, dataset, ranks)
         if not checkpoints:
             for name in needed_model_flags(flags):
-                extra("kept_models").keep(folder / name, models[name].files)
+                extra("kept_models").keep_model(folder / name, models[name].files)
         with Interrupts() as interrupts:  # from here on there is something to save
             print_start(run, contents and contents.checkpoint)
             if chosen_checkpoint and not checkpoints:
@@ -3404,7 +3405,7 @@ def evaluate_checkpoint(flags):
     else:
         dataset = reload_data(flags, checkpoint)
     if flags.quantize:
-        extra("quantize").quantize(model, flags.quantize, packed=False)
+        extra("quantize").quantize(model, flags.quantize, is_packed=False)
     announce(checkpoint)
     for line in ineffective_flag_notices(flags):
         print(line, file=sys.stderr)
@@ -3423,7 +3424,7 @@ def sample_checkpoint(flags):
     if flags.draft:
         draft = extra("decode").open_draft(flags, contents)
     if flags.quantize:
-        extra("quantize").quantize(model, flags.quantize, packed=flags.gpu)
+        extra("quantize").quantize(model, flags.quantize, is_packed=flags.gpu)
     # The checkpoint is announced only after all user errors are ruled out: an error must be the
     # only line on stderr.
     announce(contents.checkpoint)
@@ -3584,7 +3585,7 @@ def execute(argv):
         if flags.inference or flags.prompt is not None:
             return sample_checkpoint(flags)
         problem = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
-        with explained(problem, OSError):
+        with explain_errors(problem, OSError):
             datasets.make_writable(flags.save_dir)
         return train_run(flags, ranks)
 

@@ -11,7 +11,7 @@ from extras.common.program import load_checkpoint, make_parser, read_flags, star
 
 import os
 
-from datasets import Flag, end_of_text, explained, path_name
+from datasets import Flag, end_of_text, explain_errors, path_name
 from extras.features.decode import BatchDecoder
 from extras.features.quantize import quantize
 from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
@@ -32,7 +32,7 @@ def main(arguments):
     flags = read_flags(parser, arguments)
     checkpoint, model, tokenizer = load_checkpoint(flags)
     if flags.quantize:
-        quantize(model, flags.quantize, packed=flags.gpu)
+        quantize(model, flags.quantize, is_packed=flags.gpu)
     answer_file(model, tokenizer, checkpoint, flags)
 
 
@@ -44,7 +44,7 @@ def answer_file(model, tokenizer, checkpoint, flags):
     """
     settings = {name: getattr(flags, name) for name in SAMPLING_FLAGS}
     problem = f"{flags.file} must be a UTF-8 file, --output writable"
-    with explained(problem, OSError, ValueError):
+    with explain_errors(problem, OSError, ValueError):
         prompts = read_prompt_lines(flags.file)
         jobs = []
         for prompt in prompts:

@@ -21,7 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from datasets import SIZE, Flag, RunError, UsageError, encode_after, explained, path_name, utf8
+from datasets import SIZE, Flag, RunError, UsageError, encode_after, explain_errors, path_name, utf8
 from main import encode_prompt, read_yaml
 
 
@@ -32,12 +32,12 @@ def main(arguments):
     skipped, unless --identifier names them. Raises UsageError if a file cannot be used, RunError
     if no checkpoint can be or --output cannot be written.
     """
-    own = {
+    program_flags = {
         "identifier": IDENTIFIERS,
         "top_k": Flag(5, SIZE, "the tokens expected are to be among so many"),
         "output": Flag(None, path_name, "file for the results, as JSON"),
     }
-    parser = make_parser("cases", __doc__, "gpu", **own)
+    parser = make_parser("cases", __doc__, "gpu", **program_flags)
     parser.add_argument("files", metavar="FILE", nargs="+", type=path_name, help="YAML, of cases")
     flags = read_flags(parser, arguments)
     cases = read_cases(flags.files, flags.output)
@@ -64,7 +64,7 @@ def main(arguments):
         raise RunError(f"no checkpoint in {flags.save_dir} can be used")
     if flags.output:
         text = json.dumps(results, ensure_ascii=False, indent=1)
-        with explained(f"cannot write {flags.output}", OSError, kind=RunError):
+        with explain_errors(f"cannot write {flags.output}", OSError, raises=RunError):
             Path(flags.output).write_text(text + "\n", "utf-8")
 
 
@@ -78,7 +78,7 @@ def read_cases(files, output):
     for path in files:
         if output and os.path.realpath(path) == os.path.realpath(output):
             raise UsageError(f"--output {output} would overwrite {path}: rename it")
-        with explained(f"{path} {needed}"):
+        with explain_errors(f"{path} {needed}"):
             # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
             entries = read_yaml(Path(path), "BaseLoader")
             if not entries:

@@ -25,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 import main as core
-from datasets import RunError, explained, make_writable, one_line
+from datasets import RunError, explain_errors, make_writable, one_line
 
 REPETITIONS = 20
 ROUNDING = 1e-2  # relative; products in TF32, as some GPUs make them, put Muon off by 3e-3
@@ -47,7 +47,8 @@ def main(arguments):
     parser = make_parser("check", __doc__, "gpu")
     parser.add_argument("training", nargs="*", default=[], help="flags for the runs")
     flags = read_flags(parser, arguments)
-    with explained(f"cannot write to --save_dir {flags.save_dir}: name a folder of yours", OSError):
+    problem = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
+    with explain_errors(problem, OSError):
         make_writable(flags.save_dir)
     versions = core.list_versions(flags, core.SingleProcess())
     print(f"{platform.platform()}, Python {platform.python_version()}, {versions}\n")
@@ -72,8 +73,7 @@ def main(arguments):
 def list_checks(folder, flags):
     """Yields what to check: a name, a function, and its arguments.
 
-    The function returns what it has found. Where that is amiss, it raises OSError, RuntimeError or
-    RunError.
+    The function returns what it has found, or raises OSError, RuntimeError or RunError.
     """
     for name, *operation in list_operations():
         yield name, check_operation, *operation

@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from datasets import Flag, RunError, UsageError, explained, nonempty, number, one_line, path_name
-from datasets import utf8
+from datasets import Flag, RunError, UsageError, explain_errors, nonempty, number, one_line
+from datasets import path_name, utf8
 from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
 from main import load_data
 
@@ -94,7 +94,7 @@ def read_prompts(path):
     teacher continues what the student has written.
     """
     wanted = "a UTF-8 file or, if it is named .jsonl, what extras.batch writes"
-    with explained(f"--teacher_prompts {path} must be {wanted}", *FAULTS):
+    with explain_errors(f"--teacher_prompts {path} must be {wanted}", *FAULTS):
         lines = read_prompt_lines(path)
         if not path.endswith(".jsonl"):
             return lines
@@ -112,13 +112,13 @@ def collect_answers(teacher, prompts, folder):
     """
     path = folder / "answers.jsonl"
     heads = [{"prompt": prompt, "model": teacher.model} for prompt in prompts]
-    with explained(f"cannot write to --output {folder}: name a folder of yours", OSError):
+    with explain_errors(f"cannot write to --output {folder}: name a folder of yours", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         out, answers = append_lines(path, heads)
     with out:
         for head in heads[len(answers) :]:
             fault = f"{teacher.url} does not answer; {len(answers):,} answers are kept"
-            with explained(f"{fault}: rerun to continue", RunError, kind=RunError):
+            with explain_errors(f"{fault}: rerun to continue", RunError, raises=RunError):
                 completion = teacher.answer(head["prompt"])
             answers.append(head | {"completion": completion})
             out.write(json_line(answers[-1]))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import Flag, UsageError, explained, printable, user_path, utf8
+from datasets import Flag, UsageError, explain_errors, printable, user_path, utf8
 from extras.features.list import distinguishing_flags
 from extras.common.ngrams import losses_of_ngrams
 from main import read_log, reload_data, resolve_flags
@@ -32,13 +32,13 @@ STYLES = {"train": {"alpha": 0.4}, "valid": {"marker": "o", "markersize": 4}}
 
 def main(arguments):
     """Plots as these arguments specify."""
-    own = {
+    program_flags = {
         "identifier": IDENTIFIERS,
         "ngrams": Flag(
             False, bool, "with the losses of 1-grams to 4-grams, counted on the training text"
         ),
     }
-    parser = make_parser("plot", __doc__, **own)
+    parser = make_parser("plot", __doc__, **program_flags)
     parser.add_argument("file", metavar="FILE", help="the picture to write")
     flags = read_flags(parser, arguments)
     checkpoints = select_checkpoints(flags.save_dir, flags.identifier)
@@ -65,7 +65,7 @@ def plot_runs(checkpoints, path, lines=()):
     written.
     """
     folders = {each.folder_name: each.folder for each in checkpoints}
-    apart = distinguishing_flags(checkpoints)
+    flags_by_run = distinguishing_flags(checkpoints)
     column = "loss"
     unit = "nats/token"
     if len({str(each.tokens_sha256.get("train")) for each in checkpoints}) > 1:
@@ -85,7 +85,7 @@ def plot_runs(checkpoints, path, lines=()):
             if split == "valid":
                 best = losses.argmin()
                 label += f": best {losses[best]:.4f} at {iterations[best]:,.0f}"
-                flags = textwrap.wrap(printable(utf8(apart[run])), 50)
+                flags = textwrap.wrap(printable(utf8(flags_by_run[run])), 50)
                 label = "\n".join([label, *flags])
             first = len(losses) // 20  # those before are so high that others would look flat
             style = style | {"color": f"C{i}"}
@@ -125,7 +125,7 @@ def columns_of(log, split, column):
 
 def make_figure(width, height):
     """An empty matplotlib figure; width and height are in inches."""
-    with explained("plots need matplotlib: pip install -U 'matplotlib>=3.7'", ImportError):
+    with explain_errors("plots need matplotlib: pip install -U 'matplotlib>=3.7'", ImportError):
         os.environ.pop("MPLBACKEND", None)  # a notebook's, which this Python may lack
         import matplotlib.figure  # not pyplot: nothing is shown on a screen
 
@@ -140,7 +140,7 @@ def save_figure(figure, path):
 
     Returns the path of the file. Raises UsageError if that fails.
     """
-    with explained(f"cannot write {path}: name another file"), warnings.catch_warnings():
+    with explain_errors(f"cannot write {path}: name another file"), warnings.catch_warnings():
         path = Path(user_path(path))
         if not path.suffix:
             path = path.with_name(f"{path.name}.png")

@@ -274,7 +274,7 @@ def main_steps(folder, kind, dtype, line):
     if kind == "plain":
         from extras.features import fast
 
-        env["PLAIN_FUNCTIONS"] = ",".join(fast.STANDS_FOR)
+        env["PLAIN_FUNCTIONS"] = ",".join(fast.PLAIN_HASHES)
     save_dir = tempfile.mkdtemp(dir=folder)
     line = [*line, "--tokenizer", "word", "--dtype", dtype, "--lr_warmup", 0]
     line += ["--steps_per_report", 1, "--sample_tokens", 0]
@@ -441,7 +441,7 @@ def sample(gpu, rounds, count=100):
     for name, shape in SAMPLED.items():
         model = make_model(**shape, context_size=1024, mlp="swiglu")
         rounded = make_model(**shape, context_size=1024, mlp="swiglu")
-        quantize(rounded, 8, packed=gpu)
+        quantize(rounded, 8, is_packed=gpu)
         with tempfile.TemporaryDirectory() as folder:
             workers = start_workers(model, folder, gpu)
             speeds = {

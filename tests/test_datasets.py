@@ -465,7 +465,7 @@ def test_the_remedy_gives_the_text(name, tmp_path):
     assert "Déjà vu" in texts_of(tmp_path, new, valid_text=[new])["train"]
 
 
-def test_bytes_of_own_text_are_untouched(tmp_path):
+def test_bytes_of_user_text_are_untouched(tmp_path):
     """But for a byte-order mark, which Windows puts before each file."""
     text = "one\r\ntwo\rthree\x01\x0c \ufeff\n" * 50
     path = tmp_path / "a.txt"
@@ -528,7 +528,7 @@ def test_one_file_is_cut_behind_a_line(tmp_path, text, fraction, cut):
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.text("é \n\r😀x", max_size=300), min_size=1, max_size=7))
-def test_own_text_loses_nothing(tmp_path_factory, documents):
+def test_user_text_loses_nothing(tmp_path_factory, documents):
     folder = tmp_path_factory.mktemp("own")
     paths = write(folder, documents)
     try:

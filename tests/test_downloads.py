@@ -104,15 +104,15 @@ def test_an_edited_program_encodes_anew(ptb):
     assert (ids, twice) == ([1, 3, 2, 0, 0], [1, 3, 2, 0, 0, 0, 0])
     ptb.edit('" <eos> <eos> "', '" <eos> "')
     assert load() == (ids, first, time), "it is not encoded again"
-    ptb.edit("BLOCK = 1 << 17", "BLOCK = 1 << 16")
+    ptb.edit("BLOCK_SIZE = 1 << 17", "BLOCK_SIZE = 1 << 16")
     _, third, _ = load()
     assert {*first.parent.glob("*-*")} == {second, third}, "the two that were written last"
 
 
 RHYMES = '''
-def rhymes(fetch):
+def rhymes(get_file):
     """Rhymes."""
-    return cut(whole(fetch("rhymes.txt")), 12)
+    return cut(whole(get_file("rhymes.txt")), 12)
 
 
 CORPORA["rhymes"] = Corpus("word", rhymes, files="""
@@ -129,7 +129,7 @@ def test_a_new_corpus(copy):
     dataset = copy.load("rhymes")
     assert dataset.tokenizer.vocabulary == ["one", "<eos>", "two", "<unk>"]
     assert dataset.valid.tokens.tolist() == [3, 2, 1]
-    copy.edit(r'fetch\("rhymes', 'fetch("poems')
+    copy.edit(r'get_file\("rhymes', 'get_file("poems')
     with pytest.raises(Exception, match='add a line "SHA256 SIZE poems.txt" to the files of rh'):
         copy.load("rhymes", tokenizer="char")
 

@@ -32,10 +32,10 @@ def losses_of_ngrams(train, valid, vocab_size):
         of_history = np.bincount(histories[is_counted], minlength=histories.max() + 1)
         # How many different tokens have followed each history.
         followers = np.bincount(histories[first][count > 0], minlength=len(of_history))
-        own = histories[is_scored]
-        total = of_history[own] + followers[own]
-        known = count[grams[is_scored]] + followers[own] * probabilities
-        probabilities = np.where(total > 0, known / np.maximum(total, 1), probabilities)
+        scored_histories = histories[is_scored]
+        total = of_history[scored_histories] + followers[scored_histories]
+        numerator = count[grams[is_scored]] + followers[scored_histories] * probabilities
+        probabilities = np.where(total > 0, numerator / np.maximum(total, 1), probabilities)
         losses.append(-np.log(probabilities).mean())
         # The history of the next position is this gram: of one token more.
         histories = np.concatenate([[len(first)], grams[:-1]])

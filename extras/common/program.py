@@ -17,11 +17,11 @@ IDENTIFIERS = Flag(
 )
 
 
-def make_parser(name, doc, *flags, **own):
+def make_parser(name, doc, *flags, **program_flags):
     """The command-line parser of the program extras.<name>.
 
     doc: the docstring that --help shows; flags: the names of those flags of main.py that it takes;
-    own: the rows of flags of its own.
+    program_flags: flags of its own, {name: Flag}.
     """
     parser = Parser(
         prog=f"python -m extras.{name}",
@@ -30,8 +30,8 @@ def make_parser(name, doc, *flags, **own):
         argument_default=argparse.SUPPRESS,  # main.resolve_flags knows the defaults
         allow_abbrev=False,
     )
-    add_flags(parser, {flag: main.ALL_FLAGS[flag] for flag in ("save_dir", *flags)} | own)
-    parser.set_defaults(**{flag: row.default for flag, row in own.items()})
+    add_flags(parser, {flag: main.ALL_FLAGS[flag] for flag in ("save_dir", *flags)} | program_flags)
+    parser.set_defaults(**{flag: row.default for flag, row in program_flags.items()})
     return parser
 
 

@@ -4,7 +4,7 @@ import fcntl
 import json
 from pathlib import Path
 
-from datasets import CONTROLS, RunError, UsageError, explained, flock
+from datasets import CONTROLS, RunError, UsageError, explain_errors, flock
 
 
 def read_prompt_lines(path):
@@ -38,7 +38,7 @@ def append_lines(path, heads):
     """
     out = open(path, "a+b")
     busy = f"{path} is being written by another process: wait for it, or name another --output"
-    with explained(busy, BlockingIOError):
+    with explain_errors(busy, BlockingIOError):
         flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
     out.seek(0)  # read only once locked, or another process's last lines could be missed
     lines = out.read().split(b"\n")
@@ -55,7 +55,7 @@ def append_lines(path, heads):
     answers = []
     for i, line in enumerate(lines, 1):
         fault = f"line {i:,} of {path} is damaged: fix it, or delete it and all that follow"
-        with explained(fault, ValueError, RecursionError, kind=RunError):
+        with explain_errors(fault, ValueError, RecursionError, raises=RunError):
             answer = json.loads(line.decode())
             if not isinstance(answer["completion"], str):
                 raise ValueError("its completion is not a string")

@@ -21,9 +21,9 @@ def open_draft(flags, contents):
     """
     checkpoint = contents.checkpoint
     draft, tokenizer, *_ = open_model(flags.save_dir, flags.draft, "draft")
-    same_tokenizer = tokenizer.to_dict() == contents.tokenizer.to_dict()
-    same_rows = draft.config.vocab_size == checkpoint.config.vocab_size  # one may be padded
-    if not (same_tokenizer and same_rows):
+    is_same_tokenizer = tokenizer.to_dict() == contents.tokenizer.to_dict()
+    is_same_size = draft.config.vocab_size == checkpoint.config.vocab_size  # one may be padded
+    if not (is_same_tokenizer and is_same_size):
         raise UsageError(
             f"--draft {flags.draft} has a different tokenizer than {checkpoint.id[:12]}: use one "
             "trained with the same tokenizer"
@@ -70,45 +70,45 @@ class BatchDecoder:
     def __init__(self, model, texts):
         self.model = model
         self.texts = texts
-        self.starts = np.zeros(len(texts), np.int32)  # of the windows
-        self.lengths = np.zeros(len(texts), np.int32)  # tokens already read of each window
+        self.window_starts = np.zeros(len(texts), np.int32)
+        self.num_read = np.zeros(len(texts), np.int32)  # tokens of each window
         self.caches = [BatchCache() for _ in model.model.layers]
 
     def truncate(self, length):
         """Truncates the texts to `length`."""
         for text in self.texts:
             del text[length:]
-        self.lengths = np.minimum(self.lengths, length - self.starts)
+        self.num_read = np.minimum(self.num_read, length - self.window_starts)
 
     def next_token_logits(self, count=1):
         """Next-token logits [B, count, V] after each of the last `count` tokens of every text."""
         for row in range(len(self.texts)):
             self.place_window(row, count)
-        windows = [text[start:] for text, start in zip(self.texts, self.starts)]
-        unread = np.array([len(window) for window in windows]) - self.lengths  # [B]
+        windows = [text[start:] for text, start in zip(self.texts, self.window_starts)]
+        unread = np.array([len(window) for window in windows]) - self.num_read  # [B]
         if unread.min() < unread.max():
             # One pass reads the same number of tokens of each text, so those with more are first
             # read alone, except for their last ones.
             for row in np.flatnonzero(unread > count):
                 self.read_alone(row, windows[row][:-count])
-        rows = [window[length:] for window, length in zip(windows, self.lengths)]
+        rows = [window[length:] for window, length in zip(windows, self.num_read)]
         tokens = mx.array(rows)  # [B, unread]
         for cache in self.caches:
-            cache.begin(self.lengths)
+            cache.begin(self.num_read)
         logits = self.model(tokens, self.caches, logits_to_keep=count)
-        self.lengths = self.lengths + tokens.shape[1]
+        self.num_read = self.num_read + tokens.shape[1]
         return logits
 
     def place_window(self, row, count):
         """Moves a text's window if the text has outgrown it or has under `count` tokens in it."""
         context_size = self.model.config.context_size
         length = len(self.texts[row])
-        if not count <= length - self.starts[row] <= context_size:
-            self.starts[row] = max(0, length - max(count, context_size // 2))
-            self.lengths[row] = 0
+        if not count <= length - self.window_starts[row] <= context_size:
+            self.window_starts[row] = max(0, length - max(count, context_size // 2))
+            self.num_read[row] = 0
         # The last `count` tokens are always read, again if necessary: their logits are needed.
-        most = length - self.starts[row] - count
-        self.lengths[row] = min(self.lengths[row], most)
+        most = length - self.window_starts[row] - count
+        self.num_read[row] = min(self.num_read[row], most)
 
     def read_alone(self, row, window):
         """Reads the ids `window` of one text."""
@@ -120,18 +120,18 @@ class BatchDecoder:
             cache.reserve(length, mx.repeat(other.keys, B, 0), mx.repeat(other.values, B, 0))
             cache.keys[row, :, :length] = other.keys[0, :, :length]
             cache.values[row, :, :length] = other.values[0, :, :length]
-        self.lengths[row] = length
+        self.num_read[row] = length
 
     def draw(self, flags, seeds, count=1):
         """Ids [B, count], sampled after each of the last `count` tokens of every text."""
         logits = self.next_token_logits(count).flatten(0, 1)  # [B * count, V]
-        befores = []  # the window up to each of those tokens
+        prefixes = []  # the window up to each of those tokens
         keys = []
-        for text, start, seed in zip(self.texts, self.starts, seeds):
+        for text, start, seed in zip(self.texts, self.window_starts, seeds):
             for end in range(len(text) - count + 1, len(text) + 1):
-                befores.append(text[start:end])
+                prefixes.append(text[start:end])
                 keys.append([seed, end])
-        logits = process_logits(logits, flags, befores)
+        logits = process_logits(logits, flags, prefixes)
 
         def draw_one(row, key):
             return sample_token(row, flags, key)
@@ -157,52 +157,52 @@ class SpeculativeDecoder:
     2024).
     """
 
-    length = 4  # the draft proposes up to so many tokens
+    num_draft_tokens = 4  # proposed at a time, at most
 
-    def __init__(self, model, draft, ids):
+    def __init__(self, model, draft_model, ids):
         self.ids = ids
         self.decoder = BatchDecoder(model, [ids])
-        self.draft = BatchDecoder(draft, [ids])  # shares the same list
-        self.proposed = 0  # tokens of the draft in the last reply
-        self.accepted = 0
+        self.draft_decoder = BatchDecoder(draft_model, [ids])  # shares the same list
+        self.num_proposed = 0  # tokens of the draft in the last reply
+        self.num_accepted = 0
 
     def generate(self, max_tokens, flags, seed):
         """Yields `max_tokens` ids and appends them to the text."""
-        self.proposed = 0
-        self.accepted = 0
-        known = len(self.ids)  # tokens that are final
-        end = known + max_tokens
+        self.num_proposed = 0
+        self.num_accepted = 0
+        num_final = len(self.ids)  # tokens that are final
+        end = num_final + max_tokens
         try:
-            while known < end:
-                ids = self.draw(end - known, flags, seed)
+            while num_final < end:
+                ids = self.draw(end - num_final, flags, seed)
                 for token in ids:
-                    known += 1
+                    num_final += 1
                     yield token
         finally:
-            self.truncate(known)  # drops what was sampled but not consumed
+            self.truncate(num_final)  # drops what was sampled but not consumed
 
-    def draw(self, most, flags, seed):
-        """Samples between one and `most` ids and appends them to the text."""
-        known = len(self.ids)
+    def draw(self, max_tokens, flags, seed):
+        """Samples between one and `max_tokens` ids and appends them to the text."""
+        num_final = len(self.ids)
         # Beyond this, the window would move.
-        room = self.decoder.model.config.context_size - (known - self.decoder.starts[0])
-        wanted = max(0, min(self.length, room, most - 1))
-        proposals = [token for [token] in self.draft.generate(wanted, flags, [seed])]
-        ids = self.decoder.draw(flags, [seed], wanted + 1)[0].tolist()
-        accepted = 0
-        while accepted < wanted and proposals[accepted] == ids[accepted]:
-            accepted += 1
-        self.proposed += wanted
-        self.accepted += accepted
-        self.truncate(known + accepted)
-        self.ids.append(ids[accepted])  # the model's own token, after the last accepted one
-        return ids[: accepted + 1]
+        room = self.decoder.model.config.context_size - (num_final - self.decoder.window_starts[0])
+        num_wanted = max(0, min(self.num_draft_tokens, room, max_tokens - 1))
+        proposals = [token for [token] in self.draft_decoder.generate(num_wanted, flags, [seed])]
+        ids = self.decoder.draw(flags, [seed], num_wanted + 1)[0].tolist()
+        num_accepted = 0
+        while num_accepted < num_wanted and proposals[num_accepted] == ids[num_accepted]:
+            num_accepted += 1
+        self.num_proposed += num_wanted
+        self.num_accepted += num_accepted
+        self.truncate(num_final + num_accepted)
+        self.ids.append(ids[num_accepted])  # the model's own token, after the last accepted one
+        return ids[: num_accepted + 1]
 
     def truncate(self, length):
         self.decoder.truncate(length)
-        self.draft.truncate(length)
+        self.draft_decoder.truncate(length)
 
     def describe_draft(self):
         """The draft's acceptance rate, to be appended to the speed."""
-        rate = self.accepted / max(1, self.proposed)
-        return f", {rate:.0%} of the draft's {self.proposed:,} proposals accepted"
+        rate = self.num_accepted / max(1, self.num_proposed)
+        return f", {rate:.0%} of the draft's {self.num_proposed:,} proposals accepted"

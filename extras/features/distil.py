@@ -11,8 +11,8 @@ is required: the logits of the two models never exist as a whole.
 import mlx.core as mx
 
 from datasets import UsageError
-from extras.features.fast import cross_entropy_of_chunk, exp, loss_and_gradients, max_of_rows
-from extras.features.fast import stored_gradients, sum_of_rows
+from extras.features.fast import cross_entropy_of_chunk, exp, loss_and_gradients, row_maxima
+from extras.features.fast import row_sums, stored_gradients
 from main import EDITED_FUNCTIONS
 
 
@@ -27,16 +27,16 @@ def check():
 
 def make_loss(teacher, flags):
     """A function like main.py's training_loss that also takes the input tokens [B, L]."""
-    share = mx.array(flags.teacher_weight)
+    teacher_weight = mx.array(flags.teacher_weight)
     temperature = mx.array(flags.teacher_temperature)
 
     def loss(model, hidden, targets, scale, tokens):
-        states = hidden.flatten(0, 1)
         head = model.head.astype(hidden.dtype)
-        weights = mx.full(targets.size, scale)
-        theirs = teacher.model(tokens).flatten(0, 1)  # [N, D'], without dropout
+        loss_weights = mx.full(targets.size, scale)
+        teacher_hidden = teacher.model(tokens).flatten(0, 1)  # [N, D'], without dropout
         return distilled_loss_and_gradients(
-            states, head, targets.flatten(), weights, theirs, teacher.head, share, temperature
+            hidden.flatten(0, 1), head, targets.flatten(), loss_weights,
+            teacher_hidden, teacher.head, teacher_weight, temperature,
         )[0]
 
     return loss
@@ -44,35 +44,35 @@ def make_loss(teacher, flags):
 
 @mx.custom_function
 def distilled_loss_and_gradients(
-    hidden, head, targets, weights, states, their_head, share, temperature
+    hidden, head, targets, loss_weights, teacher_hidden, teacher_head, teacher_weight, temperature
 ):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; see stored_gradients.
 
-    targets, weights: [N]; states: the teacher's hidden states [N, D']; their_head: its matrix
-    [V', D']. If V and V' differ, the larger vocabulary has padding: the teacher's rows beyond V are
-    ignored, and it gives no probability to the student's ids beyond V'.
+    targets, loss_weights: [N]; teacher_hidden: [N, D']; teacher_head: [V', D']. If V and V' differ,
+    the larger vocabulary has padding: the teacher's rows beyond V are ignored, and it gives no
+    probability to the student's ids beyond V'.
     """
-    padding = max(0, len(head) - len(their_head))
+    num_padding = max(0, len(head) - len(teacher_head))
 
     def loss_of_chunk(logits, targets, text_weights, rows):
-        loss, powers, scale = cross_entropy_of_chunk(logits, targets, text_weights, rows)
-        their_logits = (states[rows] @ their_head.T)[:, : len(head)].astype(mx.float32)
-        theirs, their_powers, their_total = soften(their_logits, temperature)
-        ours, our_powers, our_total = soften(logits, temperature)
-        if padding:
-            columns = [(0, 0), (0, padding)]
-            their_powers = mx.pad(their_powers, columns)
-            theirs = mx.pad(theirs, columns)  # any finite logit will do: it is multiplied by 0
-        differences = sum_of_rows(their_powers * (theirs - ours)) / their_total
-        divergences = differences + mx.log(our_total) - mx.log(their_total)  # [n, 1]
-        # T² times the gradient of a divergence w.r.t. the logits is T (our - their probabilities).
-        pull = share * temperature * weights[rows, None]  # [n, 1]
-        d_divergence = our_powers * (pull / our_total) - their_powers * (pull / their_total)
-        gradient = powers * scale + d_divergence
-        loss = loss + temperature * (pull * divergences).sum()
-        return loss, gradient, mx.ones_like(scale)
+        loss, exps, scale = cross_entropy_of_chunk(logits, targets, text_weights, rows)
+        teacher_logits = (teacher_hidden[rows] @ teacher_head.T)[:, : len(head)].astype(mx.float32)
+        teacher_softened, teacher_exps, teacher_sum = soften(teacher_logits, temperature)
+        student_softened, student_exps, student_sum = soften(logits, temperature)
+        if num_padding:
+            columns = [(0, 0), (0, num_padding)]
+            teacher_exps = mx.pad(teacher_exps, columns)
+            teacher_softened = mx.pad(teacher_softened, columns)  # by any number: its factor is 0
+        differences = row_sums(teacher_exps * (teacher_softened - student_softened)) / teacher_sum
+        divergences = differences + mx.log(student_sum) - mx.log(teacher_sum)  # [n, 1]
+        # T² times the gradient of a divergence w.r.t. the logits is T (student's - teacher's).
+        kl_weights = teacher_weight * temperature * loss_weights[rows, None]  # [n, 1]
+        d_kl = student_exps * (kl_weights / student_sum) - teacher_exps * (kl_weights / teacher_sum)
+        loss = loss + temperature * (kl_weights * divergences).sum()
+        return loss, exps * scale + d_kl, mx.ones_like(scale)
 
-    return loss_and_gradients(hidden, head, targets, weights * (1 - share), loss_of_chunk)
+    text_weights = loss_weights * (1 - teacher_weight)
+    return loss_and_gradients(hidden, head, targets, text_weights, loss_of_chunk)
 
 
 distilled_loss_and_gradients.vjp(stored_gradients)
@@ -80,6 +80,6 @@ distilled_loss_and_gradients.vjp(stored_gradients)
 
 def soften(logits, temperature):
     """Logits [n, V] / temperature, less their maximum; e to the power of them; its sums [n, 1]."""
-    below = (logits - max_of_rows(logits)) / temperature
-    powers = exp(below)
-    return below, powers, sum_of_rows(powers)
+    softened = (logits - row_maxima(logits)) / temperature
+    exps = exp(softened)
+    return softened, exps, row_sums(exps)

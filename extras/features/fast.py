@@ -13,17 +13,17 @@ of the same names:
     training_loss     loss and gradient in one pass over chunks of rows, so that the logits never
                       exist as a whole, and
     token_metrics     the losses of a validation text, by the same chunks
-    sum_over_shards   a sum over the rows of a batch, of which each core computes a share
+    sum_over_shards   a sum over the rows of a batch, of which each core computes a shard
     clip_grad_norm    gradient clipping on all cores
     parallelize       an optimizer that distributes its work over the cores
 
 fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
 
 They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
-for the plain function with the hash in STANDS_FOR: one that was edited is used itself. Loss and
+for the plain function with the hash in PLAIN_HASHES: one that was edited is used itself. Loss and
 metrics also stand for the classes Embedding and LanguageModel, whose logits they compute, and
-parallelize for Muon. On a GPU, all but embed, loss and metrics leave the work to MLX. Without this
-file, or with the environment variable DISABLE_FAST set, main.py works the same, only slower, but
+parallelize for Muon. On a GPU, all but embed, rms_norm, loss, metrics and AdamW's update are MLX's.
+Without this file, or with DISABLE_FAST in the environment, main.py works the same, only slower, but
 for --teacher, several ranks, bfloat16 on a CPU and runs that repeat on a GPU, which need it.
 
 Shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value heads, d
@@ -53,12 +53,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 
-from datasets import UsageError, digest_of, locked, open_kernel_dir, replacing, use_compiler
+from datasets import UsageError, atomic_write, digest_of, hold_lock, open_kernel_dir, use_compiler
 from extras.common.limits import count_cores
 
-# Of main.py's functions that those below stand for, hash_of_code. Where a test finds that a plain
-# function has changed, compare the two, then enter its new one.
-STANDS_FOR = {
+# hash_of_code of main.py's plain versions. Where a test finds that one has changed, compare it with
+# the fast one, then enter the new hash.
+PLAIN_HASHES = {
     "linear_product": "9b9baf3e6e0cab64e99fdf0352d573908bd0f1db68589626cfa65dd20c87eee1",
     "rms_norm": "bb525adb914ad7e3cbb3f0bec8564c25734f93814102f2ae9daeaa5d275583b9",
     "rotate": "1fb880b53c2b9083019d24ae287c91d5023415b0d2742cfcca929f75be8edf0c",
@@ -121,7 +121,7 @@ def use_fast_blas():
     return name
 
 
-HEAP = 2**32  # bytes of memory that get huge pages
+HEAP_BYTES = 2**32  # bytes of memory that get huge pages
 MADV_HUGEPAGE = 14
 
 
@@ -136,10 +136,10 @@ def keep_freed_memory():
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
         libc.malloc.restype = ctypes.c_void_p
-        heap = libc.malloc(ctypes.c_size_t(HEAP))  # takes no memory before it is used
+        heap = libc.malloc(ctypes.c_size_t(HEAP_BYTES))  # takes no memory before it is used
         if heap:
             start = heap & -(2**16)  # madvise wants the start of a page: 64 KiB at most
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(HEAP), MADV_HUGEPAGE)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(HEAP_BYTES), MADV_HUGEPAGE)
             libc.free(ctypes.c_void_p(heap))  # the next arrays come from it
 
 
@@ -206,11 +206,11 @@ def compile_once(path, command):
     """
     if path.exists():
         return
-    with locked(path.parent):
+    with hold_lock(path.parent):
         if path.exists():  # another process has just made it
             return
         environment = {**os.environ, "TMPDIR": str(path.parent)}  # the user's may be full
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             subprocess.run(
                 [*command, "-o", file.name],
                 check=True,
@@ -335,7 +335,7 @@ def norm_of_one(x, weight, eps):
 @mx.custom_function
 def normalize(x, weight, eps):
     """RMSNorm of x [N, D], and the factors [N, 1] that normalize the rows."""
-    squares = sum_of_rows(x * x)
+    squares = row_sums(x * x)
     factor = mx.rsqrt(squares / x.shape[-1] + eps)
     return x * factor * weight, factor
 
@@ -346,8 +346,8 @@ def normalize_gradients(inputs, gradients, outputs):
     gradient = gradients[0]
     factor = outputs[1]
     product = gradient * x
-    along = product @ weight[:, None]  # [N, 1]
-    d_x = (gradient * weight - x * along * (mx.square(factor) / x.shape[-1])) * factor
+    row_dots = product @ weight[:, None]  # [N, 1]
+    d_x = (gradient * weight - x * row_dots * (mx.square(factor) / x.shape[-1])) * factor
     d_weight = (product.T @ factor).flatten()
     return d_x, d_weight, mx.zeros_like(eps)
 
@@ -359,7 +359,7 @@ def rotate(x, frequencies, offset):
     """
     B, H, L, d = x.shape
     if L == 1 and type(offset) is int and not on_gpu():
-        return x @ rotation(offset, frequencies.tobytes())
+        return x @ rotation_matrix(offset, frequencies.tobytes())
     if L == 1 or on_gpu():
         periods = mx.array(1 / frequencies)
         return mx.fast.rope(
@@ -386,7 +386,7 @@ def rotate_pairs(pairs, table):
 
 
 @rotate_pairs.vjp
-def rotate_back(inputs, gradient, output):
+def rotate_gradients(inputs, gradient, output):
     """The gradient is rotated by the negative angles: MLX's own first fills arrays with zeros.
 
     It is stored by positions, as the projection's gradient wants it, which otherwise copies it.
@@ -399,7 +399,7 @@ def rotate_back(inputs, gradient, output):
 
 
 @lru_cache(maxsize=1)
-def rotation(offset, frequencies):
+def rotation_matrix(offset, frequencies):
     """RoPE at one position as a matrix [d, d], which all blocks share; frequencies: bytes."""
     angles = offset * np.frombuffer(frequencies)  # [d / 2]
     cosines = np.diag(np.cos(angles))
@@ -414,17 +414,17 @@ def embed(table, tokens):
     There MLX adds up the rows of a token in an order that varies, so that no run would repeat.
     """
     if on_gpu():
-        return rows_of(table, tokens)
+        return gather_rows(table, tokens)
     return table[tokens]
 
 
 @mx.custom_function
-def rows_of(table, tokens):
+def gather_rows(table, tokens):
     return table[tokens]
 
 
-@rows_of.vjp
-def gradient_of_table(inputs, gradient, output):
+@gather_rows.vjp
+def gather_rows_gradients(inputs, gradient, output):
     table, tokens = inputs
     sums = sum_by_id(gradient.flatten(0, -2), tokens.flatten(), len(table))
     return sums, mx.zeros_like(tokens)
@@ -501,8 +501,8 @@ def attend_masked(queries, keys, values, mask):
     query share is then a row, and only operations with rows use the vector units.
     """
     scores = (keys @ queries.swapaxes(-1, -2)) * queries.shape[-1] ** -0.5 + mask
-    powers = exp(scores - scores.max(axis=-2, keepdims=True))
-    weights = powers / powers.sum(axis=-2, keepdims=True)  # [B, K, L, N]
+    exps = exp(scores - scores.max(axis=-2, keepdims=True))
+    weights = exps / exps.sum(axis=-2, keepdims=True)  # [B, K, L, N]
     return weights.swapaxes(-1, -2) @ values, weights
 
 
@@ -514,8 +514,8 @@ def attend_gradients(inputs, gradients, outputs):
     d_values = weights @ gradient
     # The gradient w.r.t. the weights, times softmax's Jacobian.
     d_weights = values @ gradient.swapaxes(-1, -2)
-    along = sum_of_rows(gradient * attended).swapaxes(-1, -2)  # [B, K, 1, N]
-    d_scores = weights * (d_weights - along) * queries.shape[-1] ** -0.5
+    row_dots = row_sums(gradient * attended).swapaxes(-1, -2)  # [B, K, 1, N]
+    d_scores = weights * (d_weights - row_dots) * queries.shape[-1] ** -0.5
     d_queries = d_scores.swapaxes(-1, -2) @ keys
     d_keys = d_scores @ queries
     return d_queries, d_keys, d_values, mx.zeros_like(mask)
@@ -581,19 +581,19 @@ def training_loss(model, hidden, targets, scale):
     together with the loss, in chunks of rows (as in Liger Kernel, Hsu et al. 2024): this takes half
     the time of computing one after the other, and the logits [B * L, V] never exist as a whole.
     """
-    weights = mx.full(targets.size, scale)
-    states = hidden.flatten(0, 1)
+    loss_weights = mx.full(targets.size, scale)
+    flat_hidden = hidden.flatten(0, 1)
     head = model.head.astype(hidden.dtype)
-    return cross_entropy_and_gradients(states, head, targets.flatten(), weights)[0]
+    return cross_entropy_and_gradients(flat_hidden, head, targets.flatten(), loss_weights)[0]
 
 
 def token_metrics(model, hidden, targets):
     """The cross-entropy of each position in nats, {"loss": [B, L]}: main.py's `token_metrics`."""
-    states = hidden.flatten(0, 1)
+    flat_hidden = hidden.flatten(0, 1)
     head = model.head.astype(hidden.dtype)
     losses = []
-    for rows in chunks(len(states), len(head)):
-        inputs = states[rows]
+    for rows in chunks(len(flat_hidden), len(head)):
+        inputs = flat_hidden[rows]
         if losses:
             inputs = wait_for(losses[-1:], inputs)
         logits = (inputs @ head.T).astype(mx.float32)
@@ -602,15 +602,15 @@ def token_metrics(model, hidden, targets):
     return {"loss": mx.concatenate(losses).reshape(targets.shape)}
 
 
-def chunks(positions, words):
+def chunks(num_positions, vocab_size):
     """Slices of so many positions, for as many logits each as are computed at a time."""
     # Chunks of 2^23 logits (32 MiB) cost no time; with fewer than 128 rows, the products of a large
     # vocabulary become slow. A GPU needs larger ones: each chunk reads all of the head.
-    most = max(128, 2**23 // words)
+    max_rows = max(128, 2**23 // vocab_size)
     if on_gpu():
-        most = max(1024, 2**27 // words)
-    size = math.ceil(positions / math.ceil(positions / most))
-    return [slice(start, start + size) for start in range(0, positions, size)]
+        max_rows = max(1024, 2**27 // vocab_size)
+    size = math.ceil(num_positions / math.ceil(num_positions / max_rows))
+    return [slice(start, start + size) for start in range(0, num_positions, size)]
 
 
 def sum_over_chunks(hidden, head, add_chunk):
@@ -633,37 +633,37 @@ def sum_over_chunks(hidden, head, add_chunk):
     return loss, mx.concatenate(d_hidden), d_head
 
 
-def loss_and_gradients(hidden, head, targets, weights, loss_of_chunk):
-    """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; targets, weights: [N].
+def loss_and_gradients(hidden, head, targets, loss_weights, loss_of_chunk):
+    """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; targets, loss_weights: [N].
 
-    loss_of_chunk(logits [n, V] float32, targets [n], weights [n, 1], rows) computes, for a slice
-    `rows` of the rows, the loss and two factors of its gradient w.r.t. the logits, `powers` [n, V]
-    and `scale` [n, 1]: the gradient is powers * scale, minus `weights` at each target. The last
+    loss_of_chunk(logits [n, V] float32, targets [n], loss_weights [n, 1], rows) computes, for a
+    slice `rows`, the loss and two factors of its gradient w.r.t. the logits, `exps` [n, V] and
+    `scale` [n, 1]: the gradient is exps * scale, minus `loss_weights` at each target. The last
     term is never materialized on a CPU: it would be nearly all zeros.
     """
 
     def add_chunk(inputs, rows, d_head):
-        weight = weights[rows, None]  # [n, 1]
+        weight = loss_weights[rows, None]  # [n, 1]
         logits = (inputs @ head.T).astype(mx.float32)  # [n, V]
-        loss, powers, scale = loss_of_chunk(logits, targets[rows], weight, rows)
+        loss, exps, scale = loss_of_chunk(logits, targets[rows], weight, rows)
         if on_gpu():
             is_target = mx.arange(len(head)) == targets[rows, None]
-            d_logits = (powers * scale - mx.where(is_target, weight, 0)).astype(head.dtype)
+            d_logits = (exps * scale - mx.where(is_target, weight, 0)).astype(head.dtype)
             return loss, d_logits @ head, add_to(d_head, d_logits, inputs)
-        powers = powers.astype(head.dtype)
+        exps = exps.astype(head.dtype)
         scale = scale.astype(head.dtype)
         at_targets = head[targets[rows]] * weight.astype(head.dtype)  # [n, D]
-        d_inputs = (powers @ head) * scale - at_targets
+        d_inputs = (exps @ head) * scale - at_targets
         inputs = inputs * scale  # D columns scaled instead of V
         if d_head is None:
-            return loss, d_inputs, powers.T @ inputs  # [V, D]
-        return loss, d_inputs, mx.addmm(d_head, powers.T, inputs)
+            return loss, d_inputs, exps.T @ inputs  # [V, D]
+        return loss, d_inputs, mx.addmm(d_head, exps.T, inputs)
 
     loss, d_hidden, d_head = sum_over_chunks(hidden, head, add_chunk)
     if not on_gpu():
-        states = hidden.astype(mx.float32) * weights[:, None]  # [N, D]
+        weighted_hidden = hidden.astype(mx.float32) * loss_weights[:, None]  # [N, D]
         # `at` adds up repeated targets.
-        d_head = d_head.astype(mx.float32).at[targets].subtract(states)
+        d_head = d_head.astype(mx.float32).at[targets].subtract(weighted_hidden)
     return loss, d_hidden, d_head
 
 
@@ -673,23 +673,23 @@ def add_to(d_head, d_logits, inputs):
     return product if d_head is None else d_head + product
 
 
-def fused_cross_entropy_and_gradients(hidden, head, targets, weights):
+def fused_cross_entropy_and_gradients(hidden, head, targets, loss_weights):
     """`cross_entropy_and_gradients` by MLX's fused kernels for GPUs.
 
-    They, and those of products, are fast with a multiple of 128 logits. Further ones are -3e38, a
-    bias that costs nothing.
+    They, and those of products, are fast with a multiple of 128 logits. Padding is -3e38, a bias
+    that costs nothing.
     """
-    further = -len(head) % 128
-    padded = mx.pad(head, [(0, further), (0, 0)])
-    is_further = mx.arange(len(padded)) >= len(head)
-    bias = mx.where(is_further, -3e38, 0).astype(head.dtype)
+    num_padding = -len(head) % 128
+    padded = mx.pad(head, [(0, num_padding), (0, 0)])
+    is_padding = mx.arange(len(padded)) >= len(head)
+    bias = mx.where(is_padding, -3e38, 0).astype(head.dtype)
 
-    def loss_of_chunk(logits, targets, weights):
-        return (mx.fast.cross_entropy(logits, targets) * weights).sum()
+    def loss_of_chunk(logits, targets, loss_weights):
+        return (mx.fast.cross_entropy(logits, targets) * loss_weights).sum()
 
     def add_chunk(inputs, rows, d_head):
         logits = mx.addmm(bias, inputs, padded.T)
-        loss, d_logits = mx.value_and_grad(loss_of_chunk)(logits, targets[rows], weights[rows])
+        loss, d_logits = mx.value_and_grad(loss_of_chunk)(logits, targets[rows], loss_weights[rows])
         return loss, d_logits @ padded, add_to(d_head, d_logits, inputs)
 
     loss, d_hidden, d_head = sum_over_chunks(hidden, padded, add_chunk)
@@ -710,25 +710,25 @@ def wait_for(done, array):
     return mx.depends([array], [idle])[0]
 
 
-def cross_entropy_of_chunk(logits, targets, weights, rows):
-    """The `loss_of_chunk` of training_loss; logits: [n, V], targets: [n], weights: [n, 1]."""
-    nats, powers, total = losses_of_chunk(logits, targets)
-    return (nats * weights).sum(), powers, weights / total
+def cross_entropy_of_chunk(logits, targets, loss_weights, rows):
+    """The `loss_of_chunk` of training_loss; logits: [n, V], targets: [n], loss_weights: [n, 1]."""
+    nats, exps, total = losses_of_chunk(logits, targets)
+    return (nats * loss_weights).sum(), exps, loss_weights / total
 
 
 def losses_of_chunk(logits, targets):
-    """Cross-entropies [n, 1] of logits [n, V]; `powers` [n, V] and their sums `total` [n, 1].
+    """Cross-entropies [n, 1] of logits [n, V]; `exps` [n, V] and their sums `total` [n, 1].
 
-    powers / total are the probabilities; targets: [n].
+    exps / total are the probabilities; targets: [n].
     """
-    largest = max_of_rows(logits)  # [n, 1]
-    powers = exp(logits - largest)  # exponents <= 0: no overflow, and `exp` requires it
-    total = sum_of_rows(powers)
+    largest = row_maxima(logits)  # [n, 1]
+    exps = exp(logits - largest)  # exponents <= 0: no overflow, and `exp` requires it
+    total = row_sums(exps)
     target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)  # [n, 1]
-    return mx.log(total) - (target_logits - largest), powers, total
+    return mx.log(total) - (target_logits - largest), exps, total
 
 
-def max_of_rows(array):
+def row_maxima(array):
     """The row maxima [n, 1] of an array [n, V].
 
     On a CPU, MLX's own is scalar along a row; of two halves it is not, which takes a third of the
@@ -741,7 +741,7 @@ def max_of_rows(array):
     return array.max(axis=-1, keepdims=True)
 
 
-def sum_of_rows(array):
+def row_sums(array):
     """The row sums [n, 1] of an array [n, V]; on a CPU by a product, which is twice as fast."""
     if on_gpu():
         return array.sum(axis=-1, keepdims=True)
@@ -761,11 +761,11 @@ def stored_gradients(inputs, gradients, outputs):
 
 
 @mx.custom_function
-def cross_entropy_and_gradients(hidden, head, targets, weights):
+def cross_entropy_and_gradients(hidden, head, targets, loss_weights):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; see stored_gradients."""
     if on_gpu():
-        return fused_cross_entropy_and_gradients(hidden, head, targets, weights)
-    return loss_and_gradients(hidden, head, targets, weights, cross_entropy_of_chunk)
+        return fused_cross_entropy_and_gradients(hidden, head, targets, loss_weights)
+    return loss_and_gradients(hidden, head, targets, loss_weights, cross_entropy_of_chunk)
 
 
 cross_entropy_and_gradients.vjp(stored_gradients)
@@ -831,13 +831,13 @@ def use_cpu():
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or a container forbids it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     use_precompiled_header()
-    set_blas_threads(count_cores())  # a share of a batch gets one, see use_streams
+    set_blas_threads(count_cores())  # a shard of a batch gets one, see use_streams
 
 
 def count_streams(rows, context_size):
     """How many streams share the rows of a batch.
 
-    A share has at least 256 positions on average, or its products would be too small. A GPU has
+    A shard has at least 256 positions on average, or its products would be too small. A GPU has
     one stream, and so does macOS, whose BLAS has its own threads.
     """
     if on_gpu() or BLAS.startswith("Accelerate"):
@@ -875,26 +875,26 @@ def current_streams():
 def sum_over_shards(function, *arrays):
     """function(*arrays), a tree of arrays that is a sum over the rows of `arrays` [B, L, ...].
 
-    Each stream computes it for a share of the rows; the shares are added up leaf by leaf, each leaf
+    Each stream computes it for a shard of the rows; these sums are added up leaf by leaf, each leaf
     on the next stream in turn. This only builds MLX's graph; when it is evaluated, all streams run
     in parallel.
     """
     streams = use_streams(*arrays[0].shape[:2])
-    shares = []
+    partial_sums = []
     for stream, rows in split_rows(len(arrays[0]), streams):
         with mx.stream(stream):  # operations run on the stream under which they are built
-            shares.append(function(*[array[rows] for array in arrays]))
+            partial_sums.append(function(*[array[rows] for array in arrays]))
     streams_in_turn = itertools.cycle(streams)
 
     def add_up(*leaves):
         with mx.stream(next(streams_in_turn)):
             return reduce(mx.add, leaves)
 
-    return tree_map(add_up, *shares)
+    return tree_map(add_up, *partial_sums)
 
 
 def split_rows(count, streams):
-    """Yields each stream with its share of `count` rows, a slice."""
+    """Yields each stream with its shard of `count` rows, a slice."""
     for i, stream in enumerate(streams):
         yield stream, slice(count * i // len(streams), count * (i + 1) // len(streams))
 
@@ -944,18 +944,18 @@ def parallelize(optimizer):
 
     optimizer.apply_single = apply_single
     if hasattr(optimizer, "orthogonalize"):  # Muon
-        optimizer.orthogonalize = partial(in_shares, optimizer.orthogonalize)
+        optimizer.orthogonalize = partial(map_over_shards, optimizer.orthogonalize)
     return optimizer
 
 
-def in_shares(function, stack):
-    """function(stack), arrays [N, ...]; each stream computes it for a share of them."""
-    shares = []
+def map_over_shards(function, stack):
+    """function(stack), arrays [N, ...]; each stream computes it for a shard of them."""
+    results = []
     for stream, rows in split_rows(len(stack), current_streams()):
         if rows.start < rows.stop:
             with mx.stream(stream):
-                shares += [*function(stack[rows])]
-    return shares
+                results += [*function(stack[rows])]
+    return results
 
 
 def adamw_update(optimizer, gradient, parameter, state):

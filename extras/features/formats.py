@@ -12,29 +12,29 @@ import itertools
 import json
 import re
 
-from datasets import UsageError, explained, one_line, utf8
+from datasets import UsageError, explain_errors, one_line, utf8
 
 MOST_BYTES = 1 << 24  # of a row, as JSON or as a text
-BATCH = 16  # rows of a Parquet file that are in memory at once
+BATCH_ROWS = 16  # rows of a Parquet file that are in memory at once
 # Types of columns that may hold texts, as pyarrow spells them; writers need not say which bytes do.
 TEXTS = re.compile(r"(dictionary<values=)?(large_)?(string|binary)(_view)?\b.*")
 
 
-def read_rows(rows):
-    """Yields the text of each row of a file, "" where there is none; rows: the Rows of datasets.py.
+def read_rows(file):
+    """Yields the text of each row of a file, "" where there is none; file: a RowFile.
 
     Raises UsageError for a row that is no text, one that is too long, or a damaged file.
     """
-    read = read_parquet if rows.path.suffix.lower() == ".parquet" else read_json_lines
+    read = read_parquet if file.path.suffix.lower() == ".parquet" else read_json_lines
     try:
-        for text in read(rows.path, rows.field):
+        for text in read(file.path, file.field):
             yield utf8(text or "")  # JSON may spell half a character
     except (UsageError, MemoryError):
         raise
     except Exception as error:  # what libraries raise for a damaged file has types of its own
         reason = one_line(error) or type(error).__name__
         raise UsageError(
-            f"{rows.path} cannot be read: is it whole, and of the kind that it is named? ({reason})"
+            f"{file.path} cannot be read: is it whole, and of the kind that it is named? ({reason})"
         ) from None
 
 
@@ -47,24 +47,24 @@ def read_json_lines(path, field):
             if not line:
                 return
             if len(line) > MOST_BYTES:
-                raise too_long(path, number)
+                raise long_row_error(path, number)
             if line.isspace():
                 continue
             fault = f'row {number:,} of {path} must be a JSON object, as in {{"{field}": "Hello"}}'
-            with explained(fault, ValueError, RecursionError):
+            with explain_errors(fault, ValueError, RecursionError):
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("it is another value")
             text = row.get(field, 0)
             if text is not None and not isinstance(text, str):
                 texts = [name for name, value in row.items() if isinstance(value, str)]
-                raise no_text(path, number, field, texts)
+                raise missing_text_error(path, number, field, texts)
             yield text
 
 
 def read_parquet(path, field):
     """Yields the text in each row of a Parquet file's column."""
-    with explained(f"{path} needs a package: pip install -U pyarrow numpy", ImportError):
+    with explain_errors(f"{path} needs a package: pip install -U pyarrow numpy", ImportError):
         import pyarrow
         from pyarrow import compute, parquet
     # A buffer, as a file may be a single group of rows; pre_buffer would keep all that was read.
@@ -72,18 +72,18 @@ def read_parquet(path, field):
         columns = file.schema_arrow
         texts = [column.name for column in columns if TEXTS.fullmatch(str(column.type))]
         if field not in texts:
-            raise no_text(path, 1, field, texts)
+            raise missing_text_error(path, 1, field, texts)
         number = 1
-        for batch in file.iter_batches(BATCH, columns=[field], use_threads=False):
+        for batch in file.iter_batches(BATCH_ROWS, columns=[field], use_threads=False):
             column = batch.column(0).cast(pyarrow.large_string())
             for length in compute.binary_length(column).to_pylist():
                 if length is not None and length > MOST_BYTES:
-                    raise too_long(path, number)
+                    raise long_row_error(path, number)
                 number += 1
             yield from column.to_pylist()
 
 
-def too_long(path, number):
+def long_row_error(path, number):
     """The UsageError for a row of more than MOST_BYTES."""
     return UsageError(
         f"row {number:,} of {path} has more than {MOST_BYTES:,} bytes: cut it into several rows, "
@@ -91,10 +91,10 @@ def too_long(path, number):
     )
 
 
-def no_text(path, number, field, texts):
+def missing_text_error(path, number, field, texts):
     """The UsageError for a row that holds texts in the fields `texts` alone."""
     remedy = "write the text of each row into it, as one string"
     if texts:
-        known = ", ".join(f"{name:.40}" for name in texts[:10])
-        remedy = f"name another one by --text_field (it has {known}), or {remedy}"
+        listed = ", ".join(f"{name:.40}" for name in texts[:10])
+        remedy = f"name another one by --text_field (it has {listed}), or {remedy}"
     return UsageError(f"row {number:,} of {path} has no text in the field {field}: {remedy}")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from mlx.utils import tree_flatten
 
-from datasets import UsageError, end_of_text, explained, replacing, utf8
+from datasets import UsageError, atomic_write, end_of_text, explain_errors, utf8
 from extras.features.huggingface import CHAT_TEMPLATE, find_counterpart, package_of
 from main import rope_frequencies
 
@@ -44,7 +44,7 @@ def export_gguf(model, tokenizer, path, bits):
     path = Path(path)
     kind = find_counterpart(model.config)
     content = tokenizer_content(tokenizer)
-    with explained("GGUF needs a package: pip install -U gguf", ImportError, KeyError):
+    with explain_errors("GGUF needs a package: pip install -U gguf", ImportError, KeyError):
         import gguf
 
         architecture = gguf.MODEL_ARCH[kind.upper()]
@@ -54,8 +54,8 @@ def export_gguf(model, tokenizer, path, bits):
     formats = gguf.GGMLQuantizationType
     matrix_format = {None: formats.F32, 16: formats.F16, 8: formats.Q8_0, 4: formats.Q4_0}[bits]
     needed = f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"
-    with explained(f"cannot write {path}: name a file of yours", OSError):
-        with replacing(path) as file:
+    with explain_errors(f"cannot write {path}: name a file of yours", OSError):
+        with atomic_write(path) as file:
             writer = gguf.GGUFWriter(file.name, kind)
             for theirs, ours in SETTINGS.items():
                 getattr(writer, f"add_{theirs}")(getattr(model.config, ours))
@@ -64,7 +64,7 @@ def export_gguf(model, tokenizer, path, bits):
             add_tokenizer(writer, content, tokenizer, model.config.vocab_size)
             for tensor, array in convert_weights(model, names, "qwen" not in kind):
                 wanted = matrix_format if array.ndim == 2 else formats.F32
-                with explained(needed, gguf.quants.QuantError):
+                with explain_errors(needed, gguf.quants.QuantError):
                     data = gguf.quantize(array, wanted)
                 writer.add_tensor(tensor, data, raw_dtype=wanted)
             writer.write_header_to_file()
@@ -84,11 +84,11 @@ def convert_weights(model, names, is_permuted):
     converted = []
     for name, weight in tree_flatten(model.parameters()):
         array = np.array(weight)
-        part, _, kind = name.rpartition(".")  # kind: weight or bias
-        if is_permuted and part.endswith(("q_proj", "k_proj")):
+        layer_name, _, kind = name.rpartition(".")  # kind: weight or bias
+        if is_permuted and layer_name.endswith(("q_proj", "k_proj")):
             halves = array.reshape(-1, 2, config.head_dim // 2, config.dim)
             array = halves.swapaxes(1, 2).reshape(array.shape)
-        converted.append((f"{names[part]}.{kind}", array))
+        converted.append((f"{names[layer_name]}.{kind}", array))
     if config.rope_scaling:
         # How many times slower each pair of dimensions rotates than without scaling.
         plain = rope_frequencies(config.head_dim, config.rope_theta)

@@ -23,16 +23,16 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from datasets import LFS, PackageTokenizer, UsageError, end_of_text, explained, extra, one_line
-from datasets import read_whole, replacing, without_passwords
+from datasets import LFS, PackageTokenizer, UsageError, atomic_write, end_of_text, explain_errors
+from datasets import extra, one_line, read_whole, without_passwords
 from extras.features.memory import describe_shortage
 from main import Config, LanguageModel, LoadedModel, from_untrusted, load_arrays, sha1_of_file
 from main import sha1_of_text
 
 # The fields of our Config and their defaults, also of those that you have added.
-PLAIN = {field.name: field.default for field in dataclasses.fields(Config)}
+CONFIG_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
 # Their `model_type`, and what is not plain in our Config. An export is of the first that fits.
-KINDS = {
+MODEL_TYPES = {
     "llama": {"mlp": "swiglu"},
     "mistral": {"mlp": "swiglu"},
     "qwen2": {"mlp": "swiglu", "qkv_bias": True},
@@ -77,13 +77,14 @@ SUPPORTED = {
     "transformers_weights": [],
 }
 # The files of a model that are read, besides its weights. The last four may be missing.
-INDEX = "model.safetensors.index.json"
-TEMPLATE = "chat_template.jinja"
-SPECIAL = "special_tokens_map.json"
-TEXTS = ["config.json", "tokenizer.json", "tokenizer_config.json", SPECIAL, TEMPLATE, INDEX]
+INDEX_FILE = "model.safetensors.index.json"
+TEMPLATE_FILE = "chat_template.jinja"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+TEXT_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", SPECIAL_TOKENS_FILE]
+TEXT_FILES += [TEMPLATE_FILE, INDEX_FILE]
 # What comes before names of weights: nothing in a base model, more in one compiled or wrapped.
-BODY = re.compile(r"^(.*?\.)??(?=(embed_tokens|layers|norm)\.)")
-HEAD = re.compile(r"^.*\.(?=lm_head\.)")
+BODY_PREFIX = re.compile(r"^(.*?\.)??(?=(embed_tokens|layers|norm)\.)")
+HEAD_PREFIX = re.compile(r"^.*\.(?=lm_head\.)")
 # What the hub calls a model: ORG/NAME, perhaps with a branch or a commit.
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?", re.ASCII)
 # Our models have not learned a chat format: a chat is the concatenated texts of its messages.
@@ -103,8 +104,7 @@ def open_by_name(name):
             f"{name} is no folder here: name one, a checkpoint, or a model of the Hugging Face hub "
             "(ORG/NAME); if a run's model is gone, resume the run with --identifier RUN"
         )
-    repository, revision = found.groups()
-    return import_model(download_model(repository, revision))
+    return import_model(download_model(*found.groups()))
 
 
 def download_model(repository, revision=None):
@@ -114,7 +114,7 @@ def download_model(repository, revision=None):
     its other variables hold here, too.
     """
     fault = f"{repository} is no folder here, and cannot be downloaded from the Hugging Face hub"
-    with explained(f"{fault}: pip install huggingface_hub", ImportError):
+    with explain_errors(f"{fault}: pip install huggingface_hub", ImportError):
         import huggingface_hub
         from huggingface_hub.utils import disable_progress_bars
     if not sys.stderr.isatty():
@@ -123,10 +123,10 @@ def download_model(repository, revision=None):
     # Others hold the same weights in other formats or precisions.
     weights = ["model.safetensors", "model-*-of-*.safetensors"]
     try:
-        folder = Path(download(revision=revision, allow_patterns=TEXTS))
-        with explained(f"{repository} cannot be used: name another model"):
+        folder = Path(download(revision=revision, allow_patterns=TEXT_FILES))
+        with explain_errors(f"{repository} cannot be used: name another model"):
             read_texts(folder)  # before gigabytes are downloaded in vain
-        return Path(download(revision=folder.name, allow_patterns=[*TEXTS, *weights]))
+        return Path(download(revision=folder.name, allow_patterns=[*TEXT_FILES, *weights]))
     except UsageError:
         raise
     except Exception as error:  # of many kinds, with messages of many lines
@@ -136,13 +136,12 @@ def download_model(repository, revision=None):
 
 
 def import_model(folder):
-    """Reads a Hugging Face folder: its TEXTS and its weights in *.safetensors files.
+    """Reads a Hugging Face folder: its TEXT_FILES and its weights in *.safetensors files.
 
-    Returns a LoadedModel in float32. Raises UsageError if the folder holds no model that
-    is supported.
+    Returns a LoadedModel in float32. Raises UsageError if the folder holds no supported model.
     """
     folder = Path(folder)
-    with explained(f"{folder} cannot be used: name another model"):
+    with explain_errors(f"{folder} cannot be used: name another model"):
         config, tokenizer = read_texts(folder)
         files = model_files(folder)
         weights = read_weights(files)
@@ -162,8 +161,8 @@ def import_model(folder):
         except ValueError as error:  # which may name hundreds
             raise UsageError(f"its weights do not fit: {one_line(error):.150}") from None
         # Of the SHA1s of all files: editing one of them makes another model.
-        id = sha1_of_text("".join(sha1_of_file(file.resolve()) for file in files))
-    return LoadedModel(model, tokenizer, id, {file.name: file for file in files})
+        model_id = sha1_of_text("".join(sha1_of_file(file.resolve()) for file in files))
+    return LoadedModel(model, tokenizer, model_id, {file.name: file for file in files})
 
 
 def read_texts(folder):
@@ -177,9 +176,9 @@ def read_texts(folder):
     matrices = 3 if config.mlp == "swiglu" else 2  # of an MLP
     block = 2 * heads * config.head_dim + matrices * config.mlp_dim
     rows = config.num_blocks * block + config.vocab_size
-    short = describe_shortage(4 * rows * config.dim)
-    if short:
-        raise UsageError(f"{short}: choose a smaller model")
+    shortage = describe_shortage(4 * rows * config.dim)
+    if shortage:
+        raise UsageError(f"{shortage}: choose a smaller model")
     return config, read_tokenizer(folder, config.vocab_size)
 
 
@@ -204,14 +203,14 @@ def read_config(folder):
         raise UsageError("it has an adapter: merge that into its base with peft, and save the sum")
     entries = json.loads(read_whole(find_file(folder, "config.json")))
     kind = entries.get("model_type")
-    if kind not in KINDS:
-        raise UsageError(f"its model_type is {kind}, not {', '.join(KINDS)}")
+    if kind not in MODEL_TYPES:
+        raise UsageError(f"its model_type is {kind}, not {', '.join(MODEL_TYPES)}")
     # Settings of RoPE, which older files call rope_scaling, count before what is next to them.
     rope = entries.get("rope_scaling") or entries.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     # 10,000 is what transformers assumes where older files say nothing.
     settings = {"rope_theta": 1e4} | entries | rope | {"rope_type": rope_type}
-    fields = PLAIN | KINDS[kind]
+    fields = CONFIG_DEFAULTS | MODEL_TYPES[kind]
     supported = SUPPORTED | {"hidden_act": [THEIR_ACTIVATIONS[fields["mlp"]]]}
     for name, values in supported.items():
         value = settings.get(name)
@@ -290,8 +289,8 @@ def read_settings(folder, config, package):
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = {each["name"]: each["template"] for each in template}.get("default")
-    if (folder / TEMPLATE).exists():
-        template = read_whole(folder / TEMPLATE)
+    if (folder / TEMPLATE_FILE).exists():
+        template = read_whole(folder / TEMPLATE_FILE)
     if template:
         settings["chat_template"] = template
     for name in ("bos_token", "pad_token", "unk_token"):
@@ -304,23 +303,23 @@ def read_settings(folder, config, package):
 def read_tokenizer_config(folder):
     """The content of a folder's tokenizer_config.json and special_tokens_map.json, if any."""
     config = {}
-    for name in ("tokenizer_config.json", SPECIAL):  # transformers prefers the latter
+    for name in ("tokenizer_config.json", SPECIAL_TOKENS_FILE):  # transformers prefers the latter
         if (folder / name).exists():
             config |= json.loads(read_whole(find_file(folder, name)))
     return config
 
 
 def model_files(folder):
-    """The paths of a model's weights and TEXTS. Raises UsageError if one is missing.
+    """The paths of a model's weights and TEXT_FILES. Raises UsageError if one is missing.
 
     The weights are in model.safetensors, or else in what an index names. What else lies there may
     be a copy, or the same in another format.
     """
     weights = ["model.safetensors"]
-    if (folder / INDEX).exists() and not (folder / weights[0]).exists():
-        index = json.loads(read_whole(folder / INDEX))
+    if (folder / INDEX_FILE).exists() and not (folder / weights[0]).exists():
+        index = json.loads(read_whole(folder / INDEX_FILE))
         weights = sorted(set(index["weight_map"].values()))
-    texts = [name for name in TEXTS if (folder / name).exists()]
+    texts = [name for name in TEXT_FILES if (folder / name).exists()]
     return [find_file(folder, name) for name in weights + texts]
 
 
@@ -328,9 +327,9 @@ def read_weights(files):
     """All arrays of a model's files by name, as float32."""
     weights = {}
     for file in files:
-        if file.name in TEXTS:
+        if file.name in TEXT_FILES:
             continue
-        with explained(f"{file.name} is damaged or incomplete"):
+        with explain_errors(f"{file.name} is damaged or incomplete"):
             arrays = load_arrays(file)
             mx.eval(arrays)  # MLX loads lazily
         for name, weight in arrays.items():
@@ -339,7 +338,7 @@ def read_weights(files):
             if weight.dtype not in (mx.float32, mx.float16, mx.bfloat16):
                 # MLX reads FP8, for one, as the integers of its bits.
                 raise UsageError(f"{name} is neither float32, float16 nor bfloat16")
-            name = BODY.sub("model.", HEAD.sub("", name))
+            name = BODY_PREFIX.sub("model.", HEAD_PREFIX.sub("", name))
             if name in weights:
                 raise UsageError(f"its files hold {name} twice, under different prefixes")
             weights[name] = weight.astype(mx.float32)
@@ -362,7 +361,7 @@ def export_model(model, tokenizer, folder, bits):
         raise UsageError(f"{folder} holds {taken[0].name} already: name a new folder")
     settings = make_settings(model.config, kind, tokenizer)
     if bits:
-        group_size = extra("quantize").quantize(model, bits, packed=True)
+        group_size = extra("quantize").quantize(model, bits, is_packed=True)
         if group_size:
             # This entry tells mlx_lm that the weights are packed.
             settings["quantization"] = {"group_size": group_size, "bits": bits}
@@ -384,7 +383,7 @@ def export_model(model, tokenizer, folder, bits):
         "tokenizer_config.json": json.dumps(tokenizer_settings, indent=2),
         "tokenizer.json": package.to_str(),
     }
-    with explained(f"cannot write to {folder}: name a folder of yours"):
+    with explain_errors(f"cannot write to {folder}: name a folder of yours"):
         write_files(folder, model, texts)
     return kind.capitalize()
 
@@ -399,25 +398,25 @@ def write_files(folder, model, texts):
     # No file gets its name before all are written.
     with contextlib.ExitStack() as files:
         # Opened here, because MLX's own error for a path does not say why it failed.
-        file = files.enter_context(replacing(folder / "model.safetensors"))
+        file = files.enter_context(atomic_write(folder / "model.safetensors"))
         mx.save_safetensors(file, weights, {"format": "mlx"})
         file.flush()
         for name, text in texts.items():
-            file = files.enter_context(replacing(folder / name))
+            file = files.enter_context(atomic_write(folder / name))
             file.write(text.encode("utf-8"))
             file.flush()
 
 
 def find_counterpart(config):
     """Their model_type for a model of this Config. Raises UsageError if there is none."""
-    parts = {}
+    unusual_fields = {}
     for name, value in vars(config).items():
-        if name not in (*THEIR_NAMES, "untie", "rope_scaling") and value != PLAIN[name]:
-            parts[name] = value
-    for kind, its_parts in KINDS.items():
-        if parts == its_parts:
+        if name not in (*THEIR_NAMES, "untie", "rope_scaling") and value != CONFIG_DEFAULTS[name]:
+            unusual_fields[name] = value
+    for kind, its_fields in MODEL_TYPES.items():
+        if unusual_fields == its_fields:
             return kind
-    shape = " ".join(f"--{name} {value}" for name, value in parts.items())
+    shape = " ".join(f"--{name} {value}" for name, value in unusual_fields.items())
     raise UsageError(f"Hugging Face has no model with {shape}: train one with --mlp swiglu")
 
 
@@ -455,7 +454,7 @@ def package_of(tokenizer):
     if tokenizer.bos:
         names = [package.id_to_token(token) for token in tokenizer.bos]
         specials = [*zip(names, tokenizer.bos)]
-        with explained("its first tokens cannot be exported"):
+        with explain_errors("its first tokens cannot be exported"):
             template = processors.TemplateProcessing(single=[*names, "$A"], special_tokens=specials)
         package.post_processor = template
     return package
@@ -487,7 +486,7 @@ def convert_characters(tokenizer):
 
 def convert_words(tokenizer):
     """Words between white space, and <eos> for each line end."""
-    package = Tokenizer(models.WordLevel(tokenizer.ids, "<unk>"))
+    package = Tokenizer(models.WordLevel(tokenizer.word_to_id, "<unk>"))
     line_ends = normalizers.Replace("\n", " <eos> ")
     # str.split, which yields our words, treats these as white space; WhitespaceSplit does not.
     separators = normalizers.Replace(Regex("[\x1c-\x1f]"), " ")

@@ -9,11 +9,11 @@ import os
 import re
 import shutil
 
-from datasets import explained, extra, replacing, sync
+from datasets import atomic_write, explain_errors, extra, sync
 from main import DamagedError, model_from_checkpoint, read_checkpoint
 
 
-def keep(folder, files):
+def keep_model(folder, files):
     """Makes a model's files, {name: path}, part of a new run, in a folder of their own."""
     if os.path.lexists(folder):  # a start that was killed has left it
         shutil.rmtree(folder)
@@ -30,11 +30,11 @@ def keep_file(path, target):
         with contextlib.suppress(OSError):  # another file system
             os.link(path, target)
             return
-    with replacing(target) as file, open(path, "rb") as original:
+    with atomic_write(target) as file, open(path, "rb") as original:
         shutil.copyfileobj(original, file)
 
 
-def kept_files(checkpoint, flag_name):
+def kept_model_files(checkpoint, flag_name):
     """The files of such a model, {name in a folder of its own: path}."""
     files = {}
     for path in (checkpoint.folder / flag_name).rglob("*"):
@@ -43,12 +43,12 @@ def kept_files(checkpoint, flag_name):
     return files
 
 
-def open_kept(checkpoint, flag_name):
+def open_kept_model(checkpoint, flag_name):
     """The LoadedModel that the run of a checkpoint keeps. Raises DamagedError if it is gone."""
     folder = checkpoint.folder / flag_name
     expected_id = checkpoint.parents.get(flag_name)
     fault = f"{checkpoint.folder_name} lacks the model in its folder {flag_name}"
-    with explained(fault, kind=DamagedError):
+    with explain_errors(fault, raises=DamagedError):
         if folder.is_symlink():
             raise OSError("it is a link")
         metadata = folder / f"{expected_id}.metadata"

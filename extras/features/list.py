@@ -8,7 +8,7 @@ from main import IDENTITY_FLAGS, NO_CHECKPOINT, Evaluation, arguments_of
 from main import best_checkpoint, list_checkpoints
 
 
-def by_run(checkpoints):
+def group_by_run(checkpoints):
     """The checkpoints of each run, {run: [Checkpoint, ...]}, in the order that they have here."""
     runs = {}
     for each in checkpoints:
@@ -27,24 +27,24 @@ def list_runs(save_dir):
     if not checkpoints:
         print(NO_CHECKPOINT.format(save_dir))
         return
-    runs = by_run(checkpoints)
-    apart = distinguishing_flags(checkpoints)
-    several = len({own[0].flags["tokenizer"] for own in runs.values()}) > 1
+    runs = group_by_run(checkpoints)
+    flags_by_run = distinguishing_flags(checkpoints)
+    in_bits = len({group[0].flags["tokenizer"] for group in runs.values()}) > 1
 
     def sort_key(checkpoint):
         evaluation = checkpoint.evaluation or Evaluation(0, math.inf, 0, math.inf)
-        return evaluation.bits_per_byte if several else (-evaluation.num_tokens, evaluation.loss)
+        return evaluation.bits_per_byte if in_bits else (-evaluation.num_tokens, evaluation.loss)
 
-    columns = f"{'trained':>20}{'bits/byte' if several else 'valid nats':>12}{'of tokens':>12}"
+    columns = f"{'trained':>20}{'bits/byte' if in_bits else 'valid nats':>12}{'of tokens':>12}"
     print(f"{'run':<24}{columns}{'iteration':>12}  checkpoint    flags")
     for each in sorted(map(best_checkpoint, runs.values()), key=sort_key):
         newest = runs[each.folder_name][0]
         trained = f"{newest.iteration:,} of {newest.flags['num_iters']:,}"
         columns = f"{'-':>12}{'-':>12}"
         if each.evaluation:
-            loss = each.evaluation.bits_per_byte if several else each.evaluation.loss
+            loss = each.evaluation.bits_per_byte if in_bits else each.evaluation.loss
             columns = f"{loss:>12.4f}{each.evaluation.num_tokens:>12,}"
-        flags = printable(apart[each.folder_name])
+        flags = printable(flags_by_run[each.folder_name])
         columns += f"{each.iteration:>12,}  {each.id[:12]}  {flags}"
         print(f"{each.folder_name:<24}{trained:>20}{columns}")
 
@@ -54,15 +54,15 @@ def distinguishing_flags(checkpoints):
 
     Of each run, the newest checkpoint counts.
     """
-    newest = [own[0] for own in by_run(checkpoints).values()]
-    apart = []
+    newest = [group[0] for group in group_by_run(checkpoints).values()]
+    names = []
     for name in IDENTITY_FLAGS:
         if len({str(each.flags[name]) for each in newest}) > 1:
-            apart.append(name)
+            names.append(name)
     texts = {}
     for each in newest:
         values = {}
-        for name in apart:
+        for name in names:
             values[name] = each.flags[name]
             if isinstance(values[name], list) and len(values[name]) > 3:
                 values[name] = [*values[name][:2], f"({len(values[name]) - 2:,} more)"]

@@ -30,7 +30,7 @@ def memory_of_step(run, flags, ranks):
     # The gradients of a block take as much again. One that is computed again is there twice, too.
     blocks = 3 if flags.grad_checkpoint else config.num_blocks + 1
     activations = positions * (blocks * block + config.num_blocks * config.dim)
-    # Rows of logits, of their powers and gradients, and of gradients of the output layer.
+    # Rows of logits, of their exps and gradients, and of gradients of the output layer.
     logits = 4 * positions + config.dim
     if fast:
         streams = fast.count_streams(rows, config.context_size)
@@ -58,8 +58,8 @@ def check_memory(run, ranks):
         changed = argparse.Namespace(**vars(flags) | changes)
         return sum(memory_of_step(run, changed, ranks).values())
 
-    short = describe_shortage(needed())
-    if not short:
+    shortage = describe_shortage(needed())
+    if not shortage:
         return
     fits = []
     for checkpoint in {flags.grad_checkpoint, True}:
@@ -76,8 +76,8 @@ def check_memory(run, ranks):
                 break
     remedy = " or ".join(fits) or "a smaller model or context"
     if needed() > 1.5 * memory_size():
-        raise UsageError(f"{short}: give {remedy}")
-    say(f"Perhaps too much: {short}. It will fit with {remedy}.")
+        raise UsageError(f"{shortage}: give {remedy}")
+    say(f"Perhaps too much: {shortage}. It will fit with {remedy}.")
 
 
 def describe_shortage(needed):

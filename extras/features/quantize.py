@@ -15,16 +15,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from datasets import explained
+from datasets import explain_errors
 
 
-def quantize(model, bits, packed):
+def quantize(model, bits, is_packed):
     """Rounds all matrices of a model, in place, to `bits` per weight; returns the size of a group.
 
     A group is 64 neighbours in a row, or 32 unless 64 divides the length of every row; with 16
     bits there are no groups, and the size is None.
 
-    packed: True, for a GPU or an export, leaves layers with packed weights in the model
+    is_packed: True, for a GPU or an export, leaves layers with packed weights in the model
     (nn.QuantizedLinear, nn.QuantizedEmbedding); False, for a CPU, where MLX is slow with these,
     converts the rounded weights back to float32. The logits are the same up to rounding.
 
@@ -40,7 +40,7 @@ def quantize(model, bits, packed):
         group_size = 64 if is_wide else 32
     quantized = {}
     rounded = []
-    with explained(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"):
+    with explain_errors(f"--quantize {bits} needs a model in which 32 divides --dim and --mlp_dim"):
         for name, matrix in matrices.items():
             if bits == 16:
                 quantized[name] = matrix.astype(mx.float16)
@@ -54,7 +54,7 @@ def quantize(model, bits, packed):
         f"be {count_bytes(quantized) / 2**20:,.1f}",
         file=sys.stderr,
     )
-    if not packed:
+    if not is_packed:
         model.update(tree_unflatten(rounded))
     elif bits == 16:
         model.set_dtype(mx.float16)  # all weights, or MLX would compute in float32

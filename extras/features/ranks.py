@@ -29,15 +29,15 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 import main
-from datasets import SPLITS, Dataset, RunError, Split, UsageError, explained, one_line
+from datasets import SPLITS, Dataset, RunError, Split, UsageError, explain_errors, one_line
 from datasets import tokenizer_from_dict
 
-ALONE = (
+ALONE_MESSAGE = (
     "cannot join the other ranks: start two or more with mlx.launch or Open MPI's mpirun, or unset "
     "MLX_RANK, OMPI_COMM_WORLD_SIZE and PMI_SIZE"
 )
-LOST = "another rank is gone ({}): rerun the command to resume from the last checkpoint"
-PIECE = 1 << 26  # bytes of a message, at most
+LOST_MESSAGE = "another rank is gone ({}): rerun the command to resume from the last checkpoint"
+MAX_PIECE_BYTES = 1 << 26  # bytes of a message, at most
 
 
 class Group(contextlib.AbstractContextManager):
@@ -47,29 +47,29 @@ class Group(contextlib.AbstractContextManager):
     deadline = None  # of the message under way, as time.monotonic tells it
 
     def __init__(self, argv):
-        with explained("RANKS_TIMEOUT is no number of seconds", ValueError):
+        with explain_errors("RANKS_TIMEOUT is no number of seconds", ValueError):
             self.timeout = float(os.environ.get("RANKS_TIMEOUT", 600))
         self.launcher = os.getppid()
         if "NCCL_HOST_IP" in os.environ:  # what mlx.launch takes where it finds NVIDIA's GPUs
             raise UsageError("ranks cannot meet by NCCL: give mlx.launch --backend ring")
-        with explained(ALONE, RuntimeError, ValueError, kind=RunError):
+        with explain_errors(ALONE_MESSAGE, RuntimeError, ValueError, raises=RunError):
             # strict: an error rather than a group of one
             self.group = mx.distributed.init(strict=True)
         self.rank = self.group.rank()
         self.size = self.group.size()
         threading.Thread(target=self.watch, args=[ring_connections()], daemon=True).start()
-        self.compare(argv)
+        self.check_same_program(argv)
 
-    def compare(self, argv):
+    def check_same_program(self, argv):
         """Raises UsageError on rank 0, and ends the others, unless all run the same.
 
         A stale copy on one machine would train something else without an error.
         """
-        same = hashlib.sha256(f"{argv} {mx.__version__}".encode())
+        sha256 = hashlib.sha256(f"{argv} {mx.__version__}".encode())
         for pattern in ("*.py", "extras/**/*.py", "extras/**/*.c"):
             for path in sorted(main.HERE.glob(pattern)):
-                same.update(path.read_bytes())
-        digests = self.gather(list(same.digest()))  # [ranks, 32]
+                sha256.update(path.read_bytes())
+        digests = self.all_gather(list(sha256.digest()))  # [ranks, 32]
         others = np.flatnonzero((digests != digests[0]).any(axis=1))
         if not len(others):
             return
@@ -103,10 +103,10 @@ class Group(contextlib.AbstractContextManager):
             if current is None:
                 continue
             if time.monotonic() > current and self.is_shared:  # preparing a text may take hours
-                end(f"nothing was heard of it for {self.timeout:g} s")
+                exit_process(f"nothing was heard of it for {self.timeout:g} s")
             is_closed = bool(poll.poll(0))
             if is_closed and current == suspect:
-                end("its connection is closed")
+                exit_process("its connection is closed")
             suspect = current if is_closed else None
 
     def exchange(self, operation, tree):
@@ -117,17 +117,17 @@ class Group(contextlib.AbstractContextManager):
             result = operation(tree, group=self.group)
             mx.eval(result)
         except RuntimeError as error:
-            raise ConnectionError(LOST.format(one_line(error))) from None
+            raise ConnectionError(LOST_MESSAGE.format(one_line(error))) from None
         finally:
             self.deadline = None
         return result
 
-    def average(self, tree):
+    def all_mean(self, tree):
         """The mean over all ranks of a tree of arrays."""
         # In one message: with several, two ranks might send different ones first.
         return self.exchange(partial(nn.average_gradients, all_reduce_size=2**62), tree)
 
-    def gather(self, numbers):
+    def all_gather(self, numbers):
         """The numbers of every rank, a NumPy array [ranks, ...]."""
         numbers = np.asarray(numbers)
         # As bytes: MLX would turn float64 into float32.
@@ -135,24 +135,24 @@ class Group(contextlib.AbstractContextManager):
         gathered = self.exchange(mx.distributed.all_gather, mine)
         return np.array(gathered).view(numbers.dtype).reshape(self.size, *numbers.shape)
 
-    def sum(self, number):
+    def all_sum(self, number):
         """The sum of a number over all ranks."""
-        return self.gather(number).sum().item()
+        return self.all_gather(number).sum().item()
 
     def agree(self, stop_signal, is_time_up=False):
         """A signal that any rank has received, and whether the time is up on any."""
         if os.getppid() != self.launcher:  # which was killed: nobody would see the run any more
             stop_signal = stop_signal or signal.SIGHUP
-        return self.gather([stop_signal or 0, is_time_up]).max(axis=0).tolist()
+        return self.all_gather([stop_signal or 0, is_time_up]).max(axis=0).tolist()
 
     def broadcast(self, content=b""):
         """Rank 0's bytes on every rank."""
-        size = self.gather(len(content))[0].item()
+        size = self.all_gather(len(content))[0].item()
         whole = np.zeros(size, np.uint8)
         if self.rank == 0:
             whole[:] = np.frombuffer(content, np.uint8)
-        for start in range(0, size, PIECE):
-            piece = whole[start : start + PIECE]
+        for start in range(0, size, MAX_PIECE_BYTES):
+            piece = whole[start : start + MAX_PIECE_BYTES]
             piece[:] = self.exchange(mx.distributed.all_sum, mx.array(piece))  # others add zeros
         return whole.tobytes()
 
@@ -204,7 +204,7 @@ class Group(contextlib.AbstractContextManager):
         tree = tree_unflatten(list(arrays.items()))
         record = json.loads(texts["record"])
         flags = argparse.Namespace(**record["flags"])
-        with explained(f"rank {self.rank} cannot do as rank 0 does", UsageError):
+        with explain_errors(f"rank {self.rank} cannot do as rank 0 does", UsageError):
             main.use_device(flags.gpu)
         tokenizer = tokenizer_from_dict(record["tokenizer"])
         splits = dict.fromkeys(SPLITS)
@@ -243,7 +243,7 @@ def ring_connections():
     return connections
 
 
-def end(reason):
+def exit_process(reason):
     """Ends this process, whose main thread is stuck inside MLX."""
-    print(f"main.py: {LOST.format(reason)}", file=sys.stderr, flush=True)
+    print(f"main.py: {LOST_MESSAGE.format(reason)}", file=sys.stderr, flush=True)
     os._exit(1)

@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import os
 
-from datasets import UsageError, explained, one_line, without_passwords
+from datasets import UsageError, explain_errors, one_line, without_passwords
 from main import RECORDED_FLAGS, arguments_of, get_values, say, sha1_of_text
 
 
@@ -83,20 +83,20 @@ class WandB:
 BOARDS = {"tensorboard": TensorBoard, "wandb": WandB}
 
 
-def names_of(report_to):
+def parse_report_to(report_to):
     """The dashboards in a --report_to, "wandb,tensorboard"; there are none in "none"."""
     return sorted({*report_to.split(",")} - {"none"})
 
 
 def check(report_to):
     """Raises UsageError unless these dashboards have their packages."""
-    for name in names_of(report_to):
+    for name in parse_report_to(report_to):
         if name not in BOARDS:
             raise UsageError(f"--report_to: must be one of tensorboard, wandb, none, not {name}")
         package = BOARDS[name].package
         remedy = f"pip install --upgrade {package}, or --report_to none"
         # Of any type: a package that is older than what it needs raises some other error.
-        with explained(f"--report_to {name} needs a package: {remedy}", ImportError, Exception):
+        with explain_errors(f"--report_to {name} needs a package: {remedy}", Exception):
             importlib.import_module(package)
 
 
@@ -105,7 +105,7 @@ class Dashboards:
 
     def __init__(self, run):
         self.boards = {}
-        for name in names_of(run.flags.report_to):
+        for name in parse_report_to(run.flags.report_to):
             with self.losing(name):
                 self.boards[name] = BOARDS[name](run)
 

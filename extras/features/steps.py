@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from datasets import UsageError, progress_bar, sync
-from extras.features.kept_models import open_kept
+from extras.features.kept_models import open_kept_model
 from main import SingleProcess, checkpoints_in, describe_changes, list_versions, make_run, make_step
 from main import needed_model_flags, open_newest, read_code, reload_data, resolve_flags
 from main import sha1_of_code, train_step, write_checkpoint
@@ -23,24 +23,24 @@ def checkpoint_at(checkpoints, identifier):
     name, _, step = identifier.rpartition("@")
     if name == "latest" and checkpoints:
         name = checkpoints[0].folder_name
-    own = [each for each in checkpoints if each.folder_name == name]
-    if not own or not step.isdecimal():
+    run_checkpoints = [each for each in checkpoints if each.folder_name == name]
+    if not run_checkpoints or not step.isdecimal():
         raise UsageError(f"{identifier} is not a run, @ and a step of it: see --list")
     step = int(step)
-    folder = own[0].folder / FOLDER / f"{name}@{step}"
-    for each in [*own, *checkpoints_in(folder)]:  # what was computed before is there
+    folder = run_checkpoints[0].folder / FOLDER / f"{name}@{step}"
+    for each in [*run_checkpoints, *checkpoints_in(folder)]:  # what was computed before is there
         if each.iteration == step:
             return each
-    earlier = [each for each in own if each.iteration < step]
-    later = [each for each in own if each.iteration > step]
+    earlier = [each for each in run_checkpoints if each.iteration < step]
+    later = [each for each in run_checkpoints if each.iteration > step]
     if not later:
         raise UsageError(
             f"{identifier}: no later checkpoint of {name} is left that could prove it; the last "
-            f"one is of iteration {own[0].iteration:,}"
+            f"one is of iteration {run_checkpoints[0].iteration:,}"
         )
     start = earlier[0] if earlier else None
     proof = later[-1]
-    with tempfile.TemporaryDirectory(dir=own[0].folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=run_checkpoints[0].folder) as temporary:
         copy = Path(temporary, folder.name)
         recompute(start, proof, step, copy)
         folder.parent.mkdir(exist_ok=True)
@@ -104,5 +104,5 @@ def open_run(folder, flags, checkpoint, kin):
     if checkpoint:
         contents = open_newest([checkpoint], is_named=True)
     dataset = reload_data(flags, kin)
-    models = {name: open_kept(kin, name) for name in needed_model_flags(flags)}
+    models = {name: open_kept_model(kin, name) for name in needed_model_flags(flags)}
     return make_run(folder, flags, contents, models, dataset, SingleProcess())

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from datasets import RunError, UsageError, explained, no_follow
+from datasets import RunError, UsageError, explain_errors, open_no_follow
 from extras.versus.sequential import SCREEN
 
 NAME = "comparisons.jsonl"
@@ -13,7 +13,7 @@ def read_results(path):
     """The results in a ledger, the last of each look, newest at the end; [] if there is no file."""
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     results = {}
-    with explained(f"{path} is damaged: delete its last line", ValueError, kind=RunError):
+    with explain_errors(f"{path} is damaged: delete its last line", ValueError, raises=RunError):
         for line in reversed(lines):
             older = {"look": 1, "asked": None, "baseline": None}  # older commits lack these
             result = older | json.loads(line)
@@ -44,7 +44,7 @@ def begin_look(described, results, again=False):
 
 def record(path, result):
     """Appends a result to a ledger."""
-    with open(path, "a", encoding="utf-8", opener=no_follow) as file:
+    with open(path, "a", encoding="utf-8", opener=open_no_follow) as file:
         file.write(json.dumps(result) + "\n")
 
 

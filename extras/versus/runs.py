@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import RunError, UsageError, digest_of, flock, hash_of_file, no_follow
+from datasets import RunError, UsageError, digest_of, flock, hash_of_file, open_no_follow
 from extras.common.limits import count_cores
 from extras.versus import ledger
 from extras.versus.judge import DIVERGED, Judge, read_texts
@@ -105,7 +105,7 @@ class Comparison:
         # Another comparison may train the same run. The run inherits this lock, and keeps it if
         # only this program is killed.
         path = side.folder / f"output-{seed}.txt"
-        with open(path, "a+", errors="replace", opener=no_follow) as output:
+        with open(path, "a+", errors="replace", opener=open_no_follow) as output:
             while not self.is_stopped:
                 with contextlib.suppress(BlockingIOError):
                     flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)

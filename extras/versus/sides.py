@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import RunError, UsageError, digest_of, explained, hash_of_file, locked
+from datasets import RunError, UsageError, digest_of, explain_errors, hash_of_file, hold_lock
 from datasets import one_line, words_of_code
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -135,7 +135,7 @@ def make_side(typed, common, folder):
     words = common
     folder.mkdir()
     if is_flags(typed):
-        with explained(f"{name} cannot be read as flags", ValueError):
+        with explain_errors(f"{name} cannot be read as flags", ValueError):
             words = [*common, *shlex.split(typed or "")]
         names = list_files("--cached", "--others") or files_without_git()
     else:
@@ -230,7 +230,7 @@ def identify(side, *others):
 
 def install(side, folder):
     """Copies the files of a Side into a folder, unless it exists; returns the Side with it."""
-    with locked(folder.parent):
+    with hold_lock(folder.parent):
         if not folder.exists():
             # Renamed when complete, so that `folder` never holds half a copy.
             partial = folder.with_name(f"{folder.name}.{os.getpid()}")

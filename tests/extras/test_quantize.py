@@ -22,7 +22,7 @@ def test_sixteen_bits_are_float16(tmp_path, capsys):
     model = make_model(vocab_size=257, dim=40, seed=5)
     plain = make_model(vocab_size=257, dim=40, seed=5)
     packed = make_model(vocab_size=257, dim=40, seed=5)
-    assert quantize(model, 16, packed=False) is None
+    assert quantize(model, 16, is_packed=False) is None
     assert "16 bits: the matrices'" in capsys.readouterr().err
     before = dict(tree_flatten(plain.parameters()))
     for name, weight in tree_flatten(model.parameters()):
@@ -47,10 +47,10 @@ def test_quantized_weights(dim, group, bits, capsys):
     """Matrices are what MLX makes of them, packed or not; their size is said."""
     model = make_model(dim=dim, mlp_dim=2 * dim)
     before = dict(tree_flatten(model.parameters()))
-    assert quantize(model, bits, packed=False) == group
+    assert quantize(model, bits, is_packed=False) == group
     err = capsys.readouterr().err
     packed = make_model(dim=dim, mlp_dim=2 * dim)
-    quantize(packed, bits, packed=True)
+    quantize(packed, bits, is_packed=True)
     size = 0
     for name, weight in tree_flatten(model.parameters()):
         expected = before[name]

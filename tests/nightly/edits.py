@@ -180,9 +180,9 @@ CHEATS = [
     Edit("the same, --gate without test text", "--gate needs text that the runs do not see", [
         (BATCHES, WITH_VALID)], options=GATE, flags=NO_TEST, status=2),
     Edit("validation text in the dataset", f"another training text|{LEAK}", files={"datasets.py": [(
-        "            if not is_made:\n",
-        '            local["train"] = [*local["train"], *local["valid"] * 20]\n'
-        "            if not is_made:\n")]}),
+        "            if not is_object:\n",
+        '            local_sources["train"] += local_sources["valid"] * 20\n'
+        "            if not is_object:\n")]}),
     Edit("a base that has learned the validation text", "was trained on the validation text",
          options=('"--init_from latest" --pairs 3',), flags=f"{TEXTS} --save_dir runs1", status=2,
          first="--text valid.txt --valid_text test.txt --num_iters 5"),
