@@ -1415,31 +1415,29 @@ def progress_bar(**options):
     return tqdm(**options)
 
 
-def alias_running_module(namespace):
-    """Lets an `import` find the file that runs as __main__; namespace: its globals()."""
+def alias_running_module(path):
+    """Lets an `import` find the file at `path`, its __file__, if it runs as __main__."""
     running = sys.modules["__main__"]
-    if vars(running) is namespace:  # and not cProfile's, for example
-        sys.modules[Path(namespace["__file__"]).stem] = running
+    if getattr(running, "__file__", None) == path:  # and not cProfile's, for example
+        sys.modules[Path(path).stem] = running
 
 
-def prepare(namespace):
-    """Prepares main.py's import of MLX; returns extras/features/fast.py as a module, or None.
+def import_fast(name, path):
+    """Imports extras/features/fast.py, or returns None without that file; name, path: main.py's.
 
-    namespace: main.py's globals(), with its folder HERE. fast.py is imported here because it has to
-    choose a BLAS before MLX loads one.
+    It has to choose a BLAS before MLX loads one, so call this before MLX is imported.
     """
-    home = str(namespace["HERE"])
-    if namespace["__name__"] == "__main__":
-        alias_running_module(namespace)
-        for name, module in [*sys.modules.items()]:
+    home = os.path.dirname(os.path.realpath(path))
+    if name == "__main__":
+        alias_running_module(path)
+        for module_name, module in [*sys.modules.items()]:
             # Left by a notebook's last %run. fast.py stays, as its choice of a BLAS is final.
-            is_extra = name.startswith("extras.") and name != "extras.features.fast"
+            is_extra = module_name.startswith("extras.") and module_name != "extras.features.fast"
             if is_extra or user_module_path(module, home):
-                del sys.modules[name]
+                del sys.modules[module_name]
     fast = None
     with required_packages():
-        path = f"{home}/extras/features/fast.py"
-        if os.path.exists(path) and not os.environ.get("DISABLE_FAST"):
+        if os.path.exists(f"{home}/extras/features/fast.py") and not os.environ.get("DISABLE_FAST"):
             from extras.features import fast
         import mlx.core as mx
 
@@ -1700,13 +1698,13 @@ def use_compiler(folder, command):
                 library.unlink()
 
 
-def flock(file, mode=fcntl.LOCK_EX):
+def flock(file, wait=True):
     """Locks an open file, or its descriptor, until it is closed, if the file system has locks.
 
-    Raises BlockingIOError if `mode` includes LOCK_NB and another process has locked it.
+    While another process holds the lock, it waits, or raises BlockingIOError.
     """
     try:
-        fcntl.flock(file, mode)
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise
     except OSError:  # the file system has no locks
@@ -1915,6 +1913,14 @@ class Parser(argparse.ArgumentParser):
     --no-untie.
     """
 
+    def __init__(self, **options):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=layout, allow_abbrev=False, **options)
+
+    def flag_names(self):
+        """{a flag, or its name in another program: the flag}, without the dashes."""
+        return {name[2:]: action.dest for name, action in self._option_string_actions.items()}
+
     def error(self, message):
         hint = "--help lists all flags"
         if message.endswith("one argument"):
@@ -1942,7 +1948,7 @@ class Parser(argparse.ArgumentParser):
                 "no flag takes it: a switch has no value, a text with blanks needs quotes, and "
                 "--identifier names a checkpoint: a run, latest or best"
             )
-        names = {each[2:]: action.dest for each, action in self._option_string_actions.items()}
+        names = self.flag_names()
         for similar in difflib.get_close_matches(name, names, 1, cutoff=0.7):
             return f"--{names[similar]}?"
         return ""
@@ -1989,7 +1995,6 @@ def main(arguments):
         prog="datasets.py",
         description=main.__doc__,
         argument_default=argparse.SUPPRESS,  # load_dataset has the defaults
-        allow_abbrev=False,
     )
     save_tokenizer = Flag(None, path_name, "also write the tokenizer as a tokenizer.json")
     for flags in [*TEXT_FLAGS.values(), {"save_tokenizer": save_tokenizer}]:
@@ -2020,5 +2025,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    alias_running_module(globals())  # so that extras import no second copy
+    alias_running_module(__file__)  # so that extras import no second copy
     run_program("datasets.py", main)

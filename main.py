@@ -24,13 +24,12 @@ sys.path.insert(0, str(HERE))  # the folder of datasets.py
 
 import datasets
 
-fast = datasets.prepare(globals())  # the module, or None
+fast = datasets.import_fast(__name__, __file__)  # extras/features/fast.py, or None
 
 import argparse
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import io
@@ -2815,9 +2814,7 @@ def make_parser():
         usage="python main.py [flags]",
         description=(__doc__ or "").partition("\nModel, loss and")[0],  # python -OO drops it
         epilog="Exit status: 0 done, 1 failed, 2 usage error; 128 + its number after a signal.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     for title, flags in FLAGS.items():
         datasets.add_flags(parser.add_argument_group(title), flags)
@@ -2885,15 +2882,13 @@ def read_config(name):
         recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
         raise UsageError(f"--config {name}: no such file; the recipes are {recipes}")
     with explain_errors(f"--config {name} must be a YAML file of flags like dim: 8"):
-        canonical = {}  # {another program's name: ours}
-        for name, aliases in datasets.other_names().items():
-            canonical |= dict.fromkeys(aliases.split(), name)
+        flag_names = make_parser().flag_names()
         values = {}
         for key, value in (read_yaml(path) or {}).items():
             section = value if isinstance(value, dict) else {key: value}  # any name for a section
             for flag, element in section.items():
                 name = str(flag).replace("-", "_")
-                name = canonical.get(name, name)
+                name = flag_names.get(name, name)
                 if name in values:
                     raise ValueError(f"{name} appears twice, perhaps under two names")
                 values[name] = element
@@ -3111,7 +3106,7 @@ def locked_folder(folder):
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            datasets.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            datasets.flock(descriptor, wait=False)
         except BlockingIOError:
             raise UsageError(
                 f"{folder.name} is being trained by another process: wait for it, or start another "

@@ -26,9 +26,7 @@ def make_parser(name, doc, *flags, **program_flags):
     parser = Parser(
         prog=f"python -m extras.{name}",
         description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # main.resolve_flags knows the defaults
-        allow_abbrev=False,
     )
     add_flags(parser, {flag: main.ALL_FLAGS[flag] for flag in ("save_dir", *flags)} | program_flags)
     parser.set_defaults(**{flag: row.default for flag, row in program_flags.items()})

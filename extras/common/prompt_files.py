@@ -1,6 +1,5 @@
 """Files of prompts, and of answers to them: JSON Lines that an interrupted command continues."""
 
-import fcntl
 import json
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def append_lines(path, heads):
     out = open(path, "a+b")
     busy = f"{path} is being written by another process: wait for it, or name another --output"
     with explain_errors(busy, BlockingIOError):
-        flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(out, wait=False)
     out.seek(0)  # read only once locked, or another process's last lines could be missed
     lines = out.read().split(b"\n")
     # With the key that follows: `"max_tokens": 20` alone would also be the beginning of 200.
