@@ -24,7 +24,7 @@ FLOATS = 1 << 24  # logits in a batch, at most if it has several rows
 # 2e-5; on a GPU, the order of a sum may depend on the shape of the batch.
 TOLERANCE = {False: 1e-4, True: 1e-2}  # whether on a GPU
 
-DIVERGED = "diverged"  # the fault of a run, see Outcome
+DIVERGED = "diverged"  # the fault of a run, see RunScore
 DEPENDS_ON_OTHERS = "the predictions for a text depend on what other texts the model is given"
 
 

@@ -21,7 +21,7 @@ from datasets import RunError, UsageError, digest_of, flock, hash_of_file, no_fo
 from extras.common.limits import count_cores
 from extras.versus import ledger
 from extras.versus.judge import DIVERGED, Judge, read_texts
-from extras.versus.sequential import Outcome
+from extras.versus.sequential import RunScore
 from extras.versus.sides import WORKER, SideError, failure, git, identify, install, is_flags
 from extras.versus.sides import make_side, twice
 
@@ -78,7 +78,7 @@ class Comparison:
         self.times = []  # of finished runs, in seconds
 
     def pairs(self, seeds):
-        """Yields each seed with the Outcomes of both sides.
+        """Yields each seed with the RunScores of both sides.
 
         Each share of the cores trains a run at a time. Closing the generator stops the runs that
         still train.
@@ -101,7 +101,7 @@ class Comparison:
             pool.shutdown(cancel_futures=True)
 
     def run(self, side, seed):
-        """Trains a run to its end and has it judged; returns the Outcome."""
+        """Trains a run to its end and has it judged; returns the RunScore."""
         # Another comparison may train the same run. The run inherits this lock, and keeps it if
         # only this program is killed.
         path = side.folder / f"output-{seed}.txt"
@@ -111,9 +111,9 @@ class Comparison:
                     flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 time.sleep(0.2)
-            return twice(self.outcome, side, seed, output)
+            return twice(self.train_and_judge, side, seed, output)
 
-    def outcome(self, side, seed, output):
+    def train_and_judge(self, side, seed, output):
         """Trains a run, unless it has ended, and judges it; output: the file for what it prints."""
         if self.is_stopped:
             raise RunError("stopped")
@@ -128,7 +128,7 @@ class Comparison:
                 output.seek(0)
                 error = failure(side.name, status, output.read())
                 if "is not finite" in str(error) and not self.options.same:
-                    return Outcome(fault=DIVERGED)
+                    return RunScore(fault=DIVERGED)
                 raise error
             if is_new:  # all of the run was measured
                 path.write_text(json.dumps(seconds))
@@ -136,7 +136,7 @@ class Comparison:
             fault = "has changed meanwhile: repeat, or name a --test_text that is no part of it"
             raise UsageError(f"the text of {side.name} {fault}")
         if self.options.same:  # only the weights count
-            return Outcome(record["id"])
+            return RunScore(record["id"])
         *scores, fault = self.judge(side, record)
         steps, expected = record["iteration"], side.flags["num_iters"]
         if steps != expected:
@@ -145,7 +145,7 @@ class Comparison:
         if path.exists():
             seconds = json.loads(path.read_text())
             self.times.append(seconds)
-        return Outcome(record["id"], *scores, fault, record["tokens_seen"], seconds)
+        return RunScore(record["id"], *scores, fault, record["tokens_seen"], seconds)
 
     def describe(self):
         """What was compared, {name: value}, for a result in the ledger."""
@@ -213,7 +213,7 @@ class Comparison:
         return process.returncode, usage.ru_utime + usage.ru_stime
 
     def judge(self, side, record):
-        """The scores of a checkpoint on both texts, and what is wrong with them, see Outcome.
+        """The scores of a checkpoint on both texts, and what is wrong with them, see RunScore.
 
         Keeps them in a file in the side's folder.
         """

@@ -20,7 +20,7 @@ FUTILITY_BOUND = 0.7  # from six pairs on, a race ends if |t| is below it
 SCREEN = {2: 0, 6: 1.8}
 
 
-class Outcome(NamedTuple):
+class RunScore(NamedTuple):
     """What is compared of a run."""
 
     id: str | None = None  # of its last checkpoint, if there is one
@@ -53,8 +53,8 @@ def interval(values, quantile=None):
 
 
 def column(pairs, name):
-    """A field of all Outcomes, [2, pairs]."""
-    return np.array([[getattr(outcome, name) for outcome in pair] for pair in pairs]).T
+    """A field of all RunScores, [2, pairs]."""
+    return np.array([[getattr(run_score, name) for run_score in pair] for pair in pairs]).T
 
 
 def changes(pairs, name="score"):
@@ -107,7 +107,7 @@ def decide(looks, margin, pairs):
 
 
 def measure(pairs, quantile=None):
-    """What a result says of pairs of Outcomes, {name: number}; quantile: see `interval`."""
+    """What a result says of pairs of RunScores, {name: number}; quantile: see `interval`."""
     before, after = scores = column(pairs, "score")
     differences = after - before
     mean, low, high, _ = interval(differences, quantile)

@@ -19,7 +19,7 @@ from extras.versus import __main__ as versus
 from extras.versus import runs, sides
 from extras.versus.judge import DIVERGED
 from extras.versus.ledger import read_results
-from extras.versus.sequential import Outcome
+from extras.versus.sequential import RunScore
 from extras.versus.verdict import describe_numbers
 
 STEPS = [*TINY[2:], "--num_iters", 24, "--steps_per_eval", 8]
@@ -403,9 +403,9 @@ class Drawn(runs.Comparison):
         for seed in seeds:
             self.drawn.append(seed)
             found = self.difference(seed)
-            if not isinstance(found, Outcome):
-                found = Outcome(f"after {seed}", 2 + found, 2 + found, seconds=1.0)
-            before = Outcome(f"before {seed}", 2.0, 2.0, read=100, seconds=1.0)
+            if not isinstance(found, RunScore):
+                found = RunScore(f"after {seed}", 2 + found, 2 + found, seconds=1.0)
+            before = RunScore(f"before {seed}", 2.0, 2.0, read=100, seconds=1.0)
             yield seed, before, found
 
 
@@ -421,25 +421,25 @@ def on_used_seeds(mean):
 
 def ending(loss, id="after {}", fault=None):
     """Runs that end in this loss on both texts, whatever their seed."""
-    return lambda seed: Outcome(id.format(seed), loss, loss, fault, seconds=1.0)
+    return lambda seed: RunScore(id.format(seed), loss, loss, fault, seconds=1.0)
 
 
 def more_tokens(seed):
     """A gain of a run that reads twice as many."""
     loss = 1.95 + noisy(0)(seed)
-    return Outcome(f"after {seed}", loss, loss, read=200, seconds=1.0)
+    return RunScore(f"after {seed}", loss, loss, read=200, seconds=1.0)
 
 
 def slower(seed):
     """A gain of a run that takes longer."""
     found = 2 + noisy(-0.05)(seed)
-    return Outcome(f"after {seed}", found, found, seconds=1.2)
+    return RunScore(f"after {seed}", found, found, seconds=1.2)
 
 
 def untimed(seed):
     """A gain whose runs were stopped and resumed."""
     found = 2 + noisy(-0.05)(seed)
-    return Outcome(f"after {seed}", found, found)
+    return RunScore(f"after {seed}", found, found)
 
 
 SAME = ending(2.0, "before {}")
@@ -572,8 +572,8 @@ class Doubling:
     def pairs(self, seeds):
         self.seeds = [*seeds]
         for seed in seeds:
-            ends = [Outcome(score=abs(rate - 0.2)) for rate in self.rates]
-            yield seed, *[Outcome(fault=DIVERGED) if end.score > 0.5 else end for end in ends]
+            ends = [RunScore(score=abs(rate - 0.2)) for rate in self.rates]
+            yield seed, *[RunScore(fault=DIVERGED) if end.score > 0.5 else end for end in ends]
 
 
 def test_each_side_at_its_best(monkeypatch, capsys):
@@ -597,8 +597,8 @@ def test_a_tuned_verdict_names_the_values(tmp_path, capsys):
 
 def test_a_side_before_that_fails_keeps_nothing(tmp_path):
     comparison = Drawn(tmp_path, None, "--gate")
-    diverged = Outcome("before", np.inf, fault=DIVERGED)
-    comparison.pairs = lambda seeds: ((seed, diverged, Outcome("after", 2.0)) for seed in seeds)
+    diverged = RunScore("before", np.inf, fault=DIVERGED)
+    comparison.pairs = lambda seeds: ((seed, diverged, RunScore("after", 2.0)) for seed in seeds)
     assert versus.keep_or_drop(comparison) == 125
 
 
@@ -609,22 +609,22 @@ def test_the_same_weights(tmp_path, capsys):
 
 def better_on_one_text(seed):
     """As with weights that were trained on validation text."""
-    return Outcome(f"after {seed}", 1.9 + noisy(0)(seed), 2 + noisy(0)(seed))
+    return RunScore(f"after {seed}", 1.9 + noisy(0)(seed), 2 + noisy(0)(seed))
 
 
 def better_on_both(seed):
     """As with a gain, and weights that have seen the validation text."""
-    return Outcome(f"after {seed}", 1.5 + noisy(0)(seed), 1.8 + noisy(0)(seed))
+    return RunScore(f"after {seed}", 1.5 + noisy(0)(seed), 1.8 + noisy(0)(seed))
 
 
 def with_times(ratio, **fields):
     """A gain that takes so many times as long."""
 
-    def outcome(seed):
+    def run_score(seed):
         found = 2 + noisy(-0.05)(seed)
-        return Outcome(f"after {seed}", found, found, seconds=ratio, **fields)
+        return RunScore(f"after {seed}", found, found, seconds=ratio, **fields)
 
-    return outcome
+    return run_score
 
 
 VERDICTS = [
@@ -657,7 +657,7 @@ def test_verdicts(difference, options, verdict, pairs, tmp_path, capsys):
     assert capsys.readouterr().out.endswith(f"{result['verdict']}\n")
     if "difference" in result:
         drawn = [comparison.difference(seed) for seed in result["seeds"]]
-        drawn = [each.score - 2 if isinstance(each, Outcome) else each for each in drawn]
+        drawn = [each.score - 2 if isinstance(each, RunScore) else each for each in drawn]
         assert result["difference"] == pytest.approx(np.mean(drawn))
 
 
@@ -689,7 +689,7 @@ def test_the_steps_of_a_run_are_counted(num_iters, fault, base, tmp_path):
     side = side._replace(flags={"num_iters": num_iters})
     comparison.start()
     comparison.judge = lambda side, record: [2.0, 2.0, None]
-    outcome = comparison.run(side, record.flags["seed"])
-    assert (outcome.id, outcome.fault) == (record.id, fault)
+    run_score = comparison.run(side, record.flags["seed"])
+    assert (run_score.id, run_score.fault) == (record.id, fault)
     with pytest.raises(UsageError, match="the text of HEAD has changed"):
         comparison.run(side._replace(texts={}), record.flags["seed"])

@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from extras.versus.sequential import RACE, SCREEN, Outcome, decide
+from extras.versus.sequential import RACE, SCREEN, RunScore, decide
 
 SPREAD = 0.008  # of the differences of pairs, in nats/token, as measured for the recipe `first`
 # How many edits of a night have which effect, in nats/token: below zero is better.
@@ -40,7 +40,7 @@ def decided(looks, effect, draw):
     """
     pairs = []
     for i, difference in enumerate(effect + draw(max(looks))):
-        pairs.append((Outcome(f"before {i}", 4.0), Outcome(f"after {i}", 4.0 + difference)))
+        pairs.append((RunScore(f"before {i}", 4.0), RunScore(f"after {i}", 4.0 + difference)))
         outcome = decide(looks, None, pairs)
         if outcome:
             return outcome, len(pairs)
