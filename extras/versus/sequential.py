@@ -27,7 +27,7 @@ class RunScore(NamedTuple):
     score: float = math.nan  # the loss on validation text
     test_score: float = math.nan  # the loss on test text, if there is one
     fault: str | None = None  # DIVERGED, or what is wrong with the score, see Judge
-    read: int | None = None  # tokens, in training
+    tokens_seen: int | None = None  # in training
     seconds: float = math.nan  # see Comparison.train; nan if those of a part are unknown
 
 

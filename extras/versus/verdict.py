@@ -88,7 +88,7 @@ def unlike(before, after, pairs):
         return what
     if before.texts["train"] != after.texts["train"]:
         what.append("another training text")
-    read = {each.read for pair in pairs for each in pair if each.read}
-    if ratio == 1 and len(read) > 1:
+    tokens_seen = {each.tokens_seen for pair in pairs for each in pair if each.tokens_seen}
+    if ratio == 1 and len(tokens_seen) > 1:
         what.append("another number of tokens read")
     return what

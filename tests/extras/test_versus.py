@@ -405,7 +405,7 @@ class Drawn(runs.Comparison):
             found = self.difference(seed)
             if not isinstance(found, RunScore):
                 found = RunScore(f"after {seed}", 2 + found, 2 + found, seconds=1.0)
-            before = RunScore(f"before {seed}", 2.0, 2.0, read=100, seconds=1.0)
+            before = RunScore(f"before {seed}", 2.0, 2.0, tokens_seen=100, seconds=1.0)
             yield seed, before, found
 
 
@@ -427,7 +427,7 @@ def ending(loss, id="after {}", fault=None):
 def more_tokens(seed):
     """A gain of a run that reads twice as many."""
     loss = 1.95 + noisy(0)(seed)
-    return RunScore(f"after {seed}", loss, loss, read=200, seconds=1.0)
+    return RunScore(f"after {seed}", loss, loss, tokens_seen=200, seconds=1.0)
 
 
 def slower(seed):
@@ -630,7 +630,7 @@ def with_times(ratio, **fields):
 VERDICTS = [
     (with_times(1.0), [], "Helped.", 4),
     (with_times(1.96), [], "Helped, in 2 times the time.", 4),
-    (with_times(1.0, read=50), [], "Helped, with another number of tokens read.", 4),
+    (with_times(1.0, tokens_seen=50), [], "Helped, with another number of tokens read.", 4),
     (better_on_both, [], "Helped, but less on test text: the rest may be a leak.", 4),
     (noisy(-0.05), [], "Helped.", 4),
     (noisy(0.05), [], "Hurt.", 4),
