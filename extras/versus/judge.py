@@ -97,10 +97,10 @@ class Judge(Worker):
         content = self.process.stdout.read(4 * math.prod(shape))
         return np.frombuffer(content, np.float32).reshape(shape)[:, :, :size]
 
-    def examine_run(self, valid, test, own):
+    def examine_run(self, valid, test, recorded):
         """The scores on both Texts, in the unit of the comparison; what is wrong, or None.
 
-        test: may be None; its score is nan then. own: see check_evaluation.
+        test: may be None; its score is nan then. recorded: see check_evaluation.
         """
         loss, fault = self.examine(valid)
         test_loss = self.score(test) if test else 0.0
@@ -109,7 +109,7 @@ class Judge(Worker):
         limit = max(5, math.log(self.side.vocab_size)) + 2
         if not np.max([loss, test_loss]) < limit:  # also if one of them is nan
             fault = DIVERGED
-        fault = fault or self.check_evaluation(valid, own)
+        fault = fault or self.check_evaluation(valid, recorded)
         test_score = test_loss * test.scale if test else math.nan
         return [loss * valid.scale, test_score, fault]
 
@@ -148,16 +148,16 @@ class Judge(Worker):
             gains = np.take_along_axis(found, targets, axis=-1)
             total -= gains[is_scored].sum(dtype=float)
             count += is_scored.sum()
-            for own in cuts[:, first : first + size]:
-                fault = fault or self.ask_again(rows, np.maximum(found, LOWEST), own)
+            for batch_cuts in cuts[:, first : first + size]:
+                fault = fault or self.ask_again(rows, np.maximum(found, LOWEST), batch_cuts)
         return total / count, fault
 
-    def check_evaluation(self, valid, own):
+    def check_evaluation(self, valid, recorded):
         """What is wrong if the run itself has found another loss than the judge, or None.
 
-        own: (number of tokens from the start of the text, their loss).
+        recorded: (number of tokens from the start of the text, their loss).
         """
-        count, loss = own
+        count, loss = recorded
         judged = self.score(valid._replace(spans=[(0, count)]))
         if abs(loss - judged) > self.tolerance * max(1, judged):
             return (

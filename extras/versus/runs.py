@@ -39,15 +39,15 @@ SAVED = 12  # bytes of a checkpoint per parameter: one float32, and two in the o
 class Comparison:
     """Two Sides and their runs; those of one side differ only in their seeds."""
 
-    def __init__(self, options, common, own=((), ())):
-        """options, common: see read_arguments; own: further flags of each side."""
+    def __init__(self, options, common, own_flags=((), ())):
+        """options, common: see read_arguments; own_flags: more, of each side."""
         self.options = options
         self.common = common
         self.tuned = None  # or a condition of the verdict: the values that --tune has chosen
         with tempfile.TemporaryDirectory() as temporary:
             temporary = os.path.realpath(temporary)
-            before = make_side(options.before, [*common, *own[0]], Path(temporary, "0"))
-            after = make_side(options.after, [*common, *own[1]], Path(temporary, "1"))
+            before = make_side(options.before, [*common, *own_flags[0]], Path(temporary, "0"))
+            after = make_side(options.after, [*common, *own_flags[1]], Path(temporary, "1"))
             compared = ["diff", "--no-index", "--no-color", "--no-ext-diff", "0", "1"]
             self.patch = git("-C", temporary, *compared).decode(errors="replace")
             sides = (before, after)
@@ -224,16 +224,16 @@ class Comparison:
         with contextlib.suppress(OSError, ValueError):
             return json.loads(path.read_text("utf-8"))
         with Judge(side, record["path"], self.environment) as judge:
-            judged = judge.examine_run(side.valid, side.test, own_score(record, side.valid))
+            recorded = recorded_evaluation(record, side.valid)
+            judged = judge.examine_run(side.valid, side.test, recorded)
         path.write_text(json.dumps(judged), "utf-8")
         return judged
 
 
-def own_score(record, valid):
+def recorded_evaluation(record, valid):
     """How many tokens a run has scored at its end, and their loss."""
     evaluations = record.get("evaluations", record.get("scores"))  # its name in older commits
-    *_, last = evaluations or [[0, math.inf]]
-    _, loss, *count = last
+    _, loss, *count = evaluations[-1] if evaluations else (0, math.inf)
     # Older commits did not record the count.
     return count[0] if count else min(OWN_TOKENS, len(valid.tokens) - 1), loss
 

@@ -215,10 +215,10 @@ def test_other_steps_and_texts_from_a_run(project):
     assert result["steps"] == [24, 16]
     assert result["verdict"].endswith(", with another training text.")
     after = ["--text", "more.txt", "--num_iters", 16]
-    for own, more in (("scores_before", []), ("scores_after", after)):
+    for key, more in (("scores_before", []), ("scores_after", after)):
         line = [*STEPS, *common, "--text", "text.txt", "--eval_tokens", 0, *more]
         run(*line, "--save_dir", "runs", cwd=project)
-        assert result[own][0] == pytest.approx(newest(project / "runs").evaluation.loss, abs=1e-5)
+        assert result[key][0] == pytest.approx(newest(project / "runs").evaluation.loss, abs=1e-5)
     for side in result["comparison"].split():
         [path] = project.glob(f"runs/versus/{side}.*/init_from/{base.weights_path.name}")
         assert path.samefile(base.weights_path)
@@ -564,9 +564,9 @@ def test_an_outlier_is_named(tmp_path, capsys):
 class Doubling:
     """A comparison of an edit that doubles the rate: the best one is 0.2, and 0.8 diverges."""
 
-    def __init__(self, options, common, own=((), ())):
+    def __init__(self, options, common, own_flags=((), ())):
         self.first_seed = options.seeds or 42
-        before, after = [float([*common, *words][-1].partition("=")[2]) for words in own]
+        before, after = [float([*common, *words][-1].partition("=")[2]) for words in own_flags]
         self.rates = before, 2 * after
 
     def pairs(self, seeds):
