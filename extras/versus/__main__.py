@@ -139,8 +139,8 @@ def print_comparison(comparison):
     looks = {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE
     print_start(comparison)
     results = ledger.read_results(comparison.ledger)
-    look = ledger.begin_look(comparison.describe(), results)
-    finish(comparison, compare(comparison, look, comparison.first_seed, options.margin, looks))
+    entry = ledger.begin_entry(comparison.describe(), results)
+    finish(comparison, compare(comparison, entry, comparison.first_seed, options.margin, looks))
 
 
 def keep_or_drop(comparison):
@@ -158,18 +158,18 @@ def keep_or_drop(comparison):
     before, after = [sum(map(len, side.sources.values())) for side in comparison.sides]
     margin = options.margin if after < before else None  # only less code is kept without a gain
     results = ledger.read_results(comparison.ledger)
-    look = ledger.begin_look(comparison.describe(), results, options.again)
-    same = look["comparison"]
+    entry = ledger.begin_entry(comparison.describe(), results, options.again)
+    same = entry["comparison"]
     decisions = [each for each in results if each["comparison"] == same and "kept" in each]
     if decisions and not decisions[-1]["kept"] and not options.again:
         again = "It was dropped before: --again tries it on new seeds."
         finish(comparison, decisions[-1], again, "Drop.")
         return 1
     print_start(comparison)
-    result = compare(comparison, look, comparison.first_seed, margin, SCREEN)
+    result = compare(comparison, entry, comparison.first_seed, margin, SCREEN)
     if result["outcome"] == "promising":
         print("That is promising. On seeds that no comparison has had:")
-        result = compare(comparison, look, look["fresh"], margin, RACE)
+        result = compare(comparison, entry, entry["fresh"], margin, RACE)
     if result["at_fault"] == "before":
         finish(comparison, result)
         return CANNOT_TELL
@@ -187,14 +187,14 @@ def keep_or_drop(comparison):
     return int(not is_kept)
 
 
-def compare(comparison, look, first, margin, looks):
+def compare(comparison, entry, first, margin, looks):
     """Trains and prints pairs until there is an outcome; returns the result, {name: value}.
 
-    look: see begin_look, recorded after the first pair; first: the first seed; margin, looks: see
+    entry: see begin_entry, recorded after the first pair; first: the first seed; margin, looks: see
     `decide`.
     """
     seeds = range(first, first + max(looks))
-    result = look | {"seeds": [*seeds], "outcome": None, "verdict": "Not finished."}
+    result = entry | {"seeds": [*seeds], "outcome": None, "verdict": "Not finished."}
     at_fault = fault = None
     pairs = []
     if comparison.sides[0].folder == comparison.sides[1].folder:
@@ -213,7 +213,7 @@ def compare(comparison, look, first, margin, looks):
         if fault:
             at_fault = "before" if before.fault else "after"
             outcome = "diverged" if fault == DIVERGED else "cannot tell"
-            fault = f"{look[at_fault]}: {fault}"
+            fault = f"{entry[at_fault]}: {fault}"
         else:
             outcome = decide(looks, margin, pairs)
         if outcome:
