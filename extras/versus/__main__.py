@@ -27,7 +27,7 @@ try:  # nothing imports main.py here: the current one may be broken
     from extras.versus import ledger
     from extras.versus.judge import DIVERGED, LIMIT
     from extras.versus.runs import Comparison, tuned
-    from extras.versus.sequential import RACE, SCREEN, decide, measure, t_quantile
+    from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, decide, measure, t_quantile
     from extras.versus.sequential import without_change
     from extras.versus.sides import SideError, is_flags
     from extras.versus.verdict import describe_numbers, describe_verdict, unlike
@@ -81,7 +81,7 @@ def read_arguments(arguments):
     sides = "a commit, or flags in quotes"
     add("before", metavar="SIDE", type=str.strip, nargs="?", help=sides)
     add("after", metavar="SIDE", type=str.strip, nargs="?", help="another (your files)")
-    race = f"exactly this number (without it, a race: {min(RACE)} to {max(RACE)})"
+    race = f"exactly this number (without it, a race: {min(RACE_BOUNDS)} to {max(RACE_BOUNDS)})"
     add("--pairs", type=number(int, 2), help=race)
     add("--seeds", type=int, help="the first seed (that of --seed, or 42)")
     margin = "a difference that is smaller than this does not matter"
@@ -136,11 +136,11 @@ def print_sameness(comparison):
 def print_comparison(comparison):
     """Trains pairs until the outcome is clear; prints and records it."""
     options = comparison.options
-    looks = {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE
+    bounds = {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE_BOUNDS
     print_start(comparison)
     results = ledger.read_results(comparison.ledger)
     entry = ledger.begin_entry(comparison.describe(), results)
-    finish(comparison, compare(comparison, entry, comparison.first_seed, options.margin, looks))
+    finish(comparison, compare(comparison, entry, comparison.first_seed, options.margin, bounds))
 
 
 def keep_or_drop(comparison):
@@ -166,10 +166,10 @@ def keep_or_drop(comparison):
         finish(comparison, decisions[-1], again, "Drop.")
         return 1
     print_start(comparison)
-    result = compare(comparison, entry, comparison.first_seed, margin, SCREEN)
+    result = compare(comparison, entry, comparison.first_seed, margin, SCREEN_BOUNDS)
     if result["outcome"] == "promising":
         print("That is promising. On seeds that no comparison has had:")
-        result = compare(comparison, entry, entry["fresh"], margin, RACE)
+        result = compare(comparison, entry, entry["fresh"], margin, RACE_BOUNDS)
     if result["at_fault"] == "before":
         finish(comparison, result)
         return CANNOT_TELL
@@ -187,13 +187,13 @@ def keep_or_drop(comparison):
     return int(not is_kept)
 
 
-def compare(comparison, entry, first, margin, looks):
+def compare(comparison, entry, first, margin, bounds):
     """Trains and prints pairs until there is an outcome; returns the result, {name: value}.
 
-    entry: see begin_entry, recorded after the first pair; first: the first seed; margin, looks: see
-    `decide`.
+    entry: see begin_entry, recorded after the first pair; first: the first seed; margin, bounds:
+    see `decide`.
     """
-    seeds = range(first, first + max(looks))
+    seeds = range(first, first + max(bounds))
     result = entry | {"seeds": [*seeds], "outcome": None, "verdict": "Not finished."}
     at_fault = fault = None
     pairs = []
@@ -201,7 +201,7 @@ def compare(comparison, entry, first, margin, looks):
         outcome = "same"
         seeds = []  # nothing is trained
     else:
-        print(f"Looks after {', '.join(map(str, looks))} pairs of runs.")
+        print(f"Looks after {', '.join(map(str, bounds))} pairs of runs.")
         print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
     for seed, before, after in comparison.pairs(seeds):
         pairs.append((before, after))
@@ -215,7 +215,7 @@ def compare(comparison, entry, first, margin, looks):
             outcome = "diverged" if fault == DIVERGED else "cannot tell"
             fault = f"{entry[at_fault]}: {fault}"
         else:
-            outcome = decide(looks, margin, pairs)
+            outcome = decide(bounds, margin, pairs)
         if outcome:
             break
     result |= {
@@ -227,7 +227,7 @@ def compare(comparison, entry, first, margin, looks):
         "unlike": unlike(*comparison.sides, pairs),
     }
     if len(pairs) > 1 and not fault:
-        result |= measure(pairs, None if looks is SCREEN else looks[len(pairs)])
+        result |= measure(pairs, None if bounds is SCREEN_BOUNDS else bounds[len(pairs)])
     return result | {"verdict": describe_verdict(result)}
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from datasets import RunError, UsageError, explained, no_follow
-from extras.versus.sequential import SCREEN
+from extras.versus.sequential import SCREEN_BOUNDS
 
 NAME = "comparisons.jsonl"
 
@@ -30,7 +30,7 @@ def begin_entry(described, results, again=False):
     It has the first of its `fresh` seeds, by which no comparison before it has judged.
     """
     asked = [described["comparison"], described["asked"]]
-    fresh = described["asked"]["seed"] + max(SCREEN)
+    fresh = described["asked"]["seed"] + max(SCREEN_BOUNDS)
     look_number = 1
     for each in reversed(results):
         is_same = [each["comparison"], each["asked"]] == asked

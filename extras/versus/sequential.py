@@ -10,14 +10,14 @@ import numpy as np
 # test with nearly the same level at each look, as Pocock's (1977), for t. In all, 5 % of edits
 # without effect are called helpful or harmful if differences are normal (simulate_verdicts.py). An
 # interval of this width is a repeated confidence interval (Jennison and Turnbull 1989).
-RACE = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
+RACE_BOUNDS = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
 # Times half an interval: the difference that is found four times in five, if differences are normal
 # (by simulation, 1.35 to 1.40 in a race, 1.43 to 1.45 with --pairs).
 DETECTABLE = 1.4
 FUTILITY_BOUND = 0.7  # from six pairs on, a race ends if |t| is below it
 # The same of --gate on seeds that were used before, where t has to be below minus that; see
 # tests/nightly/simulate_verdicts.py.
-SCREEN = {2: 0, 6: 1.8}
+SCREEN_BOUNDS = {2: 0, 6: 1.8}
 
 
 class RunScore(NamedTuple):
@@ -68,19 +68,19 @@ def without_change(pairs):
     return "same" if all(before.id == after.id for before, after in pairs) else "alike"
 
 
-def decide(looks, margin, pairs):
+def decide(bounds, margin, pairs):
     """The outcome after these pairs, a key of VERDICTS; None: more are needed.
 
-    looks: SCREEN, or like RACE; margin: see --margin.
+    bounds: SCREEN_BOUNDS, or like RACE_BOUNDS; margin: see --margin.
     """
-    if len(pairs) not in looks:
+    if len(pairs) not in bounds:
         return None
-    quantile = looks[len(pairs)]
-    is_last = len(pairs) == max(looks)
+    quantile = bounds[len(pairs)]
+    is_last = len(pairs) == max(bounds)
     differences = changes(pairs)
     if not differences.any():
         return without_change(pairs)
-    if looks is SCREEN:
+    if bounds is SCREEN_BOUNDS:
         *_, t = interval(differences - (margin or 0))
         if t >= -quantile:
             return "not better"

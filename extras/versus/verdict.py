@@ -1,6 +1,6 @@
 """A comparison in words: its numbers, and its verdict."""
 
-from extras.versus.sequential import RACE
+from extras.versus.sequential import RACE_BOUNDS
 
 SLOWER = 1.05  # a verdict names a ratio of times that is above it
 
@@ -37,7 +37,7 @@ def describe_numbers(result):
     if pairs > 3 and "correlation" in result:  # of two, it is 1 or -1
         line += f"; correlation of the sides {result['correlation']:.2f}"
     yield line
-    if result["outcome"] in COUNTED and not result["asked"]["pairs"] and pairs < max(RACE):
+    if result["outcome"] in COUNTED and not result["asked"]["pairs"] and pairs < max(RACE_BOUNDS):
         yield "It ended early: the estimate is likely too large."
     if result["outlier"] is not None:
         seed = result["seeds"][result["outlier"]]
