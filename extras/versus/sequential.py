@@ -40,16 +40,16 @@ def t_quantile(pairs):
     return math.sqrt(pairs - 1) * math.tan(np.interp(0.95 * below[-1], below, angles))
 
 
-def interval(values, quantile=None):
+def confidence_interval(values, critical_value=None):
     """The mean of values [pairs], the ends of its interval, and its t statistic.
 
-    quantile: of t, for the interval's width; by default that of 95 %.
+    critical_value: of t, for the interval's width; by default that of 95 %.
     """
     mean = values.mean()
-    error = values.std(ddof=1) / math.sqrt(len(values))
-    half = (quantile or t_quantile(len(values))) * error
-    t = mean / (error or 1e-300)  # huge if all values are the same
-    return mean, mean - half, mean + half, t
+    standard_error = values.std(ddof=1) / math.sqrt(len(values))
+    half_width = (critical_value or t_quantile(len(values))) * standard_error
+    t = mean / (standard_error or 1e-300)  # huge if all values are the same
+    return mean, mean - half_width, mean + half_width, t
 
 
 def column(pairs, name):
@@ -75,24 +75,24 @@ def decide(bounds, margin, pairs):
     """
     if len(pairs) not in bounds:
         return None
-    quantile = bounds[len(pairs)]
+    critical_value = bounds[len(pairs)]
     is_last = len(pairs) == max(bounds)
     differences = changes(pairs)
     if not differences.any():
         return without_change(pairs)
     if bounds is SCREEN_BOUNDS:
-        *_, t = interval(differences - (margin or 0))
-        if t >= -quantile:
+        *_, t = confidence_interval(differences - (margin or 0))
+        if t >= -critical_value:
             return "not better"
         return "promising" if is_last else None
-    _, low, high, t = interval(differences, quantile)
-    if t > quantile:
+    _, low, high, t = confidence_interval(differences, critical_value)
+    if t > critical_value:
         return "hurt"
-    if t < -quantile:
+    if t < -critical_value:
         test = changes(pairs, "test_score")
-        is_better_there = interval(test, quantile)[3] < -quantile
+        is_better_there = confidence_interval(test, critical_value)[3] < -critical_value
         # Clearly less than on validation text.
-        is_less_there = interval(differences - test)[3] < -quantile
+        is_less_there = confidence_interval(differences - test)[3] < -critical_value
         if is_less_there:
             return "partly" if is_better_there else "valid only"
         return "helped"
@@ -106,11 +106,14 @@ def decide(bounds, margin, pairs):
     return "none" if is_last else None
 
 
-def measure(pairs, quantile=None):
-    """What a result says of pairs of RunScores, {name: number}; quantile: see `interval`."""
+def measure(pairs, critical_value=None):
+    """What a result says of pairs of RunScores, {name: number}.
+
+    critical_value: see confidence_interval.
+    """
     before, after = scores = column(pairs, "score")
     differences = after - before
-    mean, low, high, _ = interval(differences, quantile)
+    mean, low, high, _ = confidence_interval(differences, critical_value)
     numbers = {
         "difference": mean,
         "low": low,
@@ -130,7 +133,7 @@ def measure(pairs, quantile=None):
     ratios = after / before
     ratios = ratios[np.isfinite(ratios)]
     if len(ratios) > 1:
-        numbers |= zip(("time", "time_low", "time_high"), interval(ratios))
+        numbers |= zip(("time", "time_low", "time_high"), confidence_interval(ratios))
     return numbers
 
 
