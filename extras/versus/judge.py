@@ -103,7 +103,7 @@ class Judge(Worker):
         test: may be None; its score is nan then. recorded: see check_evaluation.
         """
         loss, fault = self.examine(valid)
-        test_loss = self.score(test) if test else 0.0
+        test_loss = self.mean_loss(test) if test else 0.0
         # 2 nats above an untrained model. That has log(vocab_size), as if all tokens were equally
         # likely, or some 5 if there are few.
         limit = max(5, math.log(self.side.vocab_size)) + 2
@@ -113,8 +113,8 @@ class Judge(Worker):
         test_score = test_loss * test.scale if test else math.nan
         return [loss * valid.scale, test_score, fault]
 
-    def score(self, text):
-        """The mean loss in nats/token over the scored targets of a Text."""
+    def mean_loss(self, text):
+        """In nats/token, over the scored targets of a Text."""
         loss, _ = self.examine(text, times=0)
         return loss
 
@@ -158,7 +158,7 @@ class Judge(Worker):
         recorded: (number of tokens from the start of the text, their loss).
         """
         count, loss = recorded
-        judged = self.score(valid._replace(spans=[(0, count)]))
+        judged = self.mean_loss(valid._replace(spans=[(0, count)]))
         if abs(loss - judged) > self.tolerance * max(1, judged):
             return (
                 f"the run's own loss, {loss:.4f} for {count:,} tokens, is not the judge's, "

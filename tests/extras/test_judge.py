@@ -53,13 +53,13 @@ def test_scores_are_those_of_main(base, text, kind):
     tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens
     with judge.Judge(side_of(checkpoint), checkpoint.metadata_path, None) as referee:
         valid = whole(tokens)
-        score = referee.score(valid)
+        score = referee.mean_loss(valid)
         assert score == pytest.approx(checkpoint.evaluation.loss, abs=1e-5)
         recorded = (len(tokens) - 1, checkpoint.evaluation.loss)
         assert referee.check_evaluation(valid, recorded) is None
         assert referee.examine(valid) == (score, None)
         count = len(tokens) - 1
-        halves = [referee.score(Text(tokens, [span], 1)) for span in ((0, 40), (40, count))]
+        halves = [referee.mean_loss(Text(tokens, [span], 1)) for span in ((0, 40), (40, count))]
         assert (40 * halves[0] + (count - 40) * halves[1]) / count == pytest.approx(score)
 
 
@@ -164,7 +164,7 @@ class FakeJudge(judge.Judge):
 
     def recorded(self, tokens):
         """What its run has scored at its end: the same."""
-        return 1000, self.score(whole(tokens[:1001]))
+        return 1000, self.mean_loss(whole(tokens[:1001]))
 
 
 def hiding(model, value):
@@ -257,4 +257,4 @@ def test_a_side_that_fails_is_named(base):
     checkpoint = newest(folder)
     with judge.Judge(side_of(checkpoint), folder / "none.metadata", None) as referee:
         with pytest.raises(RunError, match="mine cannot run: .*none.metadata"):
-            referee.score(whole(np.arange(10)))
+            referee.mean_loss(whole(np.arange(10)))
