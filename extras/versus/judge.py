@@ -61,9 +61,9 @@ def read_texts(sides, split, limit):
         raise UsageError(
             f"the tokens of the sides do not decode to the same {split} text: use other tokenizers"
         )
-    bits = math.log(2) * len(texts[0].encode())
+    nats_at_one_bpb = math.log(2) * len(texts[0].encode())
     # All of them, as only whole texts are the same where the tokens differ.
-    return [Text(ids, [(0, len(ids) - 1)], (len(ids) - 1) / bits) for ids in tokens]
+    return [Text(ids, [(0, len(ids) - 1)], (len(ids) - 1) / nats_at_one_bpb) for ids in tokens]
 
 
 def choose_spans(count, width, limit):
@@ -135,7 +135,7 @@ class Judge(Worker):
         times = min(times, math.ceil((width - 1) / len(windows)))
         cuts = np.linspace(1, width - 1, times * len(windows)).astype(int)
         cuts = cuts.reshape(times, len(windows))
-        total = count = 0
+        total_nats = count = 0
         fault = None
         for first in range(0, len(windows), size):
             starts, stops = np.array(windows[first : first + size]).T[:, :, None]  # [B, 1] each
@@ -143,14 +143,14 @@ class Judge(Worker):
             is_scored = positions < stops
             positions = np.minimum(positions, len(text.tokens) - 2)
             rows = text.tokens[positions]
-            found = log_softmax(self.logits(rows))
+            log_probs = log_softmax(self.logits(rows))
             targets = text.tokens[positions + 1].astype(int)[:, :, None]
-            gains = np.take_along_axis(found, targets, axis=-1)
-            total -= gains[is_scored].sum(dtype=float)
+            target_log_probs = np.take_along_axis(log_probs, targets, axis=-1)
+            total_nats -= target_log_probs[is_scored].sum(dtype=float)
             count += is_scored.sum()
             for batch_cuts in cuts[:, first : first + size]:
-                fault = fault or self.ask_again(rows, np.maximum(found, LOWEST), batch_cuts)
-        return total / count, fault
+                fault = fault or self.ask_again(rows, np.maximum(log_probs, LOWEST), batch_cuts)
+        return total_nats / count, fault
 
     def check_evaluation(self, valid, recorded):
         """What is wrong if the run itself has found another loss than the judge, or None.
@@ -189,8 +189,8 @@ class Judge(Worker):
 
     def has_moved(self, rows, expected):
         """Where predictions for rows [B, L], in reverse order, differ from `expected`, [B, L]."""
-        found = np.maximum(log_softmax(self.logits(rows[::-1])), LOWEST)[::-1]
-        return np.abs(found - expected).max(axis=-1) > self.tolerance
+        log_probs = np.maximum(log_softmax(self.logits(rows[::-1])), LOWEST)[::-1]
+        return np.abs(log_probs - expected).max(axis=-1) > self.tolerance
 
 
 def log_softmax(logits):
