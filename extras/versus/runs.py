@@ -23,7 +23,7 @@ from extras.versus import ledger
 from extras.versus.judge import DIVERGED, Judge, read_texts
 from extras.versus.sequential import RunScore
 from extras.versus.sides import WORKER, SideError, failure, git, identify, install, is_flags
-from extras.versus.sides import make_side, twice
+from extras.versus.sides import make_side, retry_once
 
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
 # Flags of runs: one checkpoint is kept, and nothing sampled.
@@ -111,7 +111,7 @@ class Comparison:
                     flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 time.sleep(0.2)
-            return twice(self.train_and_judge, side, seed, output)
+            return retry_once(self.train_and_judge, side, seed, output)
 
     def train_and_judge(self, side, seed, output):
         """Trains a run, unless it has ended, and judges it; output: the file for what it prints."""

@@ -53,15 +53,15 @@ class SideError(RunError):
     """A side cannot run, through its own fault, not the machine's; its name comes first."""
 
 
-class Died(SideError):
+class KilledError(SideError):
     """A signal or a lack of memory has ended a process of a side; perhaps the machine did it."""
 
 
-def twice(function, *arguments):
-    """What a function returns; if it raises Died, it runs again."""
+def retry_once(function, *arguments):
+    """What a function returns; if it raises KilledError, it runs again."""
     try:
         return function(*arguments)
-    except Died:
+    except KilledError:
         return function(*arguments)
 
 
@@ -71,13 +71,13 @@ def failure(name, status, output):
     Its message has the last line of `output` and the place to which a traceback there points.
     """
     if status < 0:
-        return Died(f"{name} cannot run: ended by {signal.Signals(-status).name}")
+        return KilledError(f"{name} cannot run: ended by {signal.Signals(-status).name}")
     line = one_line(output.strip().rpartition("\n")[2]) or f"exit status {status}"
     for file, place in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
         line += f" ({file}, line {place})"
     line = f"{name} cannot run: {line}"
     if re.search("MemoryError|out of memory", line):
-        return Died(line)
+        return KilledError(line)
     if status == 2:
         return UsageError(line)
     return RunError(line) if "OSError" in line else SideError(line)
@@ -147,7 +147,7 @@ def make_side(typed, common, folder):
         source = str(path.relative_to(folder))
         if path.is_file() and not re.match(IDLE, source):
             sources[source] = words_of(path)
-    answer = twice(describe, name, folder, words)
+    answer = retry_once(describe, name, folder, words)
     return Side(name, folder, sources=sources, linked=linked, **answer)
 
 
