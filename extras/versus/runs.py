@@ -22,8 +22,8 @@ from extras.common.limits import count_cores
 from extras.versus import ledger
 from extras.versus.judge import DIVERGED, Judge, read_texts
 from extras.versus.sequential import RunScore
-from extras.versus.sides import WORKER, SideError, failure, git, identify, install, is_flags
-from extras.versus.sides import make_side, retry_once
+from extras.versus.sides import WORKER, SideError, git, identify, install, is_flags, make_side
+from extras.versus.sides import process_error, retry_once
 
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
 # Flags of runs: one checkpoint is kept, and nothing sampled.
@@ -126,7 +126,7 @@ class Comparison:
             record = newest_record(side.folder, seed)
             if status or not record:
                 output.seek(0)
-                error = failure(side.name, status, output.read())
+                error = process_error(side.name, status, output.read())
                 if "is not finite" in str(error) and not self.options.same:
                     return RunScore(fault=DIVERGED)
                 raise error

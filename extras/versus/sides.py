@@ -65,7 +65,7 @@ def retry_once(function, *arguments):
         return function(*arguments)
 
 
-def failure(name, status, output):
+def process_error(name, status, output):
     """The exception for a failed process of a side; name: the side's.
 
     Its message has the last line of `output` and the place to which a traceback there points.
@@ -121,7 +121,7 @@ class Worker:
         except (OSError, ValueError):
             self.process.wait()
             self.messages.seek(0)
-            raise failure(self.name, self.process.returncode, self.messages.read()) from None
+            raise process_error(self.name, self.process.returncode, self.messages.read()) from None
 
 
 def is_flags(side):
@@ -146,7 +146,7 @@ def make_side(typed, common, folder):
     for path in sorted(folder.rglob("*")):
         source = str(path.relative_to(folder))
         if path.is_file() and not re.match(IDLE, source):
-            sources[source] = words_of(path)
+            sources[source] = words_of_file(path)
     answer = retry_once(describe, name, folder, words)
     return Side(name, folder, sources=sources, linked=linked, **answer)
 
@@ -178,7 +178,7 @@ def files_without_git():
     return [str(path.relative_to(HERE)) for path in paths if path.is_file()]
 
 
-def words_of(path):
+def words_of_file(path):
     """What counts of a file, a list: of Python code, not layout and comments.
 
     A linked file may be too large to be read each time: it is known by its size and time.
