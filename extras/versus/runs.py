@@ -70,9 +70,9 @@ class Comparison:
             self.sides = []
             for side, valid, test in zip(sides, *texts):
                 words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", *OF_RUNS]
-                id = identify(side, side.versions, self.plain)
+                side_id = identify(side, side.versions, self.plain)
                 # The number of cores decides how sums are rounded.
-                path = folder / f"{id}.{len(self.shares[0])}"
+                path = folder / f"{side_id}.{len(self.shares[0])}"
                 side = side._replace(words=words, valid=valid, test=test)
                 self.sides.append(install(side, path))
         self.times = []  # of finished runs, in seconds
