@@ -50,7 +50,7 @@ class Comparison:
             after = make_side(options.after, [*common, *own_flags[1]], Path(temporary, "1"))
             compared = ["diff", "--no-index", "--no-color", "--no-ext-diff", "0", "1"]
             self.patch = git("-C", temporary, *compared).decode(errors="replace")
-            sides = (before, after)
+            sides = before, after
             check_models(sides)
             is_same = before.tokenizer == after.tokenizer
             self.unit = "nats/token" if is_same else "bits per byte"
@@ -64,7 +64,8 @@ class Comparison:
             self.plain = ",".join(sorted({*before.edited, *after.edited}))
             self.environment = os.environ | {"PLAIN_FUNCTIONS": self.plain}
             # Whatever the number of steps, the baseline is the same.
-            self.baseline = identify(before._replace(shape=before.shape | {"num_iters": None}))
+            identity = before.identity | {"num_iters": None}
+            self.baseline = identify(before._replace(identity=identity))
             folder = Path(before.flags["save_dir"], "versus").absolute()
             self.ledger = folder / ledger.NAME
             self.sides = []

@@ -34,7 +34,7 @@ class Side(NamedTuple):
     folder: Path  # a copy of its files
     words: list  # its flags as a command line, with models by their ids
     flags: dict  # the values of all flags, as its main.py resolves them
-    shape: dict  # the values of those that decide how a run ends, and the ids of its models
+    identity: dict  # the values of those that decide how a run ends, and the ids of its models
     edited: list  # functions of its main.py that differ from their fast version
     linked: list  # its files that were too large for a copy
     files: dict  # of checkpoints that its flags name, {path in its folder: original path}
@@ -225,7 +225,7 @@ def copy_commit(commit, folder):
 
 def identify(side, *others):
     """A digest of all that decides how the runs of a side end; others: more of it, plain data."""
-    return digest_of([side.shape, side.texts, side.sources, *others])[:12]
+    return digest_of([side.identity, side.texts, side.sources, *others])[:12]
 
 
 def install(side, folder):

@@ -68,7 +68,7 @@ def describe(*words):
                 files[f"{name}/{file}"] = str(path.resolve())
     # Without what other fields hold, and what does not decide how a run ends.
     names = {*SIDE.RECORDED_FLAGS} - {*SIDE.PATH_FLAGS, "test_text", "seed"}
-    shape = {name: getattr(flags, name) for name in sorted(names)}
+    identity = {name: getattr(flags, name) for name in sorted(names)}
     for name in ("valid", "test"):
         split = getattr(dataset, name)
         if split:  # a copy, as preparing the other side may rewrite the files that it maps
@@ -78,7 +78,7 @@ def describe(*words):
         {
             "words": [*SIDE.arguments_of(values), f"--data_dir={data_dir}"],
             "flags": vars(flags),
-            "shape": shape | todays_names(vars(run)).parents,
+            "identity": identity | todays_names(vars(run)).parents,
             "edited": SIDE.EDITED_FUNCTIONS,
             "files": files,
             "versions": run.versions,
