@@ -155,7 +155,7 @@ def keep_or_drop(comparison):
     options = comparison.options
     if comparison.sides[0].test is None:
         raise UsageError("--gate needs text that the runs do not see: name some with --test_text")
-    before, after = [sum(map(len, side.sources.values())) for side in comparison.sides]
+    before, after = [sum(map(len, side.code_words.values())) for side in comparison.sides]
     margin = options.margin if after < before else None  # only less code is kept without a gain
     results = ledger.read_results(comparison.ledger)
     entry = ledger.begin_entry(comparison.describe(), results, options.again)
@@ -242,7 +242,7 @@ def finish(comparison, result, *lines):
 def print_start(comparison):
     """Prints what is compared."""
     for name, side in zip(("before", "after"), comparison.sides):
-        size = f"{side.flags['num_iters']:,} steps, {side.parameters:,} parameters"
+        size = f"{side.flags['num_iters']:,} steps, {side.num_parameters:,} parameters"
         print(f"{name:<9}{side.name}: {size}")
         if side.linked:
             print(textwrap.shorten(f"Linked, not copied: {', '.join(side.linked)}", 200))

@@ -61,7 +61,7 @@ class Comparison:
             self.shares = share_cores(options.jobs or (1 if is_alone else 4))
             # A function that either side has edited runs without its fast version on both: else
             # they would differ in rounding, too.
-            self.plain = ",".join(sorted({*before.edited, *after.edited}))
+            self.plain = ",".join(sorted({*before.edited_functions, *after.edited_functions}))
             self.environment = os.environ | {"PLAIN_FUNCTIONS": self.plain}
             # Whatever the number of steps, the baseline is the same.
             identity = before.identity | {"num_iters": None}
@@ -133,7 +133,7 @@ class Comparison:
                 raise error
             if is_new:  # all of the run was measured
                 path.write_text(json.dumps(seconds))
-        if record["tokens_sha256"] != side.texts:
+        if record["tokens_sha256"] != side.tokens_sha256:
             fault = "has changed meanwhile: repeat, or name a --test_text that is no part of it"
             raise UsageError(f"the text of {side.name} {fault}")
         if self.options.same:  # only the weights count
@@ -199,7 +199,7 @@ class Comparison:
             elapsed = time.monotonic() - began
             if elapsed > GRACE + ENDLESS * max(self.times, default=math.inf):
                 error = SideError(f"{side.name} cannot run: it does not end")
-            if shutil.disk_usage(side.folder).free < SAVED * side.parameters:
+            if shutil.disk_usage(side.folder).free < SAVED * side.num_parameters:
                 error = RunError(f"no space is left for {side.folder}: make some, and repeat")
             if self.is_stopped:
                 error = RunError("stopped")
@@ -220,7 +220,7 @@ class Comparison:
         """
         asked = [text and text[1:] for text in (side.valid, side.test)]  # all but the tokens
         code = [hash_of_file(WORKER.with_name(name)) for name in ("judge.py", "worker.py")]
-        digest = digest_of([record["id"], side.texts, asked, code])
+        digest = digest_of([record["id"], side.tokens_sha256, asked, code])
         path = side.folder / f"judged-{digest}.json"
         with contextlib.suppress(OSError, ValueError):
             return json.loads(path.read_text("utf-8"))
@@ -283,7 +283,7 @@ def check_models(sides):
     for side in sides:
         for name, path in side.files.items():
             learned = name.endswith(".metadata") and read_record(path)["tokens_sha256"]["train"]
-            if learned == side.texts["valid"]:
+            if learned == side.tokens_sha256["valid"]:
                 fault = "was trained on the validation text: name another, or another --valid_text"
                 raise UsageError(f"{side.name}: the model in {name.partition('/')[0]} {fault}")
 

@@ -35,15 +35,15 @@ class Side(NamedTuple):
     words: list  # its flags as a command line, with models by their ids
     flags: dict  # the values of all flags, as its main.py resolves them
     identity: dict  # the values of those that decide how a run ends, and the ids of its models
-    edited: list  # functions of its main.py that differ from their fast version
+    edited_functions: list  # functions of its main.py that differ from their fast version
     linked: list  # its files that were too large for a copy
     files: dict  # of checkpoints that its flags name, {path in its folder: original path}
-    sources: dict  # its files but pages and tests, {path in its folder: what counts of it}
+    code_words: dict  # its files but pages and tests, {path in its folder: what counts of it}
     versions: dict  # what its last bits depend on: libraries, device and the like
-    parameters: int  # of its model
+    num_parameters: int  # of its model
     vocab_size: int
     context_size: int
-    texts: dict  # {split: the SHA256 of its tokens and tokenizer}
+    tokens_sha256: dict  # {split: the SHA256 of its tokens and tokenizer}
     tokenizer: dict  # its to_dict()
     valid: tuple | None = None  # the Text on which it is scored, see judge.py
     test: tuple | None = None  # another, if there is one
@@ -142,13 +142,13 @@ def make_side(typed, common, folder):
         copy_commit(typed, folder)
         names = list_files("--others")
     linked = copy_files(names, folder)
-    sources = {}
+    code_words = {}
     for path in sorted(folder.rglob("*")):
         source = str(path.relative_to(folder))
         if path.is_file() and not re.match(IDLE, source):
-            sources[source] = words_of_file(path)
+            code_words[source] = words_of_file(path)
     answer = retry_once(describe, name, folder, words)
-    return Side(name, folder, sources=sources, linked=linked, **answer)
+    return Side(name, folder, code_words=code_words, linked=linked, **answer)
 
 
 def describe(name, folder, words):
@@ -225,7 +225,7 @@ def copy_commit(commit, folder):
 
 def identify(side, *others):
     """A digest of all that decides how the runs of a side end; others: more of it, plain data."""
-    return digest_of([side.identity, side.texts, side.sources, *others])[:12]
+    return digest_of([side.identity, side.tokens_sha256, side.code_words, *others])[:12]
 
 
 def install(side, folder):

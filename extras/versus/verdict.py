@@ -86,7 +86,7 @@ def unlike(before, after, pairs):
         what.append(f"{ratio:.3g} times the steps")
     if before.tokenizer != after.tokenizer:  # the same text is read as other tokens
         return what
-    if before.texts["train"] != after.texts["train"]:
+    if before.tokens_sha256["train"] != after.tokens_sha256["train"]:
         what.append("another training text")
     tokens_seen = {each.tokens_seen for pair in pairs for each in pair if each.tokens_seen}
     if ratio == 1 and len(tokens_seen) > 1:

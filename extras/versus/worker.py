@@ -79,13 +79,13 @@ def describe(*words):
             "words": [*SIDE.arguments_of(values), f"--data_dir={data_dir}"],
             "flags": vars(flags),
             "identity": identity | todays_names(vars(run)).parents,
-            "edited": SIDE.EDITED_FUNCTIONS,
+            "edited_functions": SIDE.EDITED_FUNCTIONS,
             "files": files,
             "versions": run.versions,
-            "parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
+            "num_parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
             "vocab_size": run.model.config.vocab_size,
             "context_size": run.model.config.context_size,
-            "texts": dataset.sha256,
+            "tokens_sha256": dataset.sha256,
             "tokenizer": dataset.tokenizer.to_dict(),
         }
     )

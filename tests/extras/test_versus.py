@@ -358,13 +358,13 @@ def side_of(folder, name, code):
     empty = sides.Side(*[None] * (len(sides.Side._fields) - 2))
     return empty._replace(
         name=name,
-        sources={"main.py": code.split()},
+        code_words={"main.py": code.split()},
         folder=folder,
         words=[],
         flags={"num_iters": 300},
         linked=[],
-        parameters=100,
-        texts={"train": "a"},
+        num_parameters=100,
+        tokens_sha256={"train": "a"},
         test=(),
         tokenizer={},
     )
@@ -685,11 +685,11 @@ def test_the_steps_of_a_run_are_counted(num_iters, fault, base, tmp_path):
     folder, _ = base
     record = newest(folder)
     comparison = Drawn(tmp_path, None)
-    side = comparison.sides[0]._replace(folder=folder, texts=record.tokens_sha256)
+    side = comparison.sides[0]._replace(folder=folder, tokens_sha256=record.tokens_sha256)
     side = side._replace(flags={"num_iters": num_iters})
     comparison.start()
     comparison.judge = lambda side, record: [2.0, 2.0, None]
     run_score = comparison.run(side, record.flags["seed"])
     assert (run_score.id, run_score.fault) == (record.id, fault)
     with pytest.raises(UsageError, match="the text of HEAD has changed"):
-        comparison.run(side._replace(texts={}), record.flags["seed"])
+        comparison.run(side._replace(tokens_sha256={}), record.flags["seed"])
