@@ -26,7 +26,7 @@ try:  # nothing imports main.py here: the current one may be broken
     from datasets import Parser, RunError, UsageError, number, one_line, run_program
     from extras.versus import ledger
     from extras.versus.judge import DIVERGED, LIMIT
-    from extras.versus.runs import Comparison, tuned
+    from extras.versus.runs import Comparison, tune
     from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, decide, measure, t_quantile
     from extras.versus.sequential import without_change
     from extras.versus.sides import SideError, is_flags
@@ -48,7 +48,7 @@ def main(arguments):
     else:
         command = keep_or_drop if options.gate else print_comparison
     try:
-        make = tuned if options.tune else Comparison
+        make = tune if options.tune else Comparison
         return command(make(options, common))
     except (UsageError, RunError, OSError) as error:
         reason = one_line(error)
@@ -246,8 +246,9 @@ def print_start(comparison):
         print(f"{name:<9}{side.name}: {size}")
         if side.linked:
             print(textwrap.shorten(f"Linked, not copied: {', '.join(side.linked)}", 200))
-    if comparison.plain:
-        print(f"edited   {comparison.plain}: both sides run main.py's version, not fast.py's")
+    plain = comparison.plain_functions
+    if plain:
+        print(f"edited   {plain}: both sides run main.py's version, not fast.py's")
 
 
 if __name__ == "__main__":

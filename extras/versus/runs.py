@@ -43,7 +43,7 @@ class Comparison:
         """options, common: see read_arguments; own_flags: more, of each side."""
         self.options = options
         self.common = common
-        self.tuned = None  # or a condition of the verdict: the values that --tune has chosen
+        self.tuning_note = None  # or a condition of the verdict: the values that --tune has chosen
         with tempfile.TemporaryDirectory() as temporary:
             temporary = os.path.realpath(temporary)
             before = make_side(options.before, [*common, *own_flags[0]], Path(temporary, "0"))
@@ -58,11 +58,12 @@ class Comparison:
             self.first_seed = before.flags["seed"] if options.seeds is None else options.seeds
             self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
             is_alone = self.on_gpu or sys.platform == "darwin"
-            self.shares = share_cores(options.jobs or (1 if is_alone else 4))
+            self.core_shares = share_cores(options.jobs or (1 if is_alone else 4))
             # A function that either side has edited runs without its fast version on both: else
             # they would differ in rounding, too.
-            self.plain = ",".join(sorted({*before.edited_functions, *after.edited_functions}))
-            self.environment = os.environ | {"PLAIN_FUNCTIONS": self.plain}
+            plain = {*before.edited_functions, *after.edited_functions}
+            self.plain_functions = ",".join(sorted(plain))
+            self.environment = os.environ | {"PLAIN_FUNCTIONS": self.plain_functions}
             # Whatever the number of steps, the baseline is the same.
             identity = before.identity | {"num_iters": None}
             self.baseline = identify(before._replace(identity=identity))
@@ -71,12 +72,12 @@ class Comparison:
             self.sides = []
             for side, valid, test in zip(sides, *texts):
                 words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", *OF_RUNS]
-                side_id = identify(side, side.versions, self.plain)
+                side_id = identify(side, side.versions, self.plain_functions)
                 # The number of cores decides how sums are rounded.
-                path = folder / f"{side_id}.{len(self.shares[0])}"
+                path = folder / f"{side_id}.{len(self.core_shares[0])}"
                 side = side._replace(words=words, valid=valid, test=test)
                 self.sides.append(install(side, path))
-        self.times = []  # of finished runs, in seconds
+        self.run_seconds = []  # of finished runs
 
     def pairs(self, seeds):
         """Yields each seed with the RunScores of both sides.
@@ -84,7 +85,7 @@ class Comparison:
         Each share of the cores trains a run at a time. Closing the generator stops the runs that
         still train.
         """
-        shares = [*self.shares]
+        shares = [*self.core_shares]
 
         def take_share():  # of a thread, for the processes that it starts
             share = shares.pop()
@@ -145,7 +146,7 @@ class Comparison:
         seconds = math.nan
         if path.exists():
             seconds = json.loads(path.read_text())
-            self.times.append(seconds)
+            self.run_seconds.append(seconds)
         return RunScore(record["id"], *scores, fault, record["tokens_seen"], seconds)
 
     def describe(self):
@@ -171,7 +172,7 @@ class Comparison:
             "steps": [side.flags["num_iters"] for side in self.sides],
             "versions": [before.versions, after.versions],
             "patch": self.patch,
-            "tuned": self.tuned,
+            "tuned": self.tuning_note,
         }
 
     def train(self, side, seed, output):
@@ -197,7 +198,7 @@ class Comparison:
             if pid:
                 break
             elapsed = time.monotonic() - began
-            if elapsed > GRACE + ENDLESS * max(self.times, default=math.inf):
+            if elapsed > GRACE + ENDLESS * max(self.run_seconds, default=math.inf):
                 error = SideError(f"{side.name} cannot run: it does not end")
             if shutil.disk_usage(side.folder).free < SAVED * side.num_parameters:
                 error = RunError(f"no space is left for {side.folder}: make some, and repeat")
@@ -239,7 +240,7 @@ def recorded_evaluation(record, valid):
     return count[0] if count else min(OWN_TOKENS, len(valid.tokens) - 1), loss
 
 
-def tuned(options, common):
+def tune(options, common):
     """The Comparison of both sides, each with its best value of --tune.
 
     The first seeds choose the values; the Comparison begins after them.
@@ -261,7 +262,7 @@ def tuned(options, common):
     comparison = Comparison(options, common, [[f"--{flag}={value}"] for value in chosen])
     is_at_edge = {*chosen} & {values[0], values[-1]}
     edge = " (at the edge of the list: give more)" if is_at_edge else ""
-    comparison.tuned = f"each at its best {flag}: {chosen[0]} before, {chosen[1]} after{edge}"
+    comparison.tuning_note = f"each at its best {flag}: {chosen[0]} before, {chosen[1]} after{edge}"
     return comparison
 
 

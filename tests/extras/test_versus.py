@@ -385,10 +385,10 @@ class Drawn(runs.Comparison):
         ]
         self.baseline = "a baseline"
         self.first_seed = self.options.seeds or 42
-        self.plain = ""
+        self.plain_functions = ""
         self.patch = ""
         self.unit = "nats/token"
-        self.tuned = None
+        self.tuning_note = None
         self.ledger = folder / "comparisons.jsonl"
         self.difference = difference
         self.drawn = []  # seeds
@@ -397,7 +397,7 @@ class Drawn(runs.Comparison):
         """What a thread of the real one would have."""
         self.environment = {}
         self.on_gpu = self.is_stopped = False
-        self.times = [0.01]
+        self.run_seconds = [0.01]
 
     def pairs(self, seeds):
         for seed in seeds:
@@ -579,10 +579,10 @@ class Doubling:
 def test_each_side_at_its_best(monkeypatch, capsys):
     monkeypatch.setattr(runs, "Comparison", Doubling)
     line = ["HEAD", "--tune", "learning_rate=0.1,0.2,0.4", "--", "--dim", "8"]
-    best = runs.tuned(*versus.read_arguments(line))
+    best = runs.tune(*versus.read_arguments(line))
     assert best.rates == (0.2, 0.2)
     chosen = "each at its best learning_rate: 0.2 before, 0.1 after"
-    assert best.tuned == f"{chosen} (at the edge of the list: give more)"
+    assert best.tuning_note == f"{chosen} (at the edge of the list: give more)"
     assert best.first_seed == 44, "other seeds than it was chosen by"
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "--learning_rate 0.4: before 0.2000, after inf"
@@ -590,9 +590,9 @@ def test_each_side_at_its_best(monkeypatch, capsys):
 
 def test_a_tuned_verdict_names_the_values(tmp_path, capsys):
     comparison = Drawn(tmp_path, noisy(-0.05))
-    comparison.tuned = "each at its best dropout: 0 before, 0.1 after"
+    comparison.tuning_note = "each at its best dropout: 0 before, 0.1 after"
     versus.print_comparison(comparison)
-    assert capsys.readouterr().out.endswith(f"\nHelped, {comparison.tuned}.\n")
+    assert capsys.readouterr().out.endswith(f"\nHelped, {comparison.tuning_note}.\n")
 
 
 def test_a_side_before_that_fails_keeps_nothing(tmp_path):
