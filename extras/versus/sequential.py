@@ -91,9 +91,8 @@ def decide(bounds, margin, pairs):
     if t < -critical_value:
         test = changes(pairs, "test_score")
         is_better_there = confidence_interval(test, critical_value)[3] < -critical_value
-        # Clearly less than on validation text.
-        is_less_there = confidence_interval(differences - test)[3] < -critical_value
-        if is_less_there:
+        # Is it clearly less there than on validation text?
+        if confidence_interval(differences - test)[3] < -critical_value:
             return "partly" if is_better_there else "valid only"
         return "helped"
     if margin is not None:
