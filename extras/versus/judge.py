@@ -115,8 +115,7 @@ class Judge(Worker):
 
     def mean_loss(self, text):
         """In nats/token, over the scored targets of a Text."""
-        loss, _ = self.examine(text, times=0)
-        return loss
+        return self.examine(text, times=0)[0]
 
     def examine(self, text, times=ASKED_AGAIN):
         """The score, and how predictions use what they must not know, or None.
