@@ -64,7 +64,7 @@ def main(arguments):
 
 
 def stop(number, frame):
-    """Ends this program; on the way out, Comparison.pairs ends the processes of its runs."""
+    """Ends this program; on the way out, Comparison.train_pairs ends the processes of its runs."""
     print("\nStopped: to go on, repeat the command.", file=sys.stderr)
     sys.exit(128 + number)
 
@@ -127,7 +127,7 @@ def print_sameness(comparison):
     """Prints whether both sides end in the same weights; returns 0 if so, else 1."""
     first = comparison.first_seed
     seeds = range(first, first + (comparison.options.pairs or 2))
-    outcome = without_change([pair for _, *pair in comparison.pairs(seeds)])
+    outcome = without_change([pair for _, *pair in comparison.train_pairs(seeds)])
     what = "The same" if outcome == "same" else "Different"
     print(f"{what} weights after {SAME_STEPS} steps, seeds {seeds[0]} to {seeds[-1]}.")
     return int(outcome != "same")
@@ -203,7 +203,7 @@ def compare(comparison, entry, first, margin, bounds):
     else:
         print(f"Looks after {', '.join(map(str, bounds))} pairs of runs.")
         print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
-    for seed, before, after in comparison.pairs(seeds):
+    for seed, before, after in comparison.train_pairs(seeds):
         pairs.append((before, after))
         losses = f"{before.score:>10.4f}{after.score:>10.4f}"
         print(f"{seed:>10}{losses}{after.score - before.score:>+14.4f}", flush=True)

@@ -79,7 +79,7 @@ class Comparison:
                 self.sides.append(install(side, path))
         self.run_seconds = []  # of finished runs
 
-    def pairs(self, seeds):
+    def train_pairs(self, seeds):
         """Yields each seed with the RunScores of both sides.
 
         Each share of the cores trains a run at a time. Closing the generator stops the runs that
@@ -95,14 +95,16 @@ class Comparison:
         self.is_stopped = False
         pool = ThreadPoolExecutor(len(shares), initializer=take_share)
         try:
-            pairs = [[pool.submit(self.run, side, seed) for side in self.sides] for seed in seeds]
+            pairs = [
+                [pool.submit(self.run_locked, side, seed) for side in self.sides] for seed in seeds
+            ]
             for seed, (before, after) in zip(seeds, pairs):
                 yield seed, before.result(), after.result()
         finally:
             self.is_stopped = True
             pool.shutdown(cancel_futures=True)
 
-    def run(self, side, seed):
+    def run_locked(self, side, seed):
         """Trains a run to its end and has it judged; returns the RunScore."""
         # Another comparison may train the same run. The run inherits this lock, and keeps it if
         # only this program is killed.
@@ -252,7 +254,7 @@ def tune(options, common):
         comparison = Comparison(options, [*common, f"--{flag}={value}"])
         end = comparison.first_seed + TUNED
         losses = []
-        for _, *pair in comparison.pairs(range(comparison.first_seed, end)):
+        for _, *pair in comparison.train_pairs(range(comparison.first_seed, end)):
             losses.append([math.inf if each.fault else each.score for each in pair])
         before, after = np.mean(losses, axis=0)
         means.append([before, after])

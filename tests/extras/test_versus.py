@@ -399,7 +399,7 @@ class Drawn(runs.Comparison):
         self.on_gpu = self.is_stopped = False
         self.run_seconds = [0.01]
 
-    def pairs(self, seeds):
+    def train_pairs(self, seeds):
         for seed in seeds:
             self.drawn.append(seed)
             found = self.difference(seed)
@@ -539,7 +539,7 @@ def test_a_run_that_dies(code, reason, tmp_path, monkeypatch):
     comparison = Drawn(tmp_path, None, code=code)
     comparison.start()
     with pytest.raises(sides.SideError, match=reason):
-        comparison.run(comparison.sides[1], 42)
+        comparison.run_locked(comparison.sides[1], 42)
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
@@ -547,7 +547,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1199))
     comparison.start()
     with pytest.raises(RunError, match="^no space is left for ") as caught:
-        comparison.run(comparison.sides[1], 42)
+        comparison.run_locked(comparison.sides[1], 42)
     assert not isinstance(caught.value, sides.SideError)
 
 
@@ -569,7 +569,7 @@ class Doubling:
         before, after = [float([*common, *words][-1].partition("=")[2]) for words in own_flags]
         self.rates = before, 2 * after
 
-    def pairs(self, seeds):
+    def train_pairs(self, seeds):
         self.seeds = [*seeds]
         for seed in seeds:
             ends = [RunScore(score=abs(rate - 0.2)) for rate in self.rates]
@@ -598,7 +598,8 @@ def test_a_tuned_verdict_names_the_values(tmp_path, capsys):
 def test_a_side_before_that_fails_keeps_nothing(tmp_path):
     comparison = Drawn(tmp_path, None, "--gate")
     diverged = RunScore("before", np.inf, fault=DIVERGED)
-    comparison.pairs = lambda seeds: ((seed, diverged, RunScore("after", 2.0)) for seed in seeds)
+    pair = diverged, RunScore("after", 2.0)
+    comparison.train_pairs = lambda seeds: ((seed, *pair) for seed in seeds)
     assert versus.keep_or_drop(comparison) == 125
 
 
@@ -689,7 +690,7 @@ def test_the_steps_of_a_run_are_counted(num_iters, fault, base, tmp_path):
     side = side._replace(flags={"num_iters": num_iters})
     comparison.start()
     comparison.judge = lambda side, record: [2.0, 2.0, None]
-    run_score = comparison.run(side, record.flags["seed"])
+    run_score = comparison.run_locked(side, record.flags["seed"])
     assert (run_score.id, run_score.fault) == (record.id, fault)
     with pytest.raises(UsageError, match="the text of HEAD has changed"):
-        comparison.run(side._replace(tokens_sha256={}), record.flags["seed"])
+        comparison.run_locked(side._replace(tokens_sha256={}), record.flags["seed"])
