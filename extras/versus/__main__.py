@@ -44,9 +44,9 @@ def main(arguments):
     if options.list:
         return ledger.print_list(options.list)
     if options.same:
-        command = print_sameness
+        command = check_sameness
     else:
-        command = keep_or_drop if options.gate else print_comparison
+        command = keep_or_drop if options.gate else run_comparison
     try:
         make = tune if options.tune else Comparison
         return command(make(options, common))
@@ -123,7 +123,7 @@ def read_arguments(arguments):
     return options, common
 
 
-def print_sameness(comparison):
+def check_sameness(comparison):
     """Prints whether both sides end in the same weights; returns 0 if so, else 1."""
     first = comparison.first_seed
     seeds = range(first, first + (comparison.options.pairs or 2))
@@ -133,14 +133,15 @@ def print_sameness(comparison):
     return int(outcome != "same")
 
 
-def print_comparison(comparison):
+def run_comparison(comparison):
     """Trains pairs until the outcome is clear; prints and records it."""
     options = comparison.options
     bounds = {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE_BOUNDS
     print_start(comparison)
     results = ledger.read_results(comparison.ledger)
     entry = ledger.begin_entry(comparison.describe(), results)
-    finish(comparison, compare(comparison, entry, comparison.first_seed, options.margin, bounds))
+    result = compare(comparison, entry, comparison.first_seed, options.margin, bounds)
+    record_and_print(comparison, result)
 
 
 def keep_or_drop(comparison):
@@ -163,7 +164,7 @@ def keep_or_drop(comparison):
     decisions = [each for each in results if each["comparison"] == same and "kept" in each]
     if decisions and not decisions[-1]["kept"] and not options.again:
         again = "It was dropped before: --again tries it on new seeds."
-        finish(comparison, decisions[-1], again, "Drop.")
+        record_and_print(comparison, decisions[-1], again, "Drop.")
         return 1
     print_start(comparison)
     result = compare(comparison, entry, comparison.first_seed, margin, SCREEN_BOUNDS)
@@ -171,19 +172,20 @@ def keep_or_drop(comparison):
         print("That is promising. On seeds that no comparison has had:")
         result = compare(comparison, entry, entry["fresh"], margin, RACE_BOUNDS)
     if result["at_fault"] == "before":
-        finish(comparison, result)
+        record_and_print(comparison, result)
         return CANNOT_TELL
     kept = ["helped", "partly"]
     if margin is not None:
         kept += ["equal", "not worse", "same", "alike"]
     is_gain = result["outcome"] in kept and not result["unlike"]
     if is_gain and "time" not in result:
-        finish(comparison, result, "It was stopped too often to be timed: try --again.")
+        record_and_print(comparison, result, "It was stopped too often to be timed: try --again.")
         return CANNOT_TELL
     is_slow = is_gain and result["time"] > options.max_time
     is_kept = is_gain and not is_slow
     lines = ["It takes longer than --max_time allows."] if is_slow else []
-    finish(comparison, result | {"kept": is_kept}, *lines, "Keep." if is_kept else "Drop.")
+    result["kept"] = is_kept
+    record_and_print(comparison, result, *lines, "Keep." if is_kept else "Drop.")
     return int(not is_kept)
 
 
@@ -231,7 +233,7 @@ def compare(comparison, entry, first, margin, bounds):
     return result | {"verdict": describe_verdict(result)}
 
 
-def finish(comparison, result, *lines):
+def record_and_print(comparison, result, *lines):
     """Records a result, and prints it with further lines."""
     ledger.record(comparison.ledger, result)
     print(*describe_numbers(result), result["verdict"], *lines, sep="\n")

@@ -489,7 +489,7 @@ def test_looks_are_counted(tmp_path, capsys):
     """Each is another chance to look good, whatever it asks for; the same one is none."""
 
     def verdict(difference, *arguments, code="x = 2"):
-        versus.print_comparison(Drawn(tmp_path, difference, *arguments, code=code))
+        versus.run_comparison(Drawn(tmp_path, difference, *arguments, code=code))
         return capsys.readouterr().out.splitlines()[-1]
 
     assert verdict(SAME) == "No effect, proved: the same weights, for these flags and seeds."
@@ -519,7 +519,7 @@ def test_a_gate_goes_on_with_its_fresh_seeds(tmp_path, capsys):
     """Though another comparison has had seeds in the meantime."""
     with pytest.raises(RuntimeError):
         versus.keep_or_drop(Drawn(tmp_path, stopping_at(49), "--gate"))
-    versus.print_comparison(Drawn(tmp_path, noisy(0), "--seeds", 60, code="x = 3"))
+    versus.run_comparison(Drawn(tmp_path, noisy(0), "--seeds", 60, code="x = 3"))
     again = Drawn(tmp_path, noisy(-0.05), "--gate")
     assert versus.keep_or_drop(again) == 0
     assert again.drawn == [*range(42, 48), *range(48, 52)]
@@ -553,9 +553,9 @@ def test_a_full_disk(tmp_path, monkeypatch):
 
 def test_an_outlier_is_named(tmp_path, capsys):
     """As the test is for normal differences."""
-    versus.print_comparison(Drawn(tmp_path, lambda seed: noisy(0)(seed) + (seed == 45)))
+    versus.run_comparison(Drawn(tmp_path, lambda seed: noisy(0)(seed) + (seed == 45)))
     assert "\nSeed 45 is an outlier: " in capsys.readouterr().out
-    versus.print_comparison(Drawn(tmp_path / "other", noisy(-0.05)))
+    versus.run_comparison(Drawn(tmp_path / "other", noisy(-0.05)))
     out = capsys.readouterr().out
     assert "outlier" not in out
     assert "\nIt ended early: the estimate is likely too large.\n" in out
@@ -591,7 +591,7 @@ def test_each_side_at_its_best(monkeypatch, capsys):
 def test_a_tuned_verdict_names_the_values(tmp_path, capsys):
     comparison = Drawn(tmp_path, noisy(-0.05))
     comparison.tuning_note = "each at its best dropout: 0 before, 0.1 after"
-    versus.print_comparison(comparison)
+    versus.run_comparison(comparison)
     assert capsys.readouterr().out.endswith(f"\nHelped, {comparison.tuning_note}.\n")
 
 
@@ -604,7 +604,7 @@ def test_a_side_before_that_fails_keeps_nothing(tmp_path):
 
 
 def test_the_same_weights(tmp_path, capsys):
-    assert versus.print_sameness(Drawn(tmp_path, SAME, "--same")) == 0
+    assert versus.check_sameness(Drawn(tmp_path, SAME, "--same")) == 0
     assert capsys.readouterr().out.startswith("The same weights after 20 steps")
 
 
@@ -651,7 +651,7 @@ VERDICTS = [
 @pytest.mark.parametrize("difference, options, verdict, pairs", VERDICTS)
 def test_verdicts(difference, options, verdict, pairs, tmp_path, capsys):
     comparison = Drawn(tmp_path, difference, *options)
-    versus.print_comparison(comparison)
+    versus.run_comparison(comparison)
     [result] = read_results(comparison.ledger)
     assert result["verdict"].startswith(verdict)
     assert len(result["seeds"]) == pairs
