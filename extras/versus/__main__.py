@@ -125,8 +125,8 @@ def read_arguments(arguments):
 
 def check_sameness(comparison):
     """Prints whether both sides end in the same weights; returns 0 if so, else 1."""
-    first = comparison.first_seed
-    seeds = range(first, first + (comparison.options.pairs or 2))
+    first_seed = comparison.first_seed
+    seeds = range(first_seed, first_seed + (comparison.options.pairs or 2))
     outcome = without_change([pair for _, *pair in comparison.train_pairs(seeds)])
     what = "The same" if outcome == "same" else "Different"
     print(f"{what} weights after {SAME_STEPS} steps, seeds {seeds[0]} to {seeds[-1]}.")
@@ -160,11 +160,11 @@ def keep_or_drop(comparison):
     margin = options.margin if after < before else None  # only less code is kept without a gain
     results = ledger.read_results(comparison.ledger)
     entry = ledger.begin_entry(comparison.describe(), results, options.again)
-    same = entry["comparison"]
-    decisions = [each for each in results if each["comparison"] == same and "kept" in each]
+    comparison_id = entry["comparison"]
+    decisions = [each for each in results if each["comparison"] == comparison_id and "kept" in each]
     if decisions and not decisions[-1]["kept"] and not options.again:
-        again = "It was dropped before: --again tries it on new seeds."
-        record_and_print(comparison, decisions[-1], again, "Drop.")
+        message = "It was dropped before: --again tries it on new seeds."
+        record_and_print(comparison, decisions[-1], message, "Drop.")
         return 1
     print_start(comparison)
     result = compare(comparison, entry, comparison.first_seed, margin, SCREEN_BOUNDS)
@@ -174,10 +174,10 @@ def keep_or_drop(comparison):
     if result["at_fault"] == "before":
         record_and_print(comparison, result)
         return CANNOT_TELL
-    kept = ["helped", "partly"]
+    kept_outcomes = ["helped", "partly"]
     if margin is not None:
-        kept += ["equal", "not worse", "same", "alike"]
-    is_gain = result["outcome"] in kept and not result["unlike"]
+        kept_outcomes += ["equal", "not worse", "same", "alike"]
+    is_gain = result["outcome"] in kept_outcomes and not result["unlike"]
     if is_gain and "time" not in result:
         record_and_print(comparison, result, "It was stopped too often to be timed: try --again.")
         return CANNOT_TELL
@@ -189,13 +189,12 @@ def keep_or_drop(comparison):
     return int(not is_kept)
 
 
-def compare(comparison, entry, first, margin, bounds):
+def compare(comparison, entry, first_seed, margin, bounds):
     """Trains and prints pairs until there is an outcome; returns the result, {name: value}.
 
-    entry: see begin_entry, recorded after the first pair; first: the first seed; margin, bounds:
-    see `decide`.
+    entry: see begin_entry, recorded after the first pair; margin, bounds: see `decide`.
     """
-    seeds = range(first, first + max(bounds))
+    seeds = range(first_seed, first_seed + max(bounds))
     result = entry | {"seeds": [*seeds], "outcome": None, "verdict": "Not finished."}
     at_fault = fault = None
     pairs = []
