@@ -27,10 +27,10 @@ try:  # nothing imports main.py here: the current one may be broken
     from extras.versus import ledger
     from extras.versus.judge import DIVERGED, LIMIT
     from extras.versus.runs import Comparison, tune
-    from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, decide, measure, t_quantile
-    from extras.versus.sequential import without_change
+    from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, decide, summarize, t_quantile
+    from extras.versus.sequential import unchanged_outcome
     from extras.versus.sides import SideError, is_flags
-    from extras.versus.verdict import describe_numbers, describe_verdict, unlike
+    from extras.versus.verdict import describe_numbers, describe_verdict, list_side_differences
 except Exception as error:
     print(f"extras.versus: cannot run with these files: {error!r}", file=sys.stderr)
     sys.exit(CANNOT_TELL)
@@ -127,7 +127,7 @@ def check_sameness(comparison):
     """Prints whether both sides end in the same weights; returns 0 if so, else 1."""
     first_seed = comparison.first_seed
     seeds = range(first_seed, first_seed + (comparison.options.pairs or 2))
-    outcome = without_change([pair for _, *pair in comparison.train_pairs(seeds)])
+    outcome = unchanged_outcome([pair for _, *pair in comparison.train_pairs(seeds)])
     what = "The same" if outcome == "same" else "Different"
     print(f"{what} weights after {SAME_STEPS} steps, seeds {seeds[0]} to {seeds[-1]}.")
     return int(outcome != "same")
@@ -225,10 +225,10 @@ def compare(comparison, entry, first_seed, margin, bounds):
         "outcome": outcome,
         "at_fault": at_fault,
         "fault": fault,
-        "unlike": unlike(*comparison.sides, pairs),
+        "unlike": list_side_differences(*comparison.sides, pairs),
     }
     if len(pairs) > 1 and not fault:
-        result |= measure(pairs, None if bounds is SCREEN_BOUNDS else bounds[len(pairs)])
+        result |= summarize(pairs, None if bounds is SCREEN_BOUNDS else bounds[len(pairs)])
     return result | {"verdict": describe_verdict(result)}
 
 

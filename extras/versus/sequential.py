@@ -52,18 +52,18 @@ def confidence_interval(values, critical_value=None):
     return mean, mean - half_width, mean + half_width, t
 
 
-def column(pairs, name):
+def field_values(pairs, name):
     """A field of all RunScores, [2, pairs]."""
     return np.array([[getattr(run_score, name) for run_score in pair] for pair in pairs]).T
 
 
-def changes(pairs, name="score"):
+def paired_differences(pairs, name="score"):
     """How a field changes in each pair, after minus before, [pairs]."""
-    before, after = column(pairs, name)
+    before, after = field_values(pairs, name)
     return after - before
 
 
-def without_change(pairs):
+def unchanged_outcome(pairs):
     """The outcome if no loss has changed: "same", or "alike" if weights have (unused ones)."""
     return "same" if all(before.id == after.id for before, after in pairs) else "alike"
 
@@ -77,9 +77,9 @@ def decide(bounds, margin, pairs):
         return None
     critical_value = bounds[len(pairs)]
     is_last = len(pairs) == max(bounds)
-    differences = changes(pairs)
+    differences = paired_differences(pairs)
     if not differences.any():
-        return without_change(pairs)
+        return unchanged_outcome(pairs)
     if bounds is SCREEN_BOUNDS:
         *_, t = confidence_interval(differences - (margin or 0))
         if t >= -critical_value:
@@ -89,7 +89,7 @@ def decide(bounds, margin, pairs):
     if t > critical_value:
         return "hurt"
     if t < -critical_value:
-        test = changes(pairs, "test_score")
+        test = paired_differences(pairs, "test_score")
         is_better_there = confidence_interval(test, critical_value)[3] < -critical_value
         # Is it clearly less there than on validation text?
         if confidence_interval(differences - test)[3] < -critical_value:
@@ -105,12 +105,12 @@ def decide(bounds, margin, pairs):
     return "none" if is_last else None
 
 
-def measure(pairs, critical_value=None):
+def summarize(pairs, critical_value=None):
     """What a result says of pairs of RunScores, {name: number}.
 
     critical_value: see confidence_interval.
     """
-    before, after = scores = column(pairs, "score")
+    before, after = scores = field_values(pairs, "score")
     differences = after - before
     mean, low, high, _ = confidence_interval(differences, critical_value)
     numbers = {
@@ -123,12 +123,12 @@ def measure(pairs, critical_value=None):
         "scores_after": after.tolist(),
         "outlier": find_outlier(differences),
     }
-    test_difference = changes(pairs, "test_score").mean()
+    test_difference = paired_differences(pairs, "test_score").mean()
     if math.isfinite(test_difference):  # there is a test text
         numbers["test_difference"] = test_difference
     if scores.std(axis=1).all():
         numbers["correlation"] = np.corrcoef(scores)[0, 1]
-    before, after = column(pairs, "seconds")
+    before, after = field_values(pairs, "seconds")
     ratios = after / before
     ratios = ratios[np.isfinite(ratios)]
     if len(ratios) > 1:

@@ -60,13 +60,13 @@ def describe_verdict(result):
     verdict = VERDICTS[outcome].format(**result, pairs=pairs)
     if outcome == "same" and not pairs:
         verdict = "The same code and flags on both sides: nothing is trained"
-    verdict = ", ".join([verdict, *conditions(result)])
+    verdict = ", ".join([verdict, *list_conditions(result)])
     if result["look"] > 1 and outcome in COUNTED:
         verdict += f": look {result['look']}"
     return f"{verdict}."
 
 
-def conditions(result):
+def list_conditions(result):
     """Yields the conditions under which a verdict holds, besides the edit itself."""
     if result["outcome"] == "helped" and "test_difference" not in result:
         yield "on validation text (there was no test text)"
@@ -78,8 +78,8 @@ def conditions(result):
         yield result["tuned"]
 
 
-def unlike(before, after, pairs):
-    """What differs between the runs of two Sides, besides their edit: words for `conditions`."""
+def list_side_differences(before, after, pairs):
+    """What differs between the runs of two Sides, besides their edit: words for list_conditions."""
     what = []
     ratio = after.flags["num_iters"] / before.flags["num_iters"]
     if ratio != 1:
