@@ -25,7 +25,7 @@ SAME_STEPS = 20  # of each run of --same; five of them are warm-up
 try:  # nothing imports main.py here: the current one may be broken
     from datasets import Parser, RunError, UsageError, number, one_line, run_program
     from extras.versus import ledger
-    from extras.versus.judge import DIVERGED, LIMIT
+    from extras.versus.judge import DEFAULT_TOKENS, DIVERGED
     from extras.versus.runs import Comparison, tune
     from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, decide, summarize, t_quantile
     from extras.versus.sequential import unchanged_outcome
@@ -86,8 +86,8 @@ def read_arguments(arguments):
     add("--seeds", type=int, help="the first seed (that of --seed, or 42)")
     margin = "a difference that is smaller than this does not matter"
     add("--margin", type=number(float, 0), help=margin)
-    tokens = f"scored tokens of each text, evenly spaced ({LIMIT:,}); 0: all"
-    add("--tokens", type=number(int, 0), default=LIMIT, help=tokens)
+    tokens = f"scored tokens of each text, evenly spaced ({DEFAULT_TOKENS:,}); 0: all"
+    add("--tokens", type=number(int, 0), default=DEFAULT_TOKENS, help=tokens)
     tune = "a flag and its values: each side takes its best one, by seeds that are not compared"
     add("--tune", metavar="FLAG=A,B,...", help=tune)
     jobs = "runs at a time, each with its share of the cores (4; with --gpu, 1)"

@@ -15,11 +15,11 @@ import numpy as np
 from datasets import UsageError, tokenizer_from_dict
 from extras.versus.sides import SideError, Worker
 
-LIMIT = 128_000  # scored tokens of a text, by default
-ROWS = 64  # in a batch, at most
-ASKED_AGAIN = 3  # times at most that a batch is predicted with other tokens
-LOWEST = -30  # smaller log-probabilities count as this one when they are compared
-FLOATS = 1 << 24  # logits in a batch, at most if it has several rows
+DEFAULT_TOKENS = 128_000  # that are scored of a text
+MAX_ROWS = 64  # in a batch
+MAX_REPEATS = 3  # predictions of a batch with other tokens
+MIN_LOG_PROB = -30  # smaller ones count as this one when they are compared
+MAX_BATCH_LOGITS = 1 << 24  # if it has several rows
 # How far rounding may move a log-probability: on a CPU, another number of rows has moved one by
 # 2e-5; on a GPU, the order of a sum may depend on the shape of the batch.
 TOLERANCE = {False: 1e-4, True: 1e-2}  # whether on a GPU
@@ -117,7 +117,7 @@ class Judge(Worker):
         """In nats/token, over the scored targets of a Text."""
         return self.examine(text, times=0)[0]
 
-    def examine(self, text, times=ASKED_AGAIN):
+    def examine(self, text, times=MAX_REPEATS):
         """The score, and how predictions use what they must not know, or None.
 
         Windows are as long as the side's context; each span begins a new one. The model predicts
@@ -130,7 +130,7 @@ class Judge(Worker):
         for start, stop in text.spans:
             for begin in range(start, stop, width):
                 windows.append((begin, min(begin + width, stop)))
-        size = max(1, min(ROWS, FLOATS // (width * self.side.vocab_size)))  # of a batch
+        size = max(1, min(MAX_ROWS, MAX_BATCH_LOGITS // (width * self.side.vocab_size)))  # in rows
         times = min(times, math.ceil((width - 1) / len(windows)))
         cuts = np.linspace(1, width - 1, times * len(windows)).astype(int)
         cuts = cuts.reshape(times, len(windows))
@@ -148,7 +148,7 @@ class Judge(Worker):
             total_nats -= target_log_probs[is_scored].sum(dtype=float)
             count += is_scored.sum()
             for batch_cuts in cuts[:, first : first + size]:
-                fault = fault or self.ask_again(rows, np.maximum(log_probs, LOWEST), batch_cuts)
+                fault = fault or self.ask_again(rows, log_probs.clip(MIN_LOG_PROB), batch_cuts)
         return total_nats / count, fault
 
     def check_evaluation(self, valid, recorded):
@@ -188,7 +188,7 @@ class Judge(Worker):
 
     def has_moved(self, rows, expected):
         """Where predictions for rows [B, L], in reverse order, differ from `expected`, [B, L]."""
-        log_probs = np.maximum(log_softmax(self.logits(rows[::-1])), LOWEST)[::-1]
+        log_probs = log_softmax(self.logits(rows[::-1])).clip(MIN_LOG_PROB)[::-1]
         return np.abs(log_probs - expected).max(axis=-1) > self.tolerance
 
 

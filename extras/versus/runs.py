@@ -27,13 +27,13 @@ from extras.versus.sides import process_error, retry_once
 
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
 # Flags of runs: one checkpoint is kept, and nothing sampled.
-OF_RUNS = ["--keep=1", f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
-TUNED = 2  # seeds by which --tune chooses
+RUN_FLAGS = ["--keep=1", f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
+NUM_TUNING_SEEDS = 2  # seeds by which --tune chooses
 # A run counts as endless if, by the clock, it takes more than GRACE seconds and ENDLESS times the
 # processor time of the longest run that has ended: machines may be busy.
 ENDLESS = 30
 GRACE = 600
-SAVED = 12  # bytes of a checkpoint per parameter: one float32, and two in the optimizer
+BYTES_PER_PARAMETER = 12  # of a checkpoint: one float32, and two in the optimizer
 
 
 class Comparison:
@@ -71,7 +71,7 @@ class Comparison:
             self.ledger = folder / ledger.NAME
             self.sides = []
             for side, valid, test in zip(sides, *texts):
-                words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", *OF_RUNS]
+                words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", *RUN_FLAGS]
                 side_id = identify(side, side.versions, self.plain_functions)
                 # The number of cores decides how sums are rounded.
                 path = folder / f"{side_id}.{len(self.core_shares[0])}"
@@ -202,7 +202,7 @@ class Comparison:
             elapsed = time.monotonic() - began
             if elapsed > GRACE + ENDLESS * max(self.run_seconds, default=math.inf):
                 error = SideError(f"{side.name} cannot run: it does not end")
-            if shutil.disk_usage(side.folder).free < SAVED * side.num_parameters:
+            if shutil.disk_usage(side.folder).free < BYTES_PER_PARAMETER * side.num_parameters:
                 error = RunError(f"no space is left for {side.folder}: make some, and repeat")
             if self.is_stopped:
                 error = RunError("stopped")
@@ -252,7 +252,7 @@ def tune(options, common):
     means = []  # [2] for each value
     for value in values:
         comparison = Comparison(options, [*common, f"--{flag}={value}"])
-        end = comparison.first_seed + TUNED
+        end = comparison.first_seed + NUM_TUNING_SEEDS
         losses = []
         for _, *pair in comparison.train_pairs(range(comparison.first_seed, end)):
             losses.append([math.inf if each.fault else each.score for each in pair])

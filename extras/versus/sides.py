@@ -21,10 +21,10 @@ WORKER = Path(__file__).with_name("worker.py")
 HERE = Path(os.path.abspath(__file__)).parents[2]  # not resolved: extras/ may be a link
 
 # Paths of tests, hidden files, pages, and what programs leave: they do not decide how a run ends.
-IDLE = r"tests/|(.*/)?\.|.*(\.(md|rst|ipynb|svg|png|jpg|pdf|pyc|log|out)|~)$"
-LARGE = 1 << 20  # bytes; a larger file is linked instead of copied
-MOST = 20 << 20  # bytes that are copied in all; further files are linked
-LONGEST = 3600  # seconds that a side has for its texts and a first step, or for being judged
+IGNORED_FILES = r"tests/|(.*/)?\.|.*(\.(md|rst|ipynb|svg|png|jpg|pdf|pyc|log|out)|~)$"
+MAX_COPIED_FILE_BYTES = 1 << 20  # a larger file is linked instead of copied
+MAX_COPIED_BYTES = 20 << 20  # in all; further files are linked
+TIMEOUT_SECONDS = 3600  # that a side has for its texts and a first step, or for being judged
 
 
 class Side(NamedTuple):
@@ -100,7 +100,7 @@ class Worker:
             stderr=self.messages,
             **options,
         )
-        self.killer = threading.Timer(LONGEST, self.process.kill)
+        self.killer = threading.Timer(TIMEOUT_SECONDS, self.process.kill)
         self.killer.start()
 
     def __enter__(self):
@@ -145,7 +145,7 @@ def make_side(typed, common, folder):
     code_words = {}
     for path in sorted(folder.rglob("*")):
         source = str(path.relative_to(folder))
-        if path.is_file() and not re.match(IDLE, source):
+        if path.is_file() and not re.match(IGNORED_FILES, source):
             code_words[source] = words_of_file(path)
     answer = retry_once(describe, name, folder, words)
     return Side(name, folder, code_words=code_words, linked=linked, **answer)
@@ -206,7 +206,7 @@ def copy_files(names, folder):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         size = path.stat().st_size
-        if path.is_dir() or size > LARGE or total + size > MOST:
+        if path.is_dir() or size > MAX_COPIED_FILE_BYTES or total + size > MAX_COPIED_BYTES:
             target.symlink_to(path)
             linked.append(name)
         else:

@@ -239,7 +239,7 @@ def test_a_side_is_all_its_files(project):
     for command in (["add", "."], ["commit", "-qm", "b"]):
         subprocess.run([*GIT, *command], cwd=project, check=True)
     (project / "factor.txt").write_text("0.1")
-    (project / "large.bin").write_bytes(bytes(sides.LARGE + 1))
+    (project / "large.bin").write_bytes(bytes(sides.MAX_COPIED_FILE_BYTES + 1))
     out, _ = compare(project, "HEAD", "--pairs", 2, "--json")
     assert "\nLinked, not copied: large.bin\n" in out
     result = last_line(out)
