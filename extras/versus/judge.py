@@ -89,7 +89,7 @@ class Judge(Worker):
 
     def logits(self, rows):
         """Logits [B, L, V] of rows of tokens [B, L], without those that pad a vocabulary."""
-        shape = self.answer(json.dumps(rows.tolist()).encode() + b"\n")
+        shape = self.ask(json.dumps(rows.tolist()).encode() + b"\n")
         size = self.side.vocab_size
         if tuple(shape[:-1]) != rows.shape or shape[-1] < size:
             what = f"its logits have the shape {shape}, not {[*rows.shape, size]}"

@@ -112,7 +112,7 @@ class Worker:
         self.process.communicate()
         self.messages.close()
 
-    def answer(self, question=b""):
+    def ask(self, question=b""):
         """The next answer, plain data, after a question is written to its stdin."""
         try:
             self.process.stdin.write(question)
@@ -154,7 +154,7 @@ def make_side(typed, common, folder):
 def describe(name, folder, words):
     """Asks the code of a side for the fields of a Side and more, see worker.py."""
     with Worker(name, folder, "describe", *words) as worker:
-        return worker.answer()
+        return worker.ask()
 
 
 def git(*words):
