@@ -100,7 +100,7 @@ def read_arguments(arguments):
     slower = "--gate: how many times as long an edit may take (%(default)s)"
     add("--max_time", type=number(float, 0), default=1.05, help=slower)
     add("--again", action="store_true", help="--gate: try on new seeds what it has dropped before")
-    listed = "what was compared so far, by the ledger in a folder, or by this file"
+    listed = "what was compared so far: the ledger in this folder, or this file"
     add("--list", metavar="SAVE_DIR", nargs="?", const="runs", help=listed)
     end = [*arguments, "--"].index("--")
     common = arguments[end + 1 :]
@@ -151,7 +151,7 @@ def keep_or_drop(comparison):
     about equal time.
 
     A few pairs on used seeds sort out most edits; "before" is likely to be trained there already.
-    If they look promising, a race on new seeds, by which nothing was chosen, has to confirm it.
+    If the edit looks promising there, a race on seeds that chose nothing has to confirm it.
     """
     options = comparison.options
     if comparison.sides[0].test is None:

@@ -118,7 +118,7 @@ class Judge(Worker):
         return self.examine(text, times=0)[0]
 
     def examine(self, text, times=MAX_REPEATS):
-        """The score, and how predictions use what they must not know, or None.
+        """Mean nats/token, and how predictions see what they must not, or None.
 
         Windows are as long as the side's context; each span begins a new one. The model predicts
         each scored batch again in the same shape, with its rows in reverse order, and in each row

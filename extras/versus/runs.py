@@ -29,7 +29,7 @@ OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
 # Flags of runs: one checkpoint is kept, and nothing sampled.
 RUN_FLAGS = ["--keep=1", f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
 NUM_TUNING_SEEDS = 2  # seeds by which --tune chooses
-# A run counts as endless if, by the clock, it takes more than GRACE seconds and ENDLESS times the
+# A run is endless if, by the clock, it takes more than GRACE seconds plus ENDLESS times the
 # processor time of the longest run that has ended: machines may be busy.
 ENDLESS = 30
 GRACE = 600
@@ -180,9 +180,9 @@ class Comparison:
     def train(self, side, seed, output):
         """Starts or resumes a run and waits for it; returns its exit status and time in seconds.
 
-        That is the process's processor time, which other programs do not prolong; on a GPU, time by
-        the clock. Raises SideError if it takes far longer than those that have ended, RunError if
-        the disk is full.
+        The time is the processor's, which other programs do not prolong; on a GPU, the clock's.
+        Raises SideError if it takes far longer than those that have ended, RunError if the disk is
+        full.
         """
         words = [*side.words, f"--seed={seed}", f"--save_dir={side.folder}"]
         began = time.monotonic()

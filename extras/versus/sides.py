@@ -35,7 +35,7 @@ class Side(NamedTuple):
     words: list  # its flags as a command line, with models by their ids
     flags: dict  # the values of all flags, as its main.py resolves them
     identity: dict  # the values of those that decide how a run ends, and the ids of its models
-    edited_functions: list  # functions of its main.py that differ from their fast version
+    edited_functions: list  # its main.py's functions edited since fast.py was written
     linked: list  # its files that were too large for a copy
     files: dict  # of checkpoints that its flags name, {path in its folder: original path}
     code_words: dict  # its files but pages and tests, {path in its folder: what counts of it}
