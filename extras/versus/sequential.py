@@ -14,7 +14,7 @@ RACE_BOUNDS = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
 # Times half an interval: the difference that is found four times in five, if differences are normal
 # (by simulation, 1.35 to 1.40 in a race, 1.43 to 1.45 with --pairs).
 DETECTABLE = 1.4
-FUTILITY_BOUND = 0.7  # from six pairs on, a race ends if |t| is below it
+FUTILITY_BOUND = 0.7  # from six pairs on, a race without --margin ends if |t| is below it
 # The same of --gate on seeds that were used before, where t has to be below minus that; see
 # tests/nightly/simulate_verdicts.py.
 SCREEN_BOUNDS = {2: 0, 6: 1.8}
