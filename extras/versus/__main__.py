@@ -127,10 +127,10 @@ def check_sameness(comparison):
     """Prints whether both sides end in the same weights; returns 0 if so, else 1."""
     first_seed = comparison.first_seed
     seeds = range(first_seed, first_seed + (comparison.options.pairs or 2))
-    outcome = unchanged_outcome([pair for _, *pair in comparison.train_pairs(seeds)])
-    what = "The same" if outcome == "same" else "Different"
+    is_same = unchanged_outcome([pair for _, *pair in comparison.train_pairs(seeds)]) == "same"
+    what = "The same" if is_same else "Different"
     print(f"{what} weights after {SAME_STEPS} steps, seeds {seeds[0]} to {seeds[-1]}.")
-    return int(outcome != "same")
+    return int(not is_same)
 
 
 def run_comparison(comparison):
@@ -182,9 +182,8 @@ def keep_or_drop(comparison):
         record_and_print(comparison, result, "It was stopped too often to be timed: try --again.")
         return CANNOT_TELL
     is_slow = is_gain and result["time"] > options.max_time
-    is_kept = is_gain and not is_slow
+    is_kept = result["kept"] = is_gain and not is_slow
     lines = ["It takes longer than --max_time allows."] if is_slow else []
-    result["kept"] = is_kept
     record_and_print(comparison, result, *lines, "Keep." if is_kept else "Drop.")
     return int(not is_kept)
 
