@@ -224,7 +224,7 @@ def compare(comparison, entry, first_seed, margin, bounds):
         "outcome": outcome,
         "at_fault": at_fault,
         "fault": fault,
-        "unlike": list_side_differences(*comparison.sides, pairs),
+        "unlike": [*list_side_differences(*comparison.sides, pairs)],
     }
     if len(pairs) > 1 and not fault:
         result |= summarize(pairs, None if bounds is SCREEN_BOUNDS else bounds[len(pairs)])

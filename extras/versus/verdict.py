@@ -79,16 +79,14 @@ def list_conditions(result):
 
 
 def list_side_differences(before, after, pairs):
-    """What differs between the runs of two Sides, besides their edit: words for list_conditions."""
-    what = []
+    """Yields what differs between the runs of two Sides besides their edit: more conditions."""
     ratio = after.flags["num_iters"] / before.flags["num_iters"]
     if ratio != 1:
-        what.append(f"{ratio:.3g} times the steps")
+        yield f"{ratio:.3g} times the steps"
     if before.tokenizer != after.tokenizer:  # the same text is read as other tokens
-        return what
+        return
     if before.tokens_sha256["train"] != after.tokens_sha256["train"]:
-        what.append("another training text")
+        yield "another training text"
     tokens_seen = {each.tokens_seen for pair in pairs for each in pair if each.tokens_seen}
     if ratio == 1 and len(tokens_seen) > 1:
-        what.append("another number of tokens read")
-    return what
+        yield "another number of tokens read"
