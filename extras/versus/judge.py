@@ -157,7 +157,7 @@ class Judge(Worker):
         recorded: (number of tokens from the start of the text, their loss).
         """
         count, loss = recorded
-        judged = self.mean_loss(valid._replace(spans=[(0, count)]))
+        judged = self.mean_loss(valid._replace(spans=[(0, max(1, count))]))
         if abs(loss - judged) > self.tolerance * max(1, judged):
             return (
                 f"the run's own loss, {loss:.4f} for {count:,} tokens, is not the judge's, "

@@ -245,11 +245,14 @@ def test_a_test_text_with_what_is_never_predicted():
 
 
 def test_a_score_that_the_side_finds_otherwise():
+    """Or of no tokens, or not at all."""
     tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
     referee = FakeJudge(causal)
     count, loss = referee.recorded(tokens)
-    *_, fault = referee.examine_run(whole(tokens), None, (count, 0.999 * loss))
-    assert re.match(r"the run's own loss, 3[.]\d+ for 1,000 tokens, is not the judge's", fault)
+    recorded = [(count, 0.999 * loss), (0, loss), (count, math.inf)]
+    for each, what in zip(recorded, [r"3[.]\d+ for 1,000", r"3[.]\d+ for 0", "inf for 1,000"]):
+        *_, fault = referee.examine_run(whole(tokens), None, each)
+        assert re.match(f"the run's own loss, {what} tokens, is not the judge's", fault)
 
 
 def test_a_side_that_fails_is_named(base):
