@@ -12,7 +12,6 @@ computes the loss of each run's last checkpoint on validation text, and these lo
 After an interruption, the same command goes on. README.md in this folder explains the numbers.
 """
 
-import argparse
 import json
 import re
 import signal
@@ -25,12 +24,12 @@ SAME_STEPS = 20  # of each run of --same; five of them are warm-up
 try:  # nothing imports main.py here: the current one may be broken
     from datasets import Parser, RunError, UsageError, number, one_line, run_program
     from extras.versus import ledger
-    from extras.versus.judge import DIVERGED, LIMIT
-    from extras.versus.runs import Comparison, tuned
-    from extras.versus.sequential import RACE, SCREEN, decide, measure, t_quantile
-    from extras.versus.sequential import without_change
+    from extras.versus.judge import DEFAULT_TOKENS, DIVERGED
+    from extras.versus.runs import Comparison, tune
+    from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, decide, summarize, t_quantile
+    from extras.versus.sequential import unchanged_outcome
     from extras.versus.sides import SideError, is_flags
-    from extras.versus.verdict import describe_numbers, describe_verdict, unlike
+    from extras.versus.verdict import describe_numbers, describe_verdict, list_side_differences
 except Exception as error:
     print(f"extras.versus: cannot run with these files: {error!r}", file=sys.stderr)
     sys.exit(CANNOT_TELL)
@@ -44,11 +43,11 @@ def main(arguments):
     if options.list:
         return ledger.print_list(options.list)
     if options.same:
-        command = print_sameness
+        command = check_sameness
     else:
-        command = keep_or_drop if options.gate else print_comparison
+        command = keep_or_drop if options.gate else run_comparison
     try:
-        make = tuned if options.tune else Comparison
+        make = tune if options.tune else Comparison
         return command(make(options, common))
     except (UsageError, RunError, OSError) as error:
         reason = one_line(error)
@@ -64,7 +63,7 @@ def main(arguments):
 
 
 def stop(number, frame):
-    """Ends this program; on the way out, Comparison.pairs ends the processes of its runs."""
+    """Ends this program; on the way out, Comparison.train_pairs ends the processes of its runs."""
     print("\nStopped: to go on, repeat the command.", file=sys.stderr)
     sys.exit(128 + number)
 
@@ -75,19 +74,18 @@ def read_arguments(arguments):
         prog="python -m extras.versus",
         usage="%(prog)s SIDE [SIDE] [options] -- [flags of main.py]",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     sides = "a commit, or flags in quotes"
     add("before", metavar="SIDE", type=str.strip, nargs="?", help=sides)
     add("after", metavar="SIDE", type=str.strip, nargs="?", help="another (your files)")
-    race = f"exactly this number (without it, a race: {min(RACE)} to {max(RACE)})"
+    race = f"exactly this number (without it, a race: {min(RACE_BOUNDS)} to {max(RACE_BOUNDS)})"
     add("--pairs", type=number(int, 2), help=race)
     add("--seeds", type=int, help="the first seed (that of --seed, or 42)")
     margin = "a difference that is smaller than this does not matter"
     add("--margin", type=number(float, 0), help=margin)
-    tokens = f"scored tokens of each text, evenly spaced ({LIMIT:,}); 0: all"
-    add("--tokens", type=number(int, 0), default=LIMIT, help=tokens)
+    tokens = f"scored tokens of each text, evenly spaced ({DEFAULT_TOKENS:,}); 0: all"
+    add("--tokens", type=number(int, 0), default=DEFAULT_TOKENS, help=tokens)
     tune = "a flag and its values: each side takes its best one, by seeds that are not compared"
     add("--tune", metavar="FLAG=A,B,...", help=tune)
     jobs = "runs at a time, each with its share of the cores (4; with --gpu, 1)"
@@ -100,7 +98,7 @@ def read_arguments(arguments):
     slower = "--gate: how many times as long an edit may take (%(default)s)"
     add("--max_time", type=number(float, 0), default=1.05, help=slower)
     add("--again", action="store_true", help="--gate: try on new seeds what it has dropped before")
-    listed = "what was compared so far, by the ledger in a folder, or by this file"
+    listed = "what was compared so far: the ledger in this folder, or this file"
     add("--list", metavar="SAVE_DIR", nargs="?", const="runs", help=listed)
     end = [*arguments, "--"].index("--")
     common = arguments[end + 1 :]
@@ -123,24 +121,25 @@ def read_arguments(arguments):
     return options, common
 
 
-def print_sameness(comparison):
+def check_sameness(comparison):
     """Prints whether both sides end in the same weights; returns 0 if so, else 1."""
-    first = comparison.first_seed
-    seeds = range(first, first + (comparison.options.pairs or 2))
-    outcome = without_change([pair for _, *pair in comparison.pairs(seeds)])
-    what = "The same" if outcome == "same" else "Different"
+    first_seed = comparison.first_seed
+    seeds = range(first_seed, first_seed + (comparison.options.pairs or 2))
+    is_same = unchanged_outcome([pair for _, *pair in comparison.train_pairs(seeds)]) == "same"
+    what = "The same" if is_same else "Different"
     print(f"{what} weights after {SAME_STEPS} steps, seeds {seeds[0]} to {seeds[-1]}.")
-    return int(outcome != "same")
+    return int(not is_same)
 
 
-def print_comparison(comparison):
+def run_comparison(comparison):
     """Trains pairs until the outcome is clear; prints and records it."""
     options = comparison.options
-    looks = {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE
+    bounds = {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE_BOUNDS
     print_start(comparison)
     results = ledger.read_results(comparison.ledger)
-    look = ledger.begin_look(comparison.describe(), results)
-    finish(comparison, compare(comparison, look, comparison.first_seed, options.margin, looks))
+    entry = ledger.begin_entry(comparison.describe(), results)
+    result = compare(comparison, entry, comparison.first_seed, options.margin, bounds)
+    record_and_print(comparison, result)
 
 
 def keep_or_drop(comparison):
@@ -150,60 +149,59 @@ def keep_or_drop(comparison):
     about equal time.
 
     A few pairs on used seeds sort out most edits; "before" is likely to be trained there already.
-    If they look promising, a race on new seeds, by which nothing was chosen, has to confirm it.
+    If the edit looks promising there, a race on seeds that chose nothing has to confirm it.
     """
     options = comparison.options
     if comparison.sides[0].test is None:
         raise UsageError("--gate needs text that the runs do not see: name some with --test_text")
-    before, after = [sum(map(len, side.sources.values())) for side in comparison.sides]
+    before, after = [sum(map(len, side.code_words.values())) for side in comparison.sides]
     margin = options.margin if after < before else None  # only less code is kept without a gain
     results = ledger.read_results(comparison.ledger)
-    look = ledger.begin_look(comparison.describe(), results, options.again)
-    same = look["comparison"]
-    decisions = [each for each in results if each["comparison"] == same and "kept" in each]
+    entry = ledger.begin_entry(comparison.describe(), results, options.again)
+    comparison_id = entry["comparison"]
+    decisions = [each for each in results if each["comparison"] == comparison_id and "kept" in each]
     if decisions and not decisions[-1]["kept"] and not options.again:
-        again = "It was dropped before: --again tries it on new seeds."
-        finish(comparison, decisions[-1], again, "Drop.")
+        message = "It was dropped before: --again tries it on new seeds."
+        record_and_print(comparison, decisions[-1], message, "Drop.")
         return 1
     print_start(comparison)
-    result = compare(comparison, look, comparison.first_seed, margin, SCREEN)
+    result = compare(comparison, entry, comparison.first_seed, margin, SCREEN_BOUNDS)
     if result["outcome"] == "promising":
         print("That is promising. On seeds that no comparison has had:")
-        result = compare(comparison, look, look["fresh"], margin, RACE)
+        result = compare(comparison, entry, entry["fresh"], margin, RACE_BOUNDS)
     if result["at_fault"] == "before":
-        finish(comparison, result)
+        record_and_print(comparison, result)
         return CANNOT_TELL
-    kept = ["helped", "partly"]
+    kept_outcomes = ["helped", "partly"]
     if margin is not None:
-        kept += ["equal", "not worse", "same", "alike"]
-    is_gain = result["outcome"] in kept and not result["unlike"]
+        kept_outcomes += ["equal", "not worse", "same", "alike"]
+    is_gain = result["outcome"] in kept_outcomes and not result["unlike"]
     if is_gain and "time" not in result:
-        finish(comparison, result, "It was stopped too often to be timed: try --again.")
+        record_and_print(comparison, result, "It was stopped too often to be timed: try --again.")
         return CANNOT_TELL
     is_slow = is_gain and result["time"] > options.max_time
-    is_kept = is_gain and not is_slow
+    is_kept = result["kept"] = is_gain and not is_slow
     lines = ["It takes longer than --max_time allows."] if is_slow else []
-    finish(comparison, result | {"kept": is_kept}, *lines, "Keep." if is_kept else "Drop.")
+    record_and_print(comparison, result, *lines, "Keep." if is_kept else "Drop.")
     return int(not is_kept)
 
 
-def compare(comparison, look, first, margin, looks):
+def compare(comparison, entry, first_seed, margin, bounds):
     """Trains and prints pairs until there is an outcome; returns the result, {name: value}.
 
-    look: see begin_look, recorded after the first pair; first: the first seed; margin, looks: see
-    `decide`.
+    entry: see begin_entry, recorded after the first pair; margin, bounds: see `decide`.
     """
-    seeds = range(first, first + max(looks))
-    result = look | {"seeds": [*seeds], "outcome": None, "verdict": "Not finished."}
+    seeds = range(first_seed, first_seed + max(bounds))
+    result = entry | {"seeds": [*seeds], "outcome": None, "verdict": "Not finished."}
     at_fault = fault = None
     pairs = []
     if comparison.sides[0].folder == comparison.sides[1].folder:
         outcome = "same"
         seeds = []  # nothing is trained
     else:
-        print(f"Looks after {', '.join(map(str, looks))} pairs of runs.")
+        print(f"Looks after {', '.join(map(str, bounds))} pairs of runs.")
         print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
-    for seed, before, after in comparison.pairs(seeds):
+    for seed, before, after in comparison.train_pairs(seeds):
         pairs.append((before, after))
         losses = f"{before.score:>10.4f}{after.score:>10.4f}"
         print(f"{seed:>10}{losses}{after.score - before.score:>+14.4f}", flush=True)
@@ -213,9 +211,9 @@ def compare(comparison, look, first, margin, looks):
         if fault:
             at_fault = "before" if before.fault else "after"
             outcome = "diverged" if fault == DIVERGED else "cannot tell"
-            fault = f"{look[at_fault]}: {fault}"
+            fault = f"{entry[at_fault]}: {fault}"
         else:
-            outcome = decide(looks, margin, pairs)
+            outcome = decide(bounds, margin, pairs)
         if outcome:
             break
     result |= {
@@ -224,14 +222,14 @@ def compare(comparison, look, first, margin, looks):
         "outcome": outcome,
         "at_fault": at_fault,
         "fault": fault,
-        "unlike": unlike(*comparison.sides, pairs),
+        "unlike": [*list_side_differences(*comparison.sides, pairs)],
     }
     if len(pairs) > 1 and not fault:
-        result |= measure(pairs, None if looks is SCREEN else looks[len(pairs)])
+        result |= summarize(pairs, None if bounds is SCREEN_BOUNDS else bounds[len(pairs)])
     return result | {"verdict": describe_verdict(result)}
 
 
-def finish(comparison, result, *lines):
+def record_and_print(comparison, result, *lines):
     """Records a result, and prints it with further lines."""
     ledger.record(comparison.ledger, result)
     print(*describe_numbers(result), result["verdict"], *lines, sep="\n")
@@ -242,12 +240,13 @@ def finish(comparison, result, *lines):
 def print_start(comparison):
     """Prints what is compared."""
     for name, side in zip(("before", "after"), comparison.sides):
-        size = f"{side.flags['num_iters']:,} steps, {side.parameters:,} parameters"
+        size = f"{side.flags['num_iters']:,} steps, {side.num_parameters:,} parameters"
         print(f"{name:<9}{side.name}: {size}")
         if side.linked:
             print(textwrap.shorten(f"Linked, not copied: {', '.join(side.linked)}", 200))
-    if comparison.plain:
-        print(f"edited   {comparison.plain}: both sides run main.py's version, not fast.py's")
+    plain = comparison.plain_functions
+    if plain:
+        print(f"edited   {plain}: both sides run main.py's version, not fast.py's")
 
 
 if __name__ == "__main__":

@@ -15,16 +15,16 @@ import numpy as np
 from datasets import UsageError, tokenizer_from_dict
 from extras.versus.sides import SideError, Worker
 
-LIMIT = 128_000  # scored tokens of a text, by default
-ROWS = 64  # in a batch, at most
-ASKED_AGAIN = 3  # times at most that a batch is predicted with other tokens
-LOWEST = -30  # smaller log-probabilities count as this one when they are compared
-FLOATS = 1 << 24  # logits in a batch, at most if it has several rows
+DEFAULT_TOKENS = 128_000  # that are scored of a text
+MAX_ROWS = 64  # in a batch
+MAX_REPEATS = 3  # predictions of a batch with other tokens
+MIN_LOG_PROB = -30  # smaller ones count as this one when they are compared
+MAX_BATCH_LOGITS = 1 << 24  # if it has several rows
 # How far rounding may move a log-probability: on a CPU, another number of rows has moved one by
 # 2e-5; on a GPU, the order of a sum may depend on the shape of the batch.
 TOLERANCE = {False: 1e-4, True: 1e-2}  # whether on a GPU
 
-DIVERGED = "diverged"  # the fault of a run, see Outcome
+DIVERGED = "diverged"  # the fault of a run, see RunScore
 DEPENDS_ON_OTHERS = "the predictions for a text depend on what other texts the model is given"
 
 
@@ -61,9 +61,9 @@ def read_texts(sides, split, limit):
         raise UsageError(
             f"the tokens of the sides do not decode to the same {split} text: use other tokenizers"
         )
-    bits = math.log(2) * len(texts[0].encode())
+    nats_at_one_bpb = math.log(2) * len(texts[0].encode())
     # All of them, as only whole texts are the same where the tokens differ.
-    return [Text(ids, [(0, len(ids) - 1)], (len(ids) - 1) / bits) for ids in tokens]
+    return [Text(ids, [(0, len(ids) - 1)], (len(ids) - 1) / nats_at_one_bpb) for ids in tokens]
 
 
 def choose_spans(count, width, limit):
@@ -89,7 +89,7 @@ class Judge(Worker):
 
     def logits(self, rows):
         """Logits [B, L, V] of rows of tokens [B, L], without those that pad a vocabulary."""
-        shape = self.answer(json.dumps(rows.tolist()).encode() + b"\n")
+        shape = self.ask(json.dumps(rows.tolist()).encode() + b"\n")
         size = self.side.vocab_size
         if tuple(shape[:-1]) != rows.shape or shape[-1] < size:
             what = f"its logits have the shape {shape}, not {[*rows.shape, size]}"
@@ -97,29 +97,28 @@ class Judge(Worker):
         content = self.process.stdout.read(4 * math.prod(shape))
         return np.frombuffer(content, np.float32).reshape(shape)[:, :, :size]
 
-    def examine_run(self, valid, test, own):
+    def examine_run(self, valid, test, recorded):
         """The scores on both Texts, in the unit of the comparison; what is wrong, or None.
 
-        test: may be None; its score is nan then. own: see check_evaluation.
+        test: may be None; its score is nan then. recorded: see check_evaluation.
         """
         loss, fault = self.examine(valid)
-        test_loss = self.score(test) if test else 0.0
+        test_loss = self.mean_loss(test) if test else 0.0
         # 2 nats above an untrained model. That has log(vocab_size), as if all tokens were equally
         # likely, or some 5 if there are few.
         limit = max(5, math.log(self.side.vocab_size)) + 2
         if not np.max([loss, test_loss]) < limit:  # also if one of them is nan
             fault = DIVERGED
-        fault = fault or self.check_evaluation(valid, own)
+        fault = fault or self.check_evaluation(valid, recorded)
         test_score = test_loss * test.scale if test else math.nan
         return [loss * valid.scale, test_score, fault]
 
-    def score(self, text):
-        """The mean loss in nats/token over the scored targets of a Text."""
-        loss, _ = self.examine(text, times=0)
-        return loss
+    def mean_loss(self, text):
+        """In nats/token, over the scored targets of a Text."""
+        return self.examine(text, times=0)[0]
 
-    def examine(self, text, times=ASKED_AGAIN):
-        """The score, and how predictions use what they must not know, or None.
+    def examine(self, text, times=MAX_REPEATS):
+        """Mean nats/token, and how predictions see what they must not, or None.
 
         Windows are as long as the side's context; each span begins a new one. The model predicts
         each scored batch again in the same shape, with its rows in reverse order, and in each row
@@ -131,11 +130,11 @@ class Judge(Worker):
         for start, stop in text.spans:
             for begin in range(start, stop, width):
                 windows.append((begin, min(begin + width, stop)))
-        size = max(1, min(ROWS, FLOATS // (width * self.side.vocab_size)))  # of a batch
+        size = max(1, min(MAX_ROWS, MAX_BATCH_LOGITS // (width * self.side.vocab_size)))  # in rows
         times = min(times, math.ceil((width - 1) / len(windows)))
         cuts = np.linspace(1, width - 1, times * len(windows)).astype(int)
         cuts = cuts.reshape(times, len(windows))
-        total = count = 0
+        total_nats = count = 0
         fault = None
         for first in range(0, len(windows), size):
             starts, stops = np.array(windows[first : first + size]).T[:, :, None]  # [B, 1] each
@@ -143,22 +142,22 @@ class Judge(Worker):
             is_scored = positions < stops
             positions = np.minimum(positions, len(text.tokens) - 2)
             rows = text.tokens[positions]
-            found = log_softmax(self.logits(rows))
+            log_probs = log_softmax(self.logits(rows))
             targets = text.tokens[positions + 1].astype(int)[:, :, None]
-            gains = np.take_along_axis(found, targets, axis=-1)
-            total -= gains[is_scored].sum(dtype=float)
+            target_log_probs = np.take_along_axis(log_probs, targets, axis=-1)
+            total_nats -= target_log_probs[is_scored].sum(dtype=float)
             count += is_scored.sum()
-            for own in cuts[:, first : first + size]:
-                fault = fault or self.ask_again(rows, np.maximum(found, LOWEST), own)
-        return total / count, fault
+            for batch_cuts in cuts[:, first : first + size]:
+                fault = fault or self.ask_again(rows, log_probs.clip(MIN_LOG_PROB), batch_cuts)
+        return total_nats / count, fault
 
-    def check_evaluation(self, valid, own):
+    def check_evaluation(self, valid, recorded):
         """What is wrong if the run itself has found another loss than the judge, or None.
 
-        own: (number of tokens from the start of the text, their loss).
+        recorded: (number of tokens from the start of the text, their loss).
         """
-        count, loss = own
-        judged = self.score(valid._replace(spans=[(0, count)]))
+        count, loss = recorded
+        judged = self.mean_loss(valid._replace(spans=[(0, max(1, count))]))
         if abs(loss - judged) > self.tolerance * max(1, judged):
             return (
                 f"the run's own loss, {loss:.4f} for {count:,} tokens, is not the judge's, "
@@ -189,8 +188,8 @@ class Judge(Worker):
 
     def has_moved(self, rows, expected):
         """Where predictions for rows [B, L], in reverse order, differ from `expected`, [B, L]."""
-        found = np.maximum(log_softmax(self.logits(rows[::-1])), LOWEST)[::-1]
-        return np.abs(found - expected).max(axis=-1) > self.tolerance
+        log_probs = log_softmax(self.logits(rows[::-1])).clip(MIN_LOG_PROB)[::-1]
+        return np.abs(log_probs - expected).max(axis=-1) > self.tolerance
 
 
 def log_softmax(logits):

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from datasets import RunError, UsageError, explain_errors, open_no_follow
-from extras.versus.sequential import SCREEN
+from extras.versus.sequential import SCREEN_BOUNDS
 
 NAME = "comparisons.jsonl"
 
@@ -22,24 +22,24 @@ def read_results(path):
     return [*reversed(results.values())]
 
 
-def begin_look(described, results, again=False):
-    """A comparison with the number of its look, {name: value}.
+def begin_entry(described, results, again=False):
+    """The entry of a comparison with the number of its look, {name: value}.
 
     described: see Comparison.describe. Looks are counted by baseline: another edit, other seeds or
     more pairs are the next. A repeated command is the same, unless `again` is set and it has ended.
-    The look has the first of its `fresh` seeds, by which no comparison before it has judged.
+    It has the first of its `fresh` seeds, by which no comparison before it has judged.
     """
     asked = [described["comparison"], described["asked"]]
-    fresh = described["asked"]["seed"] + max(SCREEN)
-    look = 1
+    fresh = described["asked"]["seed"] + max(SCREEN_BOUNDS)
+    look_number = 1
     for each in reversed(results):
         is_same = [each["comparison"], each["asked"]] == asked
         if is_same and not (again and each["outcome"]):
             return described | {name: each[name] for name in ("look", "fresh")}
         if each["baseline"] == described["baseline"]:
-            look += each["outcome"] not in ("same", "alike")
+            look_number += each["outcome"] not in ("same", "alike")
         fresh = max([fresh, *[seed + 1 for seed in each["seeds"]]])
-    return described | {"look": look, "fresh": fresh}
+    return described | {"look": look_number, "fresh": fresh}
 
 
 def record(path, result):

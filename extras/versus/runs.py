@@ -1,7 +1,6 @@
 """The runs of a comparison: trains both sides with the same seeds, and has them judged."""
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -21,36 +20,36 @@ from datasets import RunError, UsageError, digest_of, flock, hash_of_file, open_
 from extras.common.limits import count_cores
 from extras.versus import ledger
 from extras.versus.judge import DIVERGED, Judge, read_texts
-from extras.versus.sequential import Outcome
-from extras.versus.sides import WORKER, SideError, failure, git, identify, install, is_flags
-from extras.versus.sides import make_side, twice
+from extras.versus.sequential import RunScore
+from extras.versus.sides import WORKER, SideError, git, identify, install, is_flags, make_side
+from extras.versus.sides import process_error, retry_once
 
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
 # Flags of runs: one checkpoint is kept, and nothing sampled.
-OF_RUNS = ["--keep=1", f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
-TUNED = 2  # seeds by which --tune chooses
-# A run counts as endless if, by the clock, it takes more than GRACE seconds and ENDLESS times the
+RUN_FLAGS = ["--keep=1", f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
+NUM_TUNING_SEEDS = 2  # seeds by which --tune chooses
+# A run is endless if, by the clock, it takes more than GRACE seconds plus ENDLESS times the
 # processor time of the longest run that has ended: machines may be busy.
 ENDLESS = 30
 GRACE = 600
-SAVED = 12  # bytes of a checkpoint per parameter: one float32, and two in the optimizer
+BYTES_PER_PARAMETER = 12  # of a checkpoint: one float32, and two in the optimizer
 
 
 class Comparison:
     """Two Sides and their runs; those of one side differ only in their seeds."""
 
-    def __init__(self, options, common, own=((), ())):
-        """options, common: see read_arguments; own: further flags of each side."""
+    def __init__(self, options, common, own_flags=((), ())):
+        """options, common: see read_arguments; own_flags: more, of each side."""
         self.options = options
         self.common = common
-        self.tuned = None  # or a condition of the verdict: the values that --tune has chosen
+        self.tuning_note = None  # or a condition of the verdict: the values that --tune has chosen
         with tempfile.TemporaryDirectory() as temporary:
             temporary = os.path.realpath(temporary)
-            before = make_side(options.before, [*common, *own[0]], Path(temporary, "0"))
-            after = make_side(options.after, [*common, *own[1]], Path(temporary, "1"))
+            before = make_side(options.before, [*common, *own_flags[0]], Path(temporary, "0"))
+            after = make_side(options.after, [*common, *own_flags[1]], Path(temporary, "1"))
             compared = ["diff", "--no-index", "--no-color", "--no-ext-diff", "0", "1"]
             self.patch = git("-C", temporary, *compared).decode(errors="replace")
-            sides = (before, after)
+            sides = before, after
             check_models(sides)
             is_same = before.tokenizer == after.tokenizer
             self.unit = "nats/token" if is_same else "bits per byte"
@@ -58,32 +57,34 @@ class Comparison:
             self.first_seed = before.flags["seed"] if options.seeds is None else options.seeds
             self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
             is_alone = self.on_gpu or sys.platform == "darwin"
-            self.shares = share_cores(options.jobs or (1 if is_alone else 4))
+            self.core_shares = share_cores(options.jobs or (1 if is_alone else 4))
             # A function that either side has edited runs without its fast version on both: else
             # they would differ in rounding, too.
-            self.plain = ",".join(sorted({*before.edited, *after.edited}))
-            self.environment = os.environ | {"PLAIN_FUNCTIONS": self.plain}
+            plain = {*before.edited_functions, *after.edited_functions}
+            self.plain_functions = ",".join(sorted(plain))
+            self.environment = os.environ | {"PLAIN_FUNCTIONS": self.plain_functions}
             # Whatever the number of steps, the baseline is the same.
-            self.baseline = identify(before._replace(shape=before.shape | {"num_iters": None}))
+            identity = before.identity | {"num_iters": None}
+            self.baseline = identify(before._replace(identity=identity))
             folder = Path(before.flags["save_dir"], "versus").absolute()
             self.ledger = folder / ledger.NAME
             self.sides = []
             for side, valid, test in zip(sides, *texts):
-                words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", *OF_RUNS]
-                id = identify(side, side.versions, self.plain)
+                words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", *RUN_FLAGS]
+                side_id = identify(side, side.versions, self.plain_functions)
                 # The number of cores decides how sums are rounded.
-                path = folder / f"{id}.{len(self.shares[0])}"
+                path = folder / f"{side_id}.{len(self.core_shares[0])}"
                 side = side._replace(words=words, valid=valid, test=test)
                 self.sides.append(install(side, path))
-        self.times = []  # of finished runs, in seconds
+        self.run_seconds = []  # of finished runs
 
-    def pairs(self, seeds):
-        """Yields each seed with the Outcomes of both sides.
+    def train_pairs(self, seeds):
+        """Yields each seed with the RunScores of both sides.
 
         Each share of the cores trains a run at a time. Closing the generator stops the runs that
         still train.
         """
-        shares = [*self.shares]
+        shares = [*self.core_shares]
 
         def take_share():  # of a thread, for the processes that it starts
             share = shares.pop()
@@ -93,27 +94,29 @@ class Comparison:
         self.is_stopped = False
         pool = ThreadPoolExecutor(len(shares), initializer=take_share)
         try:
-            pairs = [[pool.submit(self.run, side, seed) for side in self.sides] for seed in seeds]
+            pairs = [
+                [pool.submit(self.run_locked, side, seed) for side in self.sides] for seed in seeds
+            ]
             for seed, (before, after) in zip(seeds, pairs):
                 yield seed, before.result(), after.result()
         finally:
             self.is_stopped = True
             pool.shutdown(cancel_futures=True)
 
-    def run(self, side, seed):
-        """Trains a run to its end and has it judged; returns the Outcome."""
+    def run_locked(self, side, seed):
+        """Trains a run to its end and has it judged; returns the RunScore."""
         # Another comparison may train the same run. The run inherits this lock, and keeps it if
         # only this program is killed.
         path = side.folder / f"output-{seed}.txt"
         with open(path, "a+", errors="replace", opener=open_no_follow) as output:
             while not self.is_stopped:
                 with contextlib.suppress(BlockingIOError):
-                    flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    flock(output, wait=False)
                     break
                 time.sleep(0.2)
-            return twice(self.outcome, side, seed, output)
+            return retry_once(self.train_and_judge, side, seed, output)
 
-    def outcome(self, side, seed, output):
+    def train_and_judge(self, side, seed, output):
         """Trains a run, unless it has ended, and judges it; output: the file for what it prints."""
         if self.is_stopped:
             raise RunError("stopped")
@@ -126,17 +129,17 @@ class Comparison:
             record = newest_record(side.folder, seed)
             if status or not record:
                 output.seek(0)
-                error = failure(side.name, status, output.read())
+                error = process_error(side.name, status, output.read())
                 if "is not finite" in str(error) and not self.options.same:
-                    return Outcome(fault=DIVERGED)
+                    return RunScore(fault=DIVERGED)
                 raise error
             if is_new:  # all of the run was measured
                 path.write_text(json.dumps(seconds))
-        if record["tokens_sha256"] != side.texts:
+        if record["tokens_sha256"] != side.tokens_sha256:
             fault = "has changed meanwhile: repeat, or name a --test_text that is no part of it"
             raise UsageError(f"the text of {side.name} {fault}")
         if self.options.same:  # only the weights count
-            return Outcome(record["id"])
+            return RunScore(record["id"])
         *scores, fault = self.judge(side, record)
         steps, expected = record["iteration"], side.flags["num_iters"]
         if steps != expected:
@@ -144,8 +147,8 @@ class Comparison:
         seconds = math.nan
         if path.exists():
             seconds = json.loads(path.read_text())
-            self.times.append(seconds)
-        return Outcome(record["id"], *scores, fault, record["tokens_seen"], seconds)
+            self.run_seconds.append(seconds)
+        return RunScore(record["id"], *scores, fault, record["tokens_seen"], seconds)
 
     def describe(self):
         """What was compared, {name: value}, for a result in the ledger."""
@@ -170,15 +173,15 @@ class Comparison:
             "steps": [side.flags["num_iters"] for side in self.sides],
             "versions": [before.versions, after.versions],
             "patch": self.patch,
-            "tuned": self.tuned,
+            "tuned": self.tuning_note,
         }
 
     def train(self, side, seed, output):
         """Starts or resumes a run and waits for it; returns its exit status and time in seconds.
 
-        That is the process's processor time, which other programs do not prolong; on a GPU, time by
-        the clock. Raises SideError if it takes far longer than those that have ended, RunError if
-        the disk is full.
+        The time is the processor's, which other programs do not prolong; on a GPU, the clock's.
+        Raises SideError if it takes far longer than those that have ended, RunError if the disk is
+        full.
         """
         words = [*side.words, f"--seed={seed}", f"--save_dir={side.folder}"]
         began = time.monotonic()
@@ -196,9 +199,9 @@ class Comparison:
             if pid:
                 break
             elapsed = time.monotonic() - began
-            if elapsed > GRACE + ENDLESS * max(self.times, default=math.inf):
+            if elapsed > GRACE + ENDLESS * max(self.run_seconds, default=math.inf):
                 error = SideError(f"{side.name} cannot run: it does not end")
-            if shutil.disk_usage(side.folder).free < SAVED * side.parameters:
+            if shutil.disk_usage(side.folder).free < BYTES_PER_PARAMETER * side.num_parameters:
                 error = RunError(f"no space is left for {side.folder}: make some, and repeat")
             if self.is_stopped:
                 error = RunError("stopped")
@@ -213,32 +216,32 @@ class Comparison:
         return process.returncode, usage.ru_utime + usage.ru_stime
 
     def judge(self, side, record):
-        """The scores of a checkpoint on both texts, and what is wrong with them, see Outcome.
+        """The scores of a checkpoint on both texts, and what is wrong with them, see RunScore.
 
         Keeps them in a file in the side's folder.
         """
         asked = [text and text[1:] for text in (side.valid, side.test)]  # all but the tokens
         code = [hash_of_file(WORKER.with_name(name)) for name in ("judge.py", "worker.py")]
-        digest = digest_of([record["id"], side.texts, asked, code])
+        digest = digest_of([record["id"], side.tokens_sha256, asked, code])
         path = side.folder / f"judged-{digest}.json"
         with contextlib.suppress(OSError, ValueError):
             return json.loads(path.read_text("utf-8"))
         with Judge(side, record["path"], self.environment) as judge:
-            judged = judge.examine_run(side.valid, side.test, own_score(record, side.valid))
+            recorded = recorded_evaluation(record, side.valid)
+            judged = judge.examine_run(side.valid, side.test, recorded)
         path.write_text(json.dumps(judged), "utf-8")
         return judged
 
 
-def own_score(record, valid):
+def recorded_evaluation(record, valid):
     """How many tokens a run has scored at its end, and their loss."""
     evaluations = record.get("evaluations", record.get("scores"))  # its name in older commits
-    *_, last = evaluations or [[0, math.inf]]
-    _, loss, *count = last
+    _, loss, *count = evaluations[-1] if evaluations else (0, math.inf)
     # Older commits did not record the count.
     return count[0] if count else min(OWN_TOKENS, len(valid.tokens) - 1), loss
 
 
-def tuned(options, common):
+def tune(options, common):
     """The Comparison of both sides, each with its best value of --tune.
 
     The first seeds choose the values; the Comparison begins after them.
@@ -248,9 +251,9 @@ def tuned(options, common):
     means = []  # [2] for each value
     for value in values:
         comparison = Comparison(options, [*common, f"--{flag}={value}"])
-        end = comparison.first_seed + TUNED
+        end = comparison.first_seed + NUM_TUNING_SEEDS
         losses = []
-        for _, *pair in comparison.pairs(range(comparison.first_seed, end)):
+        for _, *pair in comparison.train_pairs(range(comparison.first_seed, end)):
             losses.append([math.inf if each.fault else each.score for each in pair])
         before, after = np.mean(losses, axis=0)
         means.append([before, after])
@@ -260,7 +263,7 @@ def tuned(options, common):
     comparison = Comparison(options, common, [[f"--{flag}={value}"] for value in chosen])
     is_at_edge = {*chosen} & {values[0], values[-1]}
     edge = " (at the edge of the list: give more)" if is_at_edge else ""
-    comparison.tuned = f"each at its best {flag}: {chosen[0]} before, {chosen[1]} after{edge}"
+    comparison.tuning_note = f"each at its best {flag}: {chosen[0]} before, {chosen[1]} after{edge}"
     return comparison
 
 
@@ -282,7 +285,7 @@ def check_models(sides):
     for side in sides:
         for name, path in side.files.items():
             learned = name.endswith(".metadata") and read_record(path)["tokens_sha256"]["train"]
-            if learned == side.texts["valid"]:
+            if learned == side.tokens_sha256["valid"]:
                 fault = "was trained on the validation text: name another, or another --valid_text"
                 raise UsageError(f"{side.name}: the model in {name.partition('/')[0]} {fault}")
 

@@ -7,27 +7,27 @@ from typing import NamedTuple
 import numpy as np
 
 # {pairs after which a race looks: the |t| beyond which a difference counts}. A group-sequential
-# test with nearly the same level at each look, as Pocock's (1977), for t. In all, 5 % of edits
+# test like Pocock's (1977), for t, with levels of 1.2 to 1.9 % at each look. In all, 5 % of edits
 # without effect are called helpful or harmful if differences are normal (simulate_verdicts.py). An
 # interval of this width is a repeated confidence interval (Jennison and Turnbull 1989).
-RACE = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
+RACE_BOUNDS = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
 # Times half an interval: the difference that is found four times in five, if differences are normal
 # (by simulation, 1.35 to 1.40 in a race, 1.43 to 1.45 with --pairs).
 DETECTABLE = 1.4
-FUTILITY_BOUND = 0.7  # from six pairs on, a race ends if |t| is below it
+FUTILITY_BOUND = 0.7  # from six pairs on, a race without --margin ends if |t| is below it
 # The same of --gate on seeds that were used before, where t has to be below minus that; see
 # tests/nightly/simulate_verdicts.py.
-SCREEN = {2: 0, 6: 1.8}
+SCREEN_BOUNDS = {2: 0, 6: 1.8}
 
 
-class Outcome(NamedTuple):
+class RunScore(NamedTuple):
     """What is compared of a run."""
 
     id: str | None = None  # of its last checkpoint, if there is one
     score: float = math.nan  # the loss on validation text
     test_score: float = math.nan  # the loss on test text, if there is one
     fault: str | None = None  # DIVERGED, or what is wrong with the score, see Judge
-    read: int | None = None  # tokens, in training
+    tokens_seen: int | None = None  # in training
     seconds: float = math.nan  # see Comparison.train; nan if those of a part are unknown
 
 
@@ -40,60 +40,59 @@ def t_quantile(pairs):
     return math.sqrt(pairs - 1) * math.tan(np.interp(0.95 * below[-1], below, angles))
 
 
-def interval(values, quantile=None):
+def confidence_interval(values, critical_value=None):
     """The mean of values [pairs], the ends of its interval, and its t statistic.
 
-    quantile: of t, for the interval's width; by default that of 95 %.
+    critical_value: of t, for the interval's width; by default that of 95 %.
     """
     mean = values.mean()
-    error = values.std(ddof=1) / math.sqrt(len(values))
-    half = (quantile or t_quantile(len(values))) * error
-    t = mean / (error or 1e-300)  # huge if all values are the same
-    return mean, mean - half, mean + half, t
+    standard_error = values.std(ddof=1) / math.sqrt(len(values))
+    half_width = (critical_value or t_quantile(len(values))) * standard_error
+    t = mean / (standard_error or 1e-300)  # huge if all values are the same
+    return mean, mean - half_width, mean + half_width, t
 
 
-def column(pairs, name):
-    """A field of all Outcomes, [2, pairs]."""
-    return np.array([[getattr(outcome, name) for outcome in pair] for pair in pairs]).T
+def field_values(pairs, name):
+    """A field of all RunScores, [2, pairs]."""
+    return np.array([[getattr(run_score, name) for run_score in pair] for pair in pairs]).T
 
 
-def changes(pairs, name="score"):
+def paired_differences(pairs, name="score"):
     """How a field changes in each pair, after minus before, [pairs]."""
-    before, after = column(pairs, name)
+    before, after = field_values(pairs, name)
     return after - before
 
 
-def without_change(pairs):
+def unchanged_outcome(pairs):
     """The outcome if no loss has changed: "same", or "alike" if weights have (unused ones)."""
     return "same" if all(before.id == after.id for before, after in pairs) else "alike"
 
 
-def decide(looks, margin, pairs):
+def decide(bounds, margin, pairs):
     """The outcome after these pairs, a key of VERDICTS; None: more are needed.
 
-    looks: SCREEN, or like RACE; margin: see --margin.
+    bounds: SCREEN_BOUNDS, or like RACE_BOUNDS; margin: see --margin.
     """
-    if len(pairs) not in looks:
+    if len(pairs) not in bounds:
         return None
-    quantile = looks[len(pairs)]
-    is_last = len(pairs) == max(looks)
-    differences = changes(pairs)
+    critical_value = bounds[len(pairs)]
+    is_last = len(pairs) == max(bounds)
+    differences = paired_differences(pairs)
     if not differences.any():
-        return without_change(pairs)
-    if looks is SCREEN:
-        *_, t = interval(differences - (margin or 0))
-        if t >= -quantile:
+        return unchanged_outcome(pairs)
+    if bounds is SCREEN_BOUNDS:
+        *_, t = confidence_interval(differences - (margin or 0))
+        if t >= -critical_value:
             return "not better"
         return "promising" if is_last else None
-    _, low, high, t = interval(differences, quantile)
-    if t > quantile:
+    _, low, high, t = confidence_interval(differences, critical_value)
+    if t > critical_value:
         return "hurt"
-    if t < -quantile:
-        test = changes(pairs, "test_score")
-        is_better_there = interval(test, quantile)[3] < -quantile
-        # Clearly less than on validation text.
-        is_less_there = interval(differences - test)[3] < -quantile
-        if is_less_there:
+    if t < -critical_value:
+        test = paired_differences(pairs, "test_score")
+        is_better_there = confidence_interval(test, critical_value)[3] < -critical_value
+        # Is it clearly less there than on validation text?
+        if confidence_interval(differences - test)[3] < -critical_value:
             return "partly" if is_better_there else "valid only"
         return "helped"
     if margin is not None:
@@ -106,11 +105,14 @@ def decide(looks, margin, pairs):
     return "none" if is_last else None
 
 
-def measure(pairs, quantile=None):
-    """What a result says of pairs of Outcomes, {name: number}; quantile: see `interval`."""
-    before, after = scores = column(pairs, "score")
+def summarize(pairs, critical_value=None):
+    """What a result says of pairs of RunScores, {name: number}.
+
+    critical_value: see confidence_interval.
+    """
+    before, after = scores = field_values(pairs, "score")
     differences = after - before
-    mean, low, high, _ = interval(differences, quantile)
+    mean, low, high, _ = confidence_interval(differences, critical_value)
     numbers = {
         "difference": mean,
         "low": low,
@@ -121,16 +123,16 @@ def measure(pairs, quantile=None):
         "scores_after": after.tolist(),
         "outlier": find_outlier(differences),
     }
-    test_difference = changes(pairs, "test_score").mean()
+    test_difference = paired_differences(pairs, "test_score").mean()
     if math.isfinite(test_difference):  # there is a test text
         numbers["test_difference"] = test_difference
     if scores.std(axis=1).all():
         numbers["correlation"] = np.corrcoef(scores)[0, 1]
-    before, after = column(pairs, "seconds")
+    before, after = field_values(pairs, "seconds")
     ratios = after / before
     ratios = ratios[np.isfinite(ratios)]
     if len(ratios) > 1:
-        numbers |= zip(("time", "time_low", "time_high"), interval(ratios))
+        numbers |= zip(("time", "time_low", "time_high"), confidence_interval(ratios))
     return numbers
 
 

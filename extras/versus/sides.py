@@ -21,10 +21,10 @@ WORKER = Path(__file__).with_name("worker.py")
 HERE = Path(os.path.abspath(__file__)).parents[2]  # not resolved: extras/ may be a link
 
 # Paths of tests, hidden files, pages, and what programs leave: they do not decide how a run ends.
-IDLE = r"tests/|(.*/)?\.|.*(\.(md|rst|ipynb|svg|png|jpg|pdf|pyc|log|out)|~)$"
-LARGE = 1 << 20  # bytes; a larger file is linked instead of copied
-MOST = 20 << 20  # bytes that are copied in all; further files are linked
-LONGEST = 3600  # seconds that a side has for its texts and a first step, or for being judged
+IGNORED_FILES = r"tests/|(.*/)?\.|.*(\.(md|rst|ipynb|svg|png|jpg|pdf|pyc|log|out)|~)$"
+MAX_COPIED_FILE_BYTES = 1 << 20  # a larger file is linked instead of copied
+MAX_COPIED_BYTES = 20 << 20  # in all; further files are linked
+TIMEOUT_SECONDS = 3600  # that a side has for its texts and a first step, or for being judged
 
 
 class Side(NamedTuple):
@@ -34,16 +34,16 @@ class Side(NamedTuple):
     folder: Path  # a copy of its files
     words: list  # its flags as a command line, with models by their ids
     flags: dict  # the values of all flags, as its main.py resolves them
-    shape: dict  # the values of those that decide how a run ends, and the ids of its models
-    edited: list  # functions of its main.py that differ from their fast version
+    identity: dict  # the values of those that decide how a run ends, and the ids of its models
+    edited_functions: list  # its main.py's functions edited since fast.py was written
     linked: list  # its files that were too large for a copy
     files: dict  # of checkpoints that its flags name, {path in its folder: original path}
-    sources: dict  # its files but pages and tests, {path in its folder: what counts of it}
+    code_words: dict  # its files but pages and tests, {path in its folder: what counts of it}
     versions: dict  # what its last bits depend on: libraries, device and the like
-    parameters: int  # of its model
+    num_parameters: int  # of its model
     vocab_size: int
     context_size: int
-    texts: dict  # {split: the SHA256 of its tokens and tokenizer}
+    tokens_sha256: dict  # {split: the SHA256 of its tokens and tokenizer}
     tokenizer: dict  # its to_dict()
     valid: tuple | None = None  # the Text on which it is scored, see judge.py
     test: tuple | None = None  # another, if there is one
@@ -53,31 +53,31 @@ class SideError(RunError):
     """A side cannot run, through its own fault, not the machine's; its name comes first."""
 
 
-class Died(SideError):
+class KilledError(SideError):
     """A signal or a lack of memory has ended a process of a side; perhaps the machine did it."""
 
 
-def twice(function, *arguments):
-    """What a function returns; if it raises Died, it runs again."""
+def retry_once(function, *arguments):
+    """What a function returns; if it raises KilledError, it runs again."""
     try:
         return function(*arguments)
-    except Died:
+    except KilledError:
         return function(*arguments)
 
 
-def failure(name, status, output):
+def process_error(name, status, output):
     """The exception for a failed process of a side; name: the side's.
 
     Its message has the last line of `output` and the place to which a traceback there points.
     """
     if status < 0:
-        return Died(f"{name} cannot run: ended by {signal.Signals(-status).name}")
+        return KilledError(f"{name} cannot run: ended by {signal.Signals(-status).name}")
     line = one_line(output.strip().rpartition("\n")[2]) or f"exit status {status}"
     for file, place in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
         line += f" ({file}, line {place})"
     line = f"{name} cannot run: {line}"
     if re.search("MemoryError|out of memory", line):
-        return Died(line)
+        return KilledError(line)
     if status == 2:
         return UsageError(line)
     return RunError(line) if "OSError" in line else SideError(line)
@@ -100,7 +100,7 @@ class Worker:
             stderr=self.messages,
             **options,
         )
-        self.killer = threading.Timer(LONGEST, self.process.kill)
+        self.killer = threading.Timer(TIMEOUT_SECONDS, self.process.kill)
         self.killer.start()
 
     def __enter__(self):
@@ -112,7 +112,7 @@ class Worker:
         self.process.communicate()
         self.messages.close()
 
-    def answer(self, question=b""):
+    def ask(self, question=b""):
         """The next answer, plain data, after a question is written to its stdin."""
         try:
             self.process.stdin.write(question)
@@ -121,7 +121,7 @@ class Worker:
         except (OSError, ValueError):
             self.process.wait()
             self.messages.seek(0)
-            raise failure(self.name, self.process.returncode, self.messages.read()) from None
+            raise process_error(self.name, self.process.returncode, self.messages.read()) from None
 
 
 def is_flags(side):
@@ -142,19 +142,19 @@ def make_side(typed, common, folder):
         copy_commit(typed, folder)
         names = list_files("--others")
     linked = copy_files(names, folder)
-    sources = {}
+    code_words = {}
     for path in sorted(folder.rglob("*")):
         source = str(path.relative_to(folder))
-        if path.is_file() and not re.match(IDLE, source):
-            sources[source] = words_of(path)
-    answer = twice(describe, name, folder, words)
-    return Side(name, folder, sources=sources, linked=linked, **answer)
+        if path.is_file() and not re.match(IGNORED_FILES, source):
+            code_words[source] = words_of_file(path)
+    answer = retry_once(describe, name, folder, words)
+    return Side(name, folder, code_words=code_words, linked=linked, **answer)
 
 
 def describe(name, folder, words):
     """Asks the code of a side for the fields of a Side and more, see worker.py."""
     with Worker(name, folder, "describe", *words) as worker:
-        return worker.answer()
+        return worker.ask()
 
 
 def git(*words):
@@ -178,7 +178,7 @@ def files_without_git():
     return [str(path.relative_to(HERE)) for path in paths if path.is_file()]
 
 
-def words_of(path):
+def words_of_file(path):
     """What counts of a file, a list: of Python code, not layout and comments.
 
     A linked file may be too large to be read each time: it is known by its size and time.
@@ -206,7 +206,7 @@ def copy_files(names, folder):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
         size = path.stat().st_size
-        if path.is_dir() or size > LARGE or total + size > MOST:
+        if path.is_dir() or size > MAX_COPIED_FILE_BYTES or total + size > MAX_COPIED_BYTES:
             target.symlink_to(path)
             linked.append(name)
         else:
@@ -225,7 +225,7 @@ def copy_commit(commit, folder):
 
 def identify(side, *others):
     """A digest of all that decides how the runs of a side end; others: more of it, plain data."""
-    return digest_of([side.shape, side.texts, side.sources, *others])[:12]
+    return digest_of([side.identity, side.tokens_sha256, side.code_words, *others])[:12]
 
 
 def install(side, folder):

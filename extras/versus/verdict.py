@@ -1,6 +1,6 @@
 """A comparison in words: its numbers, and its verdict."""
 
-from extras.versus.sequential import RACE
+from extras.versus.sequential import RACE_BOUNDS
 
 SLOWER = 1.05  # a verdict names a ratio of times that is above it
 
@@ -37,7 +37,7 @@ def describe_numbers(result):
     if pairs > 3 and "correlation" in result:  # of two, it is 1 or -1
         line += f"; correlation of the sides {result['correlation']:.2f}"
     yield line
-    if result["outcome"] in COUNTED and not result["asked"]["pairs"] and pairs < max(RACE):
+    if result["outcome"] in COUNTED and not result["asked"]["pairs"] and pairs < max(RACE_BOUNDS):
         yield "It ended early: the estimate is likely too large."
     if result["outlier"] is not None:
         seed = result["seeds"][result["outlier"]]
@@ -60,13 +60,13 @@ def describe_verdict(result):
     verdict = VERDICTS[outcome].format(**result, pairs=pairs)
     if outcome == "same" and not pairs:
         verdict = "The same code and flags on both sides: nothing is trained"
-    verdict = ", ".join([verdict, *conditions(result)])
+    verdict = ", ".join([verdict, *list_conditions(result)])
     if result["look"] > 1 and outcome in COUNTED:
         verdict += f": look {result['look']}"
     return f"{verdict}."
 
 
-def conditions(result):
+def list_conditions(result):
     """Yields the conditions under which a verdict holds, besides the edit itself."""
     if result["outcome"] == "helped" and "test_difference" not in result:
         yield "on validation text (there was no test text)"
@@ -78,17 +78,15 @@ def conditions(result):
         yield result["tuned"]
 
 
-def unlike(before, after, pairs):
-    """What differs between the runs of two Sides, besides their edit: words for `conditions`."""
-    what = []
+def list_side_differences(before, after, pairs):
+    """Yields what differs between the runs of two Sides besides their edit: more conditions."""
     ratio = after.flags["num_iters"] / before.flags["num_iters"]
     if ratio != 1:
-        what.append(f"{ratio:.3g} times the steps")
+        yield f"{ratio:.3g} times the steps"
     if before.tokenizer != after.tokenizer:  # the same text is read as other tokens
-        return what
-    if before.texts["train"] != after.texts["train"]:
-        what.append("another training text")
-    read = {each.read for pair in pairs for each in pair if each.read}
-    if ratio == 1 and len(read) > 1:
-        what.append("another number of tokens read")
-    return what
+        return
+    if before.tokens_sha256["train"] != after.tokens_sha256["train"]:
+        yield "another training text"
+    tokens_seen = {each.tokens_seen for pair in pairs for each in pair if each.tokens_seen}
+    if ratio == 1 and len(tokens_seen) > 1:
+        yield "another number of tokens read"

@@ -3,8 +3,8 @@
     python worker.py FOLDER describe FLAGS       what these flags mean, and what a run of them needs
     python worker.py FOLDER serve METADATA GPU   logits of a checkpoint, for the tokens on stdin
 
-FOLDER has the side's files, perhaps of an older commit: only what names_for_judge lists of main.py
-is used here. Answers go to stdout; what the side's own code prints goes to stderr.
+FOLDER has the side's files, perhaps of an older commit. Answers go to stdout; what the side's own
+code prints goes to stderr.
 """
 
 import json
@@ -42,33 +42,32 @@ def todays_names(names):
     return Namespace(**names, **renamed)
 
 
-# Commits before names_for_judge have the names in main.py itself.
-SIDE = todays_names(getattr(main, "names_for_judge", lambda: vars(main))())
+MAIN = todays_names(vars(main))
 
 
 def describe(*words):
     """Prepares the text, takes a step, and answers with the fields of Side in sides.py and more."""
-    flags = SIDE.resolve_flags(SIDE.read_command_line([*map(in_copy, words)]))
-    SIDE.use_device(flags.gpu)
-    models, flags, dataset = SIDE.load_inputs(flags)
-    run = SIDE.make_run(flags.save_dir, flags, None, models, dataset, SIDE.SingleProcess())
+    flags = MAIN.resolve_flags(MAIN.read_command_line([*map(in_copy, words)]))
+    MAIN.use_device(flags.gpu)
+    models, flags, dataset = MAIN.load_inputs(flags)
+    run = MAIN.make_run(flags.save_dir, flags, None, models, dataset, MAIN.SingleProcess())
     check_seed(run, flags, dataset)
     # A step compiles what the first run would have to.
-    SIDE.train_step(run, SIDE.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
+    MAIN.train_step(run, MAIN.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
     values = {}
     for name in todays_names(vars(flags)).explicit:
         # Only the judge gets the test text.
-        if name in {*SIDE.RECORDED_FLAGS, "gpu"} - {"test_text", "eval_test"}:
+        if name in {*MAIN.RECORDED_FLAGS, "gpu"} - {"test_text", "eval_test"}:
             values[name] = getattr(flags, name)
     files = {}
     for name, source in models.items():
-        if not SIDE.is_foreign(getattr(flags, name)):
+        if not MAIN.is_foreign(getattr(flags, name)):
             values[name] = source.id  # runs find the model by its id, wherever it is
             for file, path in source.files.items():
                 files[f"{name}/{file}"] = str(path.resolve())
     # Without what other fields hold, and what does not decide how a run ends.
-    names = {*SIDE.RECORDED_FLAGS} - {*SIDE.PATH_FLAGS, "test_text", "seed"}
-    shape = {name: getattr(flags, name) for name in sorted(names)}
+    names = {*MAIN.RECORDED_FLAGS} - {*MAIN.PATH_FLAGS, "test_text", "seed"}
+    identity = {name: getattr(flags, name) for name in sorted(names)}
     for name in ("valid", "test"):
         split = getattr(dataset, name)
         if split:  # a copy, as preparing the other side may rewrite the files that it maps
@@ -76,16 +75,16 @@ def describe(*words):
     data_dir = dataset.folder.absolute().parents[1]
     answer(
         {
-            "words": [*SIDE.arguments_of(values), f"--data_dir={data_dir}"],
+            "words": [*MAIN.arguments_of(values), f"--data_dir={data_dir}"],
             "flags": vars(flags),
-            "shape": shape | todays_names(vars(run)).parents,
-            "edited": SIDE.EDITED_FUNCTIONS,
+            "identity": identity | todays_names(vars(run)).parents,
+            "edited_functions": MAIN.EDITED_FUNCTIONS,
             "files": files,
             "versions": run.versions,
-            "parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
+            "num_parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
             "vocab_size": run.model.config.vocab_size,
             "context_size": run.model.config.context_size,
-            "texts": dataset.sha256,
+            "tokens_sha256": dataset.sha256,
             "tokenizer": dataset.tokenizer.to_dict(),
         }
     )
@@ -101,7 +100,7 @@ def in_copy(word):
 def check_seed(run, flags, dataset):
     """Raises RunError unless another seed gives other first weights and batches than this run's."""
     other = Namespace(**vars(flags) | {"seed": flags.seed + 1})
-    other = SIDE.make_run(flags.save_dir, other, None, {}, dataset, SIDE.SingleProcess())
+    other = MAIN.make_run(flags.save_dir, other, None, {}, dataset, MAIN.SingleProcess())
     drawn = {"order of batches": [each.batches.next() for each in (run, other)]}
     if not todays_names(vars(run)).parents:  # else, the first weights are a model's
         models = (run.model, other.model)
@@ -117,8 +116,8 @@ def serve(metadata, gpu):
 
     Logits are [B, L, V] float32.
     """
-    SIDE.use_device(gpu == "True")
-    model = SIDE.read_checkpoint(Path(metadata)).open().load_model()
+    MAIN.use_device(gpu == "True")
+    model = MAIN.read_checkpoint(Path(metadata)).open().load_model()
     model.train(False)  # for layers with two modes
     for line in sys.stdin:
         logits = np.array(model(mx.array(json.loads(line))).astype(mx.float32))

@@ -53,13 +53,13 @@ def test_scores_are_those_of_main(base, text, kind):
     tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens
     with judge.Judge(side_of(checkpoint), checkpoint.metadata_path, None) as referee:
         valid = whole(tokens)
-        score = referee.score(valid)
+        score = referee.mean_loss(valid)
         assert score == pytest.approx(checkpoint.evaluation.loss, abs=1e-5)
-        own = (len(tokens) - 1, checkpoint.evaluation.loss)
-        assert referee.check_evaluation(valid, own) is None
+        recorded = (len(tokens) - 1, checkpoint.evaluation.loss)
+        assert referee.check_evaluation(valid, recorded) is None
         assert referee.examine(valid) == (score, None)
         count = len(tokens) - 1
-        halves = [referee.score(Text(tokens, [span], 1)) for span in ((0, 40), (40, count))]
+        halves = [referee.mean_loss(Text(tokens, [span], 1)) for span in ((0, 40), (40, count))]
         assert (40 * halves[0] + (count - 40) * halves[1]) / count == pytest.approx(score)
 
 
@@ -79,8 +79,8 @@ def test_layers_with_two_modes(text, tmp_path):
     tokens = load_dataset("text", tmp_path, [text]).valid.tokens
     side = side_of(checkpoint, program.parent)
     with judge.Judge(side, checkpoint.metadata_path, None) as referee:
-        own = (checkpoint.evaluation.num_tokens, checkpoint.evaluation.loss)
-        score, _, fault = referee.examine_run(whole(tokens), None, own)
+        recorded = (checkpoint.evaluation.num_tokens, checkpoint.evaluation.loss)
+        score, _, fault = referee.examine_run(whole(tokens), None, recorded)
     assert 0 < score < 7
     assert fault is None
 
@@ -162,9 +162,9 @@ class FakeJudge(judge.Judge):
     def logits(self, rows):
         return self.model(rows).astype(np.float32)
 
-    def own(self, tokens):
+    def recorded(self, tokens):
         """What its run has scored at its end: the same."""
-        return 1000, self.score(whole(tokens[:1001]))
+        return 1000, self.mean_loss(whole(tokens[:1001]))
 
 
 def hiding(model, value):
@@ -227,7 +227,7 @@ def test_of_a_long_context_places_all_over_it_are_tried():
 def test_a_loss_far_above_that_of_an_untrained_model(table, is_diverged):
     tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
     referee = FakeJudge(lambda rows: table[rows])
-    _, score, fault = referee.examine_run(whole(tokens), None, referee.own(tokens))
+    _, score, fault = referee.examine_run(whole(tokens), None, referee.recorded(tokens))
     assert (fault == judge.DIVERGED) == is_diverged
     assert math.isnan(score), "there is no test text"
 
@@ -236,20 +236,23 @@ def test_a_test_text_with_what_is_never_predicted():
     """An infinite loss there is not passed over."""
     tokens = np.random.default_rng(1).integers(0, V - 1, 30 * WIDTH)
     referee = FakeJudge(hiding(causal, -np.inf))
-    own = referee.own(tokens)
-    assert referee.examine_run(whole(tokens), whole(tokens), own)[2] is None
+    recorded = referee.recorded(tokens)
+    assert referee.examine_run(whole(tokens), whole(tokens), recorded)[2] is None
     test = whole(np.append(tokens, V - 1))
-    *scores, fault = referee.examine_run(whole(tokens), test, own)
+    *scores, fault = referee.examine_run(whole(tokens), test, recorded)
     assert math.isfinite(scores[0]) and math.isinf(scores[1])
     assert fault == judge.DIVERGED
 
 
 def test_a_score_that_the_side_finds_otherwise():
+    """Or of no tokens, or not at all."""
     tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
     referee = FakeJudge(causal)
-    count, loss = referee.own(tokens)
-    *_, fault = referee.examine_run(whole(tokens), None, (count, 0.999 * loss))
-    assert re.match(r"the run's own loss, 3[.]\d+ for 1,000 tokens, is not the judge's", fault)
+    count, loss = referee.recorded(tokens)
+    recorded = [(count, 0.999 * loss), (0, loss), (count, math.inf)]
+    for each, what in zip(recorded, [r"3[.]\d+ for 1,000", r"3[.]\d+ for 0", "inf for 1,000"]):
+        *_, fault = referee.examine_run(whole(tokens), None, each)
+        assert re.match(f"the run's own loss, {what} tokens, is not the judge's", fault)
 
 
 def test_a_side_that_fails_is_named(base):
@@ -257,4 +260,4 @@ def test_a_side_that_fails_is_named(base):
     checkpoint = newest(folder)
     with judge.Judge(side_of(checkpoint), folder / "none.metadata", None) as referee:
         with pytest.raises(RunError, match="mine cannot run: .*none.metadata"):
-            referee.score(whole(np.arange(10)))
+            referee.mean_loss(whole(np.arange(10)))

@@ -19,7 +19,7 @@ from extras.versus import __main__ as versus
 from extras.versus import runs, sides
 from extras.versus.judge import DIVERGED
 from extras.versus.ledger import read_results
-from extras.versus.sequential import Outcome
+from extras.versus.sequential import RunScore
 from extras.versus.verdict import describe_numbers
 
 STEPS = [*TINY[2:], "--num_iters", 24, "--steps_per_eval", 8]
@@ -215,10 +215,10 @@ def test_other_steps_and_texts_from_a_run(project):
     assert result["steps"] == [24, 16]
     assert result["verdict"].endswith(", with another training text.")
     after = ["--text", "more.txt", "--num_iters", 16]
-    for own, more in (("scores_before", []), ("scores_after", after)):
+    for key, more in (("scores_before", []), ("scores_after", after)):
         line = [*STEPS, *common, "--text", "text.txt", "--eval_tokens", 0, *more]
         run(*line, "--save_dir", "runs", cwd=project)
-        assert result[own][0] == pytest.approx(newest(project / "runs").evaluation.loss, abs=1e-5)
+        assert result[key][0] == pytest.approx(newest(project / "runs").evaluation.loss, abs=1e-5)
     for side in result["comparison"].split():
         [path] = project.glob(f"runs/versus/{side}.*/init_from/{base.weights_path.name}")
         assert path.samefile(base.weights_path)
@@ -239,7 +239,7 @@ def test_a_side_is_all_its_files(project):
     for command in (["add", "."], ["commit", "-qm", "b"]):
         subprocess.run([*GIT, *command], cwd=project, check=True)
     (project / "factor.txt").write_text("0.1")
-    (project / "large.bin").write_bytes(bytes(sides.LARGE + 1))
+    (project / "large.bin").write_bytes(bytes(sides.MAX_COPIED_FILE_BYTES + 1))
     out, _ = compare(project, "HEAD", "--pairs", 2, "--json")
     assert "\nLinked, not copied: large.bin\n" in out
     result = last_line(out)
@@ -358,13 +358,13 @@ def side_of(folder, name, code):
     empty = sides.Side(*[None] * (len(sides.Side._fields) - 2))
     return empty._replace(
         name=name,
-        sources={"main.py": code.split()},
+        code_words={"main.py": code.split()},
         folder=folder,
         words=[],
         flags={"num_iters": 300},
         linked=[],
-        parameters=100,
-        texts={"train": "a"},
+        num_parameters=100,
+        tokens_sha256={"train": "a"},
         test=(),
         tokenizer={},
     )
@@ -385,10 +385,10 @@ class Drawn(runs.Comparison):
         ]
         self.baseline = "a baseline"
         self.first_seed = self.options.seeds or 42
-        self.plain = ""
+        self.plain_functions = ""
         self.patch = ""
         self.unit = "nats/token"
-        self.tuned = None
+        self.tuning_note = None
         self.ledger = folder / "comparisons.jsonl"
         self.difference = difference
         self.drawn = []  # seeds
@@ -397,15 +397,15 @@ class Drawn(runs.Comparison):
         """What a thread of the real one would have."""
         self.environment = {}
         self.on_gpu = self.is_stopped = False
-        self.times = [0.01]
+        self.run_seconds = [0.01]
 
-    def pairs(self, seeds):
+    def train_pairs(self, seeds):
         for seed in seeds:
             self.drawn.append(seed)
             found = self.difference(seed)
-            if not isinstance(found, Outcome):
-                found = Outcome(f"after {seed}", 2 + found, 2 + found, seconds=1.0)
-            before = Outcome(f"before {seed}", 2.0, 2.0, read=100, seconds=1.0)
+            if not isinstance(found, RunScore):
+                found = RunScore(f"after {seed}", 2 + found, 2 + found, seconds=1.0)
+            before = RunScore(f"before {seed}", 2.0, 2.0, tokens_seen=100, seconds=1.0)
             yield seed, before, found
 
 
@@ -421,25 +421,25 @@ def on_used_seeds(mean):
 
 def ending(loss, id="after {}", fault=None):
     """Runs that end in this loss on both texts, whatever their seed."""
-    return lambda seed: Outcome(id.format(seed), loss, loss, fault, seconds=1.0)
+    return lambda seed: RunScore(id.format(seed), loss, loss, fault, seconds=1.0)
 
 
 def more_tokens(seed):
     """A gain of a run that reads twice as many."""
     loss = 1.95 + noisy(0)(seed)
-    return Outcome(f"after {seed}", loss, loss, read=200, seconds=1.0)
+    return RunScore(f"after {seed}", loss, loss, tokens_seen=200, seconds=1.0)
 
 
 def slower(seed):
     """A gain of a run that takes longer."""
     found = 2 + noisy(-0.05)(seed)
-    return Outcome(f"after {seed}", found, found, seconds=1.2)
+    return RunScore(f"after {seed}", found, found, seconds=1.2)
 
 
 def untimed(seed):
     """A gain whose runs were stopped and resumed."""
     found = 2 + noisy(-0.05)(seed)
-    return Outcome(f"after {seed}", found, found)
+    return RunScore(f"after {seed}", found, found)
 
 
 SAME = ending(2.0, "before {}")
@@ -489,7 +489,7 @@ def test_looks_are_counted(tmp_path, capsys):
     """Each is another chance to look good, whatever it asks for; the same one is none."""
 
     def verdict(difference, *arguments, code="x = 2"):
-        versus.print_comparison(Drawn(tmp_path, difference, *arguments, code=code))
+        versus.run_comparison(Drawn(tmp_path, difference, *arguments, code=code))
         return capsys.readouterr().out.splitlines()[-1]
 
     assert verdict(SAME) == "No effect, proved: the same weights, for these flags and seeds."
@@ -519,7 +519,7 @@ def test_a_gate_goes_on_with_its_fresh_seeds(tmp_path, capsys):
     """Though another comparison has had seeds in the meantime."""
     with pytest.raises(RuntimeError):
         versus.keep_or_drop(Drawn(tmp_path, stopping_at(49), "--gate"))
-    versus.print_comparison(Drawn(tmp_path, noisy(0), "--seeds", 60, code="x = 3"))
+    versus.run_comparison(Drawn(tmp_path, noisy(0), "--seeds", 60, code="x = 3"))
     again = Drawn(tmp_path, noisy(-0.05), "--gate")
     assert versus.keep_or_drop(again) == 0
     assert again.drawn == [*range(42, 48), *range(48, 52)]
@@ -539,7 +539,7 @@ def test_a_run_that_dies(code, reason, tmp_path, monkeypatch):
     comparison = Drawn(tmp_path, None, code=code)
     comparison.start()
     with pytest.raises(sides.SideError, match=reason):
-        comparison.run(comparison.sides[1], 42)
+        comparison.run_locked(comparison.sides[1], 42)
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
@@ -547,15 +547,15 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1199))
     comparison.start()
     with pytest.raises(RunError, match="^no space is left for ") as caught:
-        comparison.run(comparison.sides[1], 42)
+        comparison.run_locked(comparison.sides[1], 42)
     assert not isinstance(caught.value, sides.SideError)
 
 
 def test_an_outlier_is_named(tmp_path, capsys):
     """As the test is for normal differences."""
-    versus.print_comparison(Drawn(tmp_path, lambda seed: noisy(0)(seed) + (seed == 45)))
+    versus.run_comparison(Drawn(tmp_path, lambda seed: noisy(0)(seed) + (seed == 45)))
     assert "\nSeed 45 is an outlier: " in capsys.readouterr().out
-    versus.print_comparison(Drawn(tmp_path / "other", noisy(-0.05)))
+    versus.run_comparison(Drawn(tmp_path / "other", noisy(-0.05)))
     out = capsys.readouterr().out
     assert "outlier" not in out
     assert "\nIt ended early: the estimate is likely too large.\n" in out
@@ -564,25 +564,25 @@ def test_an_outlier_is_named(tmp_path, capsys):
 class Doubling:
     """A comparison of an edit that doubles the rate: the best one is 0.2, and 0.8 diverges."""
 
-    def __init__(self, options, common, own=((), ())):
+    def __init__(self, options, common, own_flags=((), ())):
         self.first_seed = options.seeds or 42
-        before, after = [float([*common, *words][-1].partition("=")[2]) for words in own]
+        before, after = [float([*common, *words][-1].partition("=")[2]) for words in own_flags]
         self.rates = before, 2 * after
 
-    def pairs(self, seeds):
+    def train_pairs(self, seeds):
         self.seeds = [*seeds]
         for seed in seeds:
-            ends = [Outcome(score=abs(rate - 0.2)) for rate in self.rates]
-            yield seed, *[Outcome(fault=DIVERGED) if end.score > 0.5 else end for end in ends]
+            ends = [RunScore(score=abs(rate - 0.2)) for rate in self.rates]
+            yield seed, *[RunScore(fault=DIVERGED) if end.score > 0.5 else end for end in ends]
 
 
 def test_each_side_at_its_best(monkeypatch, capsys):
     monkeypatch.setattr(runs, "Comparison", Doubling)
     line = ["HEAD", "--tune", "learning_rate=0.1,0.2,0.4", "--", "--dim", "8"]
-    best = runs.tuned(*versus.read_arguments(line))
+    best = runs.tune(*versus.read_arguments(line))
     assert best.rates == (0.2, 0.2)
     chosen = "each at its best learning_rate: 0.2 before, 0.1 after"
-    assert best.tuned == f"{chosen} (at the edge of the list: give more)"
+    assert best.tuning_note == f"{chosen} (at the edge of the list: give more)"
     assert best.first_seed == 44, "other seeds than it was chosen by"
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "--learning_rate 0.4: before 0.2000, after inf"
@@ -590,47 +590,48 @@ def test_each_side_at_its_best(monkeypatch, capsys):
 
 def test_a_tuned_verdict_names_the_values(tmp_path, capsys):
     comparison = Drawn(tmp_path, noisy(-0.05))
-    comparison.tuned = "each at its best dropout: 0 before, 0.1 after"
-    versus.print_comparison(comparison)
-    assert capsys.readouterr().out.endswith(f"\nHelped, {comparison.tuned}.\n")
+    comparison.tuning_note = "each at its best dropout: 0 before, 0.1 after"
+    versus.run_comparison(comparison)
+    assert capsys.readouterr().out.endswith(f"\nHelped, {comparison.tuning_note}.\n")
 
 
 def test_a_side_before_that_fails_keeps_nothing(tmp_path):
     comparison = Drawn(tmp_path, None, "--gate")
-    diverged = Outcome("before", np.inf, fault=DIVERGED)
-    comparison.pairs = lambda seeds: ((seed, diverged, Outcome("after", 2.0)) for seed in seeds)
+    diverged = RunScore("before", np.inf, fault=DIVERGED)
+    pair = diverged, RunScore("after", 2.0)
+    comparison.train_pairs = lambda seeds: ((seed, *pair) for seed in seeds)
     assert versus.keep_or_drop(comparison) == 125
 
 
 def test_the_same_weights(tmp_path, capsys):
-    assert versus.print_sameness(Drawn(tmp_path, SAME, "--same")) == 0
+    assert versus.check_sameness(Drawn(tmp_path, SAME, "--same")) == 0
     assert capsys.readouterr().out.startswith("The same weights after 20 steps")
 
 
 def better_on_one_text(seed):
     """As with weights that were trained on validation text."""
-    return Outcome(f"after {seed}", 1.9 + noisy(0)(seed), 2 + noisy(0)(seed))
+    return RunScore(f"after {seed}", 1.9 + noisy(0)(seed), 2 + noisy(0)(seed))
 
 
 def better_on_both(seed):
     """As with a gain, and weights that have seen the validation text."""
-    return Outcome(f"after {seed}", 1.5 + noisy(0)(seed), 1.8 + noisy(0)(seed))
+    return RunScore(f"after {seed}", 1.5 + noisy(0)(seed), 1.8 + noisy(0)(seed))
 
 
 def with_times(ratio, **fields):
     """A gain that takes so many times as long."""
 
-    def outcome(seed):
+    def run_score(seed):
         found = 2 + noisy(-0.05)(seed)
-        return Outcome(f"after {seed}", found, found, seconds=ratio, **fields)
+        return RunScore(f"after {seed}", found, found, seconds=ratio, **fields)
 
-    return outcome
+    return run_score
 
 
 VERDICTS = [
     (with_times(1.0), [], "Helped.", 4),
     (with_times(1.96), [], "Helped, in 2 times the time.", 4),
-    (with_times(1.0, read=50), [], "Helped, with another number of tokens read.", 4),
+    (with_times(1.0, tokens_seen=50), [], "Helped, with another number of tokens read.", 4),
     (better_on_both, [], "Helped, but less on test text: the rest may be a leak.", 4),
     (noisy(-0.05), [], "Helped.", 4),
     (noisy(0.05), [], "Hurt.", 4),
@@ -650,14 +651,14 @@ VERDICTS = [
 @pytest.mark.parametrize("difference, options, verdict, pairs", VERDICTS)
 def test_verdicts(difference, options, verdict, pairs, tmp_path, capsys):
     comparison = Drawn(tmp_path, difference, *options)
-    versus.print_comparison(comparison)
+    versus.run_comparison(comparison)
     [result] = read_results(comparison.ledger)
     assert result["verdict"].startswith(verdict)
     assert len(result["seeds"]) == pairs
     assert capsys.readouterr().out.endswith(f"{result['verdict']}\n")
     if "difference" in result:
         drawn = [comparison.difference(seed) for seed in result["seeds"]]
-        drawn = [each.score - 2 if isinstance(each, Outcome) else each for each in drawn]
+        drawn = [each.score - 2 if isinstance(each, RunScore) else each for each in drawn]
         assert result["difference"] == pytest.approx(np.mean(drawn))
 
 
@@ -685,11 +686,11 @@ def test_the_steps_of_a_run_are_counted(num_iters, fault, base, tmp_path):
     folder, _ = base
     record = newest(folder)
     comparison = Drawn(tmp_path, None)
-    side = comparison.sides[0]._replace(folder=folder, texts=record.tokens_sha256)
+    side = comparison.sides[0]._replace(folder=folder, tokens_sha256=record.tokens_sha256)
     side = side._replace(flags={"num_iters": num_iters})
     comparison.start()
     comparison.judge = lambda side, record: [2.0, 2.0, None]
-    outcome = comparison.run(side, record.flags["seed"])
-    assert (outcome.id, outcome.fault) == (record.id, fault)
+    run_score = comparison.run_locked(side, record.flags["seed"])
+    assert (run_score.id, run_score.fault) == (record.id, fault)
     with pytest.raises(UsageError, match="the text of HEAD has changed"):
-        comparison.run(side._replace(texts={}), record.flags["seed"])
+        comparison.run_locked(side._replace(tokens_sha256={}), record.flags["seed"])

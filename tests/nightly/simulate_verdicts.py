@@ -17,7 +17,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from extras.versus.sequential import RACE, SCREEN, Outcome, decide
+from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, RunScore, decide
 
 SPREAD = 0.008  # of the differences of pairs, in nats/token, as measured for the recipe `first`
 # How many edits of a night have which effect, in nats/token: below zero is better.
@@ -32,26 +32,26 @@ DRAWN = {
 }
 
 
-def decided(looks, effect, draw):
+def decided(bounds, effect, draw):
     """The outcome of pairs whose differences have a mean of `effect` and a spread of 1.
 
-    looks: see `decide`; draw: a function of the number of pairs. Returns the outcome with the
+    bounds: see `decide`; draw: a function of the number of pairs. Returns the outcome with the
     number of pairs that it took.
     """
     pairs = []
-    for i, difference in enumerate(effect + draw(max(looks))):
-        pairs.append((Outcome(f"before {i}", 4.0), Outcome(f"after {i}", 4.0 + difference)))
-        outcome = decide(looks, None, pairs)
+    for i, difference in enumerate(effect + draw(max(bounds))):
+        pairs.append((RunScore(f"before {i}", 4.0), RunScore(f"after {i}", 4.0 + difference)))
+        outcome = decide(bounds, None, pairs)
         if outcome:
             return outcome, len(pairs)
 
 
 def kept(effect, draw):
     """Whether --gate keeps an edit of this effect, and how many runs that took."""
-    outcome, pairs = decided(SCREEN, effect, draw)
+    outcome, pairs = decided(SCREEN_BOUNDS, effect, draw)
     runs = pairs  # the side before was trained for an earlier edit
     if outcome == "promising":
-        outcome, pairs = decided(RACE, effect, draw)
+        outcome, pairs = decided(RACE_BOUNDS, effect, draw)
         runs += 2 * pairs
     return outcome == "helped", runs
 
@@ -59,7 +59,7 @@ def kept(effect, draw):
 def show_races(kind, draw, tries):
     """Prints how often a race calls edits of some effects helpful or harmful."""
     for effect in (0, -0.5, -1, -2):
-        results = [decided(RACE, effect, draw) for _ in range(tries)]
+        results = [decided(RACE_BOUNDS, effect, draw) for _ in range(tries)]
         outcomes = [outcome for outcome, _ in results]
         shares = [f"{name} {outcomes.count(name) / tries:.1%}" for name in ("helped", "hurt")]
         pairs = np.mean([pairs for _, pairs in results])
