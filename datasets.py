@@ -1996,8 +1996,8 @@ def main(arguments):
         description=main.__doc__,
         argument_default=argparse.SUPPRESS,  # load_dataset has the defaults
     )
-    save_tokenizer = Flag(None, path_name, "also write the tokenizer as a tokenizer.json")
-    for flags in [*TEXT_FLAGS.values(), {"save_tokenizer": save_tokenizer}]:
+    more = {"save_tokenizer": Flag(None, path_name, "also write the tokenizer as a tokenizer.json")}
+    for flags in [*TEXT_FLAGS.values(), more]:
         add_flags(parser, flags)
     options = vars(parser.parse_args(arguments))
     file = options.pop("save_tokenizer", None)
