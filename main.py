@@ -2511,8 +2511,8 @@ class Log:
     def __init__(self, run):
         self.path = run.folder / "log.csv"
         self.columns = []  # of the file; none until this process rewrites it
-        # Earlier rows are kept up to here: (iteration, whether it is an evaluation). At
-        # the same iteration, an evaluation comes after a training row.
+        # Earlier rows are kept up to here: (iteration, whether it is an evaluation). At the same
+        # iteration, an evaluation comes after a training row.
         self.kept_up_to = (run.iteration, run.evaluation is not None)
 
     def append(self, row):
