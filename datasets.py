@@ -14,7 +14,7 @@ import signal
 import sys
 
 HERE = os.path.realpath(os.path.dirname(__file__))  # resolved, as the folder may be a link
-# Whether the program that runs is one of this project, or another that only imports this file.
+# Whether the program that runs is one of this project, not another that imports this file.
 # While Python imports extras/__init__.py for `python -m extras.NAME`, sys.argv[0] is "-m".
 OUR_PROGRAMS = rf"{re.escape(HERE)}/(main\.py|datasets\.py|extras/.*)"
 IS_PROGRAM = sys.argv[0] == "-m" or bool(re.fullmatch(OUR_PROGRAMS, os.path.realpath(sys.argv[0])))
@@ -1983,7 +1983,8 @@ def add_flags(group, flags):
             options = {"action": argparse.BooleanOptionalAction}
         elif flag.default == []:
             options |= {"nargs": "+", "action": "extend"}  # `--text a --text b` names both
-        default = f" (default: {flag.default})" if flag.default else ""
+        has_default = str(flag.default) not in ("None", "False", "[]")
+        default = f" (default: {flag.default})" if has_default else ""
         group.add_argument(f"--{name}", help=flag.help + default, **options)
         for other in other_names().get(name, "").split():
             group.add_argument(f"--{other}", dest=name, help=argparse.SUPPRESS, **options)

@@ -36,7 +36,6 @@ import io
 import itertools
 import json
 import math
-import operator
 import os
 import re
 import shlex
@@ -461,6 +460,10 @@ def resolve_config(config):
     for name, value in vars(config).items():
         if type(value) is int and not 1 <= value <= datasets.MAX_INT32:
             raise ValueError(f"{name} {value} is not from 1 to {datasets.MAX_INT32}")
+    if config.mlp not in MLPS:
+        raise ValueError(f"mlp {config.mlp} is not one of {', '.join(MLPS)}")
+    if not {*map(type, config.rope_scaling or [])} <= {int, float}:
+        raise ValueError("rope_scaling is not a list of numbers")
     if config.head_dim is None:  # imported models set it, and H * d may differ from D
         divisor = 2 * config.num_heads  # a head's dimension must be even: RoPE rotates pairs
         if config.dim % divisor:
@@ -909,7 +912,7 @@ FLAGS["training"] |= {
 
 
 class Evaluation(NamedTuple):
-    """The loss on the `num_tokens` tokens of the validation text after its first one."""
+    """The validation loss, the mean over `num_tokens` predicted tokens."""
 
     iteration: int
     loss: float  # in nats per token
@@ -918,14 +921,15 @@ class Evaluation(NamedTuple):
 
 
 def comparable_evaluations(evaluations):
-    """The evaluations on as many tokens as the last one; others are not comparable."""
+    """The evaluations on the same number of tokens as the last one."""
     # `[-1]` is safe: of an empty list, the condition is not evaluated.
     return [each for each in evaluations if each.num_tokens == evaluations[-1].num_tokens]
 
 
 def best_evaluation(evaluations):
     """The comparable evaluation with the lowest loss, the first of equal ones; None without any."""
-    return min(comparable_evaluations(evaluations), key=operator.attrgetter("loss"), default=None)
+    evaluations = comparable_evaluations(evaluations)
+    return min(evaluations, key=lambda evaluation: evaluation.loss, default=None)
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)  # a checkpoint and its copy are not equal
@@ -963,7 +967,7 @@ class Run(Progress):
     optimizer: optim.Optimizer
     batches: Batches
     teacher: LanguageModel | None
-    parents: dict  # models it began with, see Checkpoint
+    parents: dict  # ids of the models that it began with, see Checkpoint
     segments: list  # see Segment; the last is current
     code: dict  # see read_code
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
@@ -1690,6 +1694,10 @@ class DamagedError(RunError):
     """A checkpoint that is not what was saved."""
 
 
+# What making a model raises if its sizes are impossible, or its weights are those of another.
+MISFITS = (ValueError, RuntimeError, MemoryError, OverflowError)
+
+
 class Contents(NamedTuple):
     """The verified content of a checkpoint."""
 
@@ -1711,7 +1719,8 @@ class Contents(NamedTuple):
             with explain_errors(f"{checkpoint} does not fit its base", raises=DamagedError):
                 alpha = checkpoint.flags["lora_alpha"]
                 weights = extra("lora").merge(base, weights, rank, alpha)
-        with explain_errors(f"{checkpoint} does not fit its record", raises=DamagedError):
+        # A mistake in an edited layer, mostly an AttributeError or a TypeError, is not damage.
+        with explain_errors(f"{checkpoint} does not fit its record", *MISFITS, raises=DamagedError):
             model = LanguageModel(checkpoint.config)
             check_arrays(weights, model.parameters())
             model.update(tree_unflatten(weights))
@@ -2034,7 +2043,7 @@ def checkpoint_fields(run):
 
 
 def prune_checkpoints(run):
-    """Deletes old checkpoints of a run, and what killed saves have left in its folder.
+    """Deletes old checkpoints of a run, and leftovers of killed saves in its folder.
 
     The newest --keep checkpoints, the best and the current one stay.
     """
@@ -3080,7 +3089,7 @@ def find_folder(flags, dataset, parents, code_sha1):
     other = None  # the newest one by other code
     for checkpoint in sorted(newest_checkpoints, key=by_time_saved, reverse=True):
         if run_identity(checkpoint.flags, checkpoint.tokens_sha256, checkpoint.parents) != identity:
-            say(f"Passing over {checkpoint.folder_name}, which has other flags than its name says.")
+            say(f"Ignoring {checkpoint.folder_name}: its flags do not match its name.")
         elif flags.identifier or checkpoint.segments[-1].code_sha1 == code_sha1:
             return checkpoint.folder
         else:
@@ -3162,7 +3171,7 @@ def flags_from_pretrained(models, flags):
 def make_model(flags, dataset, checkpoint, models):
     """The model of a run; only that of --init_from already has its weights."""
     if checkpoint and "init_from" not in models:
-        with explain_errors(f"{checkpoint} has no model", raises=DamagedError):
+        with explain_errors(f"{checkpoint} has no model", *MISFITS, raises=DamagedError):
             return LanguageModel(checkpoint.config)
     try:
         if "init_from" in models:
@@ -3380,7 +3389,7 @@ def open_checkpoint(flags):
 
 
 def announce(checkpoint):
-    """Says which checkpoint a command uses, from which folder, and if other code trained it."""
+    """Says which checkpoint a command uses, and whether other code trained it."""
     line = f"{checkpoint}, in {checkpoint.folder.parent}"
     if checkpoint.segments[-1].code_sha1 != sha1_of_code(read_code(checkpoint.flags)):
         line += ", trained by other code than this"

@@ -110,7 +110,8 @@ def fill_tables():
     for group, rows in main.FLAGS.items():
         lines = ["| flag | default | |", "|---|---|---|"]
         for name, row in rows.items():
-            default = "on" if row.default is True else f"`{row.default}`" if row.default else ""
+            has_default = str(row.default) not in ("None", "False", "[]")
+            default = "on" if row.default is True else f"`{row.default}`" if has_default else ""
             lines.append(f"| `--{name}` | {default} | {row.help} |")
         at = page.index("| flag |", page.index(f"\n## {group}\n"))
         page = page[:at] + "\n".join(lines) + page[page.index("\n\n", at) :]

@@ -42,6 +42,16 @@ def test_a_bias_of_the_output_layer_is_trained_and_scored(line, tmp_path):
     assert nats == pytest.approx(checkpoint.evaluation.loss, abs=1e-4)
 
 
+def test_a_mistake_in_an_edited_layer_is_no_damage(line, tmp_path):
+    """It gets Python's traceback, wherever the layer is made."""
+    run(*line, "--num_iters", 2)
+    mistaken = anchors.DOWN_PROJECTION.replace("config.dim", "config.dims")
+    program = edited(tmp_path, {anchors.DOWN_PROJECTION: mistaken})
+    for words in (["--prompt", "the"], ["--identifier", "latest", "--num_iters", 3]):
+        _, err = run(*words, "--save_dir", line[-1], status=1, **program)
+        assert err.rstrip().endswith("AttributeError: 'Config' object has no attribute 'dims'")
+
+
 @pytest.mark.parametrize("untie", ["--untie", "--no-untie"])
 def test_a_softcap_holds_in_training_scores_and_samples(untie, line, text, tmp_path):
     """With logits from -1 to 1, no loss over 257 bytes can be lower than this."""

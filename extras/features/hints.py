@@ -111,7 +111,7 @@ NOT_HERE = {
         "edit the section Model of main.py"
     ),
     "label_smoothing_factor z_loss ignore_index": "edit training_loss in main.py",
-    "adam_epsilon": "MLX's, 1e-8; edit adamw in main.py",
+    "adam_epsilon": "MLX's, 1e-8; edit make_adamw in main.py",
     "ema ema_decay": "--average 0.2 averages the weights over about the last fifth of the steps",
     "total_batch_tokens total_batch_size": (
         "a step has --batch_size times --grad_accumulation rows of --context_size tokens"

@@ -39,7 +39,7 @@ OLD_NAMES = {
 def todays_names(names):
     """{name: value} of this or an older commit, as attributes with today's names."""
     renamed = {new: names[old] for new, old in OLD_NAMES.items() if old in names}
-    return Namespace(**names, **renamed)
+    return Namespace(**renamed | names)
 
 
 MAIN = todays_names(vars(main))
