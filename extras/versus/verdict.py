@@ -16,7 +16,9 @@ VERDICTS = {
     ),
     "promising": "Promising, on seeds that were used before",
     "not better": "Not better, on seeds that were used before",
-    "same": "No effect, proved: the same weights, for these flags and seeds",
+    "same": (
+        "No effect, proved: the same weights in {versions[1][dtype]}, for these flags and seeds"
+    ),
     "alike": "No effect seen: other weights, and the same losses",
     "diverged": "Diverged: runs of {at_fault}",
     "cannot tell": "Cannot tell: {fault}",

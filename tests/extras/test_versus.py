@@ -25,6 +25,8 @@ from extras.versus.verdict import describe_numbers
 STEPS = [*TINY[2:], "--num_iters", 24, "--steps_per_eval", 8]
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
 
+NO_EFFECT = "No effect, proved: the same weights in float32, for these flags and seeds."
+
 
 @pytest.fixture(scope="module")
 def committed(tmp_path_factory):
@@ -285,7 +287,7 @@ def test_edit_without_effect_is_proved(project):
     edit(project, f"    return {norm}", f"    normed = {norm}    return normed\n")
     out, _ = compare(project, "HEAD", "--pairs", 2)
     assert "\nedited   rms_norm: both sides run main.py's version" in out
-    assert out.endswith("No effect, proved: the same weights, for these flags and seeds.\n")
+    assert out.endswith(f"{NO_EFFECT}\n")
     assert len([*project.glob("runs/versus/*/text-*/*.safetensors")]) == 4, "both are computed"
 
 
@@ -362,6 +364,7 @@ def side_of(folder, name, code):
         folder=folder,
         words=[],
         flags={"num_iters": 300},
+        versions={"dtype": "float32"},
         linked=[],
         num_parameters=100,
         tokens_sha256={"train": "a"},
@@ -492,7 +495,7 @@ def test_looks_are_counted(tmp_path, capsys):
         versus.run_comparison(Drawn(tmp_path, difference, *arguments, code=code))
         return capsys.readouterr().out.splitlines()[-1]
 
-    assert verdict(SAME) == "No effect, proved: the same weights, for these flags and seeds."
+    assert verdict(SAME) == NO_EFFECT
     assert verdict(noisy(-0.05), "--pairs", 2) == "Helped."
     assert verdict(noisy(-0.05), "--pairs", 3) == "Helped: look 2."
     assert verdict(noisy(-0.05), "--pairs", 3, "--tokens", 9) == "Helped: look 3."
@@ -641,7 +644,7 @@ VERDICTS = [
     (noisy(0), ["--margin", 0.02], "Equal within 0.02.", 6),
     (noisy(-0.004), ["--margin", 0.008], "Not worse by more than 0.008.", 12),
     (better_on_one_text, [], "Better on validation text only.", 4),
-    (SAME, [], "No effect, proved: the same weights, for these flags and seeds.", 4),
+    (SAME, [], NO_EFFECT, 4),
     (ending(2.0), [], "No effect seen: other weights, and the same losses.", 4),
     (ending(np.inf, fault=DIVERGED), [], "Diverged: runs of after.", 1),
     (ending(1.0, fault="it knows"), [], "Cannot tell: your files: it knows.", 1),
