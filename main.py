@@ -2800,7 +2800,7 @@ FLAGS["command"] = {
     ),
     "config": Flag(None, nonempty, "YAML file of flags, or a recipe in extras/recipes"),
     "preset": Flag(None, one_of(PRESETS), "sets dim, num_heads, num_blocks, context_size"),
-    "max_minutes": Flag(None, NONNEGATIVE, "stop after this much training time in this session"),
+    "max_minutes": Flag(None, NONNEGATIVE, "stop after this much training time of this command"),
     "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
 } | TEXT_FLAGS["command"]
 

@@ -69,7 +69,7 @@ NOT_HERE = {
     "logging_dir run_name experiment_name model_tag": (
         "each run has a folder in --save_dir, named by its flags"
     ),
-    "max_time max_hours time_limit": "--max_minutes ends a session",
+    "max_time max_hours time_limit": "--max_minutes ends the run",
     "device accelerator cuda mps cpu use_cpu": (
         "the CPU is the default, --gpu an Apple or NVIDIA GPU"
     ),
