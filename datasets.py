@@ -1644,15 +1644,24 @@ def make_writable(folder):
 
 
 @functools.cache
+def cpu_info():
+    """What Linux says about the CPU; "" if nothing."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/cpuinfo").read_text("utf-8")
+    return ""
+
+
 def open_kernel_dir():
     """The folder for compiled code, which is loaded from there: no other user can write to it.
 
-    It is in CACHE, one for each kind of system, as machines may share a home. If there is no home,
-    or it cannot hold code, the folder is a temporary one, deleted at exit.
+    It is in CACHE, one for each kind of system and CPU, as machines may share a home. If there is
+    no home, or it cannot hold code, the folder is a temporary one, deleted at exit.
     """
     if CACHE is not None:
-        # Raise the 2 if code that was compiled before must not be loaded again.
-        folder = CACHE / "-".join(["code", "2", platform.machine(), *platform.libc_ver()])
+        instructions = digest_of(re.findall("^(?:flags|Features).*", cpu_info(), re.M)[:1])[:8]
+        system = [platform.machine(), *platform.libc_ver(), instructions]
+        # Raise the 3 if code that was compiled before must not be loaded again.
+        folder = CACHE / "-".join(["code", "3", *system])
         with contextlib.suppress(OSError):
             folder.mkdir(0o700, parents=True, exist_ok=True)
             status = os.lstat(folder)  # of a link itself, which counts as writable by all

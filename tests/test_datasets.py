@@ -698,6 +698,8 @@ if "RAM disk" in sys.argv[1]:
     tempfile.TemporaryFile = lambda dir: io.BytesIO()
     os.mkdir = lambda *_: None
 import datasets
+if sys.argv[1] == "another CPU":
+    datasets.cpu_info = lambda: "flags\t\t: fpu sse2"
 print(datasets.open_kernel_dir())
 print(datasets.open_data_dir(*sys.argv[2:]))
 """
@@ -715,6 +717,7 @@ def test_where_code_and_texts_lie(tmp_path):
     code, data = where(tmp_path, "home")
     assert data == tmp_path / "home" / ".cache" / "transformer-lm"
     assert code.parent == data and code.stat().st_mode & 0o777 == 0o700
+    assert where(tmp_path, "another CPU")[0] != code, "it may lack instructions"
     code, data = where(tmp_path, "home", XDG_CACHE_HOME=str(tmp_path / "caches"))
     assert data == code.parent == tmp_path / "caches" / "transformer-lm"
     assert where(tmp_path, "home", "deep/data")[1] == Path("deep/data")

@@ -53,7 +53,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 
-from datasets import UsageError, atomic_write, digest_of, hold_lock, open_kernel_dir, use_compiler
+from datasets import UsageError, atomic_write, cpu_info, digest_of, hold_lock, open_kernel_dir
+from datasets import use_compiler
 from extras.common.limits import count_cores
 
 # hash_of_code of main.py's plain versions. Where a test finds that one has changed, compare it with
@@ -174,17 +175,9 @@ def find_blas():
     return "", {}
 
 
-def cpu_info():
-    """What Linux says about the CPU; "" if nothing."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/cpuinfo").read_text("utf-8")
-    return ""
-
-
 def load_forwarder():
-    """fast.c as a library, compiled once per kind of CPU; None if that fails."""
+    """fast.c as a library, compiled once; None if that fails."""
     source = Path(__file__).with_suffix(".c")
-    cpu = re.search("^(flags|Features).*", cpu_info(), re.M)  # a folder may serve several CPUs
     compiler = next(filter(shutil.which, ["cc", "gcc", "clang"]), "cc")
     # Without the last three, sums would stay scalar.
     vectors = ["-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
@@ -192,7 +185,7 @@ def load_forwarder():
     for options in ([*vectors, "-fopenmp"], vectors, []):
         # UsageError: no folder can hold code, so MLX cannot compile, either.
         with contextlib.suppress(UsageError, OSError, subprocess.SubprocessError):
-            about = [source.read_text("utf-8"), cpu and cpu[0], options]
+            about = [source.read_text("utf-8"), options]
             path = open_kernel_dir() / f"blas-{digest_of(about)[:12]}.so"
             compile_once(path, [compiler, "-shared", "-fPIC", "-O3", *options, source])
             return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
@@ -778,8 +771,9 @@ cross_entropy_and_gradients.vjp(stored_gradients)
 PREAMBLE = "mlx/backend/cpu/compiled_preamble.h"  # what each kernel includes
 MLX_OPTIONS = ["-std=c++17", "-O3", "-Wall", "-fPIC"]  # a precompiled header needs the same options
 # With these, more kernels use the vector units: square roots, comparisons, and those with many
-# arrays. They change no result, but for the first one on ARM: see main.py's use_device.
+# arrays. They change no result, but for the second one on ARM: see main.py's use_device.
 OWN_OPTIONS = [
+    "-march=native",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
