@@ -11,8 +11,8 @@ is required: the logits of the two models never exist as a whole.
 import mlx.core as mx
 
 from datasets import UsageError
-from extras.features.fast import cross_entropy_of_chunk, exp, loss_and_gradients, row_maxima
-from extras.features.fast import row_sums, stored_gradients
+from extras.features.fast import cross_entropy_of_chunk, exp, loss_and_gradients, row_sums
+from extras.features.fast import stored_gradients
 from main import EDITED_FUNCTIONS
 
 
@@ -56,17 +56,18 @@ def distilled_loss_and_gradients(
 
     def loss_of_chunk(logits, targets, text_weights, rows):
         loss, exps, scale = cross_entropy_of_chunk(logits, targets, text_weights, rows)
-        teacher_logits = (teacher_hidden[rows] @ teacher_head.T)[:, : len(head)].astype(mx.float32)
+        teacher_logits = (teacher_head @ teacher_hidden[rows].T)[: len(head)].astype(mx.float32)
         teacher_softened, teacher_exps, teacher_sum = soften(teacher_logits, temperature)
         student_softened, student_exps, student_sum = soften(logits, temperature)
         if num_padding:
-            columns = [(0, 0), (0, num_padding)]
-            teacher_exps = mx.pad(teacher_exps, columns)
-            teacher_softened = mx.pad(teacher_softened, columns)  # by any number: its factor is 0
-        differences = row_sums(teacher_exps * (teacher_softened - student_softened)) / teacher_sum
-        divergences = differences + mx.log(student_sum) - mx.log(teacher_sum)  # [n, 1]
+            padding = [(0, num_padding), (0, 0)]
+            teacher_exps = mx.pad(teacher_exps, padding)
+            teacher_softened = mx.pad(teacher_softened, padding)  # by any number: its factor is 0
+        differences = teacher_exps * (teacher_softened - student_softened)
+        divergences = row_sums(differences.T).flatten() / teacher_sum  # [n]
+        divergences = divergences + mx.log(student_sum) - mx.log(teacher_sum)
         # T² times the gradient of a divergence w.r.t. the logits is T (student's - teacher's).
-        kl_weights = teacher_weight * temperature * loss_weights[rows, None]  # [n, 1]
+        kl_weights = teacher_weight * temperature * loss_weights[rows]  # [n]
         d_kl = student_exps * (kl_weights / student_sum) - teacher_exps * (kl_weights / teacher_sum)
         loss = loss + temperature * (kl_weights * divergences).sum()
         return loss, exps * scale + d_kl, mx.ones_like(scale)
@@ -79,7 +80,7 @@ distilled_loss_and_gradients.vjp(stored_gradients)
 
 
 def soften(logits, temperature):
-    """Logits [n, V] / temperature, less their maximum; e to the power of them; its sums [n, 1]."""
-    softened = (logits - row_maxima(logits)) / temperature
+    """Logits [V, n] / temperature, less their maximum; e to the power of them; its sums [n]."""
+    softened = (logits - logits.max(axis=0)) / temperature
     exps = exp(softened)
-    return softened, exps, row_sums(exps)
+    return softened, exps, row_sums(exps.T).flatten()

@@ -589,7 +589,7 @@ def token_metrics(model, hidden, targets):
         inputs = flat_hidden[rows]
         if losses:
             inputs = wait_for(losses[-1:], inputs)
-        logits = (inputs @ head.T).astype(mx.float32)
+        logits = (head @ inputs.T).astype(mx.float32)
         nats, _, _ = losses_of_chunk(logits, targets.flatten()[rows])
         losses.append(nats)
     return {"loss": mx.concatenate(losses).reshape(targets.shape)}
@@ -629,28 +629,30 @@ def sum_over_chunks(hidden, head, add_chunk):
 def loss_and_gradients(hidden, head, targets, loss_weights, loss_of_chunk):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; targets, loss_weights: [N].
 
-    loss_of_chunk(logits [n, V] float32, targets [n], loss_weights [n, 1], rows) computes, for a
-    slice `rows`, the loss and two factors of its gradient w.r.t. the logits, `exps` [n, V] and
-    `scale` [n, 1]: the gradient is exps * scale, minus `loss_weights` at each target. The last
-    term is never materialized on a CPU: it would be nearly all zeros.
+    Logits have a column for each position, as scores in attend_masked have one for each query.
+    loss_of_chunk(logits [V, n] float32, targets [n], loss_weights [n], rows) computes, for a slice
+    `rows` of the positions, the loss and two factors of its gradient w.r.t. the logits, `exps`
+    [V, n] and `scale` [n]: the gradient is exps * scale, minus `loss_weights` at each target. The
+    last term is never materialized on a CPU: it would be nearly all zeros.
     """
 
     def add_chunk(inputs, rows, d_head):
-        weight = loss_weights[rows, None]  # [n, 1]
-        logits = (inputs @ head.T).astype(mx.float32)  # [n, V]
+        weight = loss_weights[rows]  # [n]
+        logits = (head @ inputs.T).astype(mx.float32)  # [V, n]
         loss, exps, scale = loss_of_chunk(logits, targets[rows], weight, rows)
         if on_gpu():
-            is_target = mx.arange(len(head)) == targets[rows, None]
+            is_target = mx.arange(len(head))[:, None] == targets[rows]
             d_logits = (exps * scale - mx.where(is_target, weight, 0)).astype(head.dtype)
-            return loss, d_logits @ head, add_to(d_head, d_logits, inputs)
+            return loss, d_logits.T @ head, add_to(d_head, d_logits, inputs)
         exps = exps.astype(head.dtype)
         scale = scale.astype(head.dtype)
-        at_targets = head[targets[rows]] * weight.astype(head.dtype)  # [n, D]
-        d_inputs = (exps @ head) * scale - at_targets
-        inputs = inputs * scale  # D columns scaled instead of V
+        at_targets = head[targets[rows]] * weight[:, None].astype(head.dtype)  # [n, D]
+        # A product whose first matrix is the small one, as exps.T @ head is not, is faster.
+        d_inputs = ((head.T @ exps) * scale).T - at_targets
+        inputs = inputs * scale[:, None]  # D columns scaled instead of V
         if d_head is None:
-            return loss, d_inputs, exps.T @ inputs  # [V, D]
-        return loss, d_inputs, mx.addmm(d_head, exps.T, inputs)
+            return loss, d_inputs, exps @ inputs  # [V, D]
+        return loss, d_inputs, mx.addmm(d_head, exps, inputs)
 
     loss, d_hidden, d_head = sum_over_chunks(hidden, head, add_chunk)
     if not on_gpu():
@@ -661,8 +663,8 @@ def loss_and_gradients(hidden, head, targets, loss_weights, loss_of_chunk):
 
 
 def add_to(d_head, d_logits, inputs):
-    """The gradient w.r.t. the head of logits inputs @ head.T, added to d_head, if any; float32."""
-    product = (d_logits.T @ inputs).astype(mx.float32)
+    """The gradient w.r.t. the head of logits head @ inputs.T, added to d_head, if any; float32."""
+    product = (d_logits @ inputs).astype(mx.float32)
     return product if d_head is None else d_head + product
 
 
@@ -683,7 +685,7 @@ def fused_cross_entropy_and_gradients(hidden, head, targets, loss_weights):
     def add_chunk(inputs, rows, d_head):
         logits = mx.addmm(bias, inputs, padded.T)
         loss, d_logits = mx.value_and_grad(loss_of_chunk)(logits, targets[rows], loss_weights[rows])
-        return loss, d_logits @ padded, add_to(d_head, d_logits, inputs)
+        return loss, d_logits @ padded, add_to(d_head, d_logits.T, inputs)
 
     loss, d_hidden, d_head = sum_over_chunks(hidden, padded, add_chunk)
     return loss, d_hidden, d_head[: len(head)]
@@ -704,34 +706,21 @@ def wait_for(done, array):
 
 
 def cross_entropy_of_chunk(logits, targets, loss_weights, rows):
-    """The `loss_of_chunk` of training_loss; logits: [n, V], targets: [n], loss_weights: [n, 1]."""
+    """The `loss_of_chunk` of training_loss; logits: [V, n]; targets, loss_weights: [n]."""
     nats, exps, total = losses_of_chunk(logits, targets)
     return (nats * loss_weights).sum(), exps, loss_weights / total
 
 
 def losses_of_chunk(logits, targets):
-    """Cross-entropies [n, 1] of logits [n, V]; `exps` [n, V] and their sums `total` [n, 1].
+    """Cross-entropies [n] of logits [V, n]; `exps` [V, n] and their sums `total` [n].
 
     exps / total are the probabilities; targets: [n].
     """
-    largest = row_maxima(logits)  # [n, 1]
+    largest = logits.max(axis=0)  # [n]
     exps = exp(logits - largest)  # exponents <= 0: no overflow, and `exp` requires it
-    total = row_sums(exps)
-    target_logits = mx.take_along_axis(logits, targets[:, None], axis=-1)  # [n, 1]
+    total = row_sums(exps.T).flatten()
+    target_logits = mx.take_along_axis(logits, targets[None], axis=0).flatten()
     return mx.log(total) - (target_logits - largest), exps, total
-
-
-def row_maxima(array):
-    """The row maxima [n, 1] of an array [n, V].
-
-    On a CPU, MLX's own is scalar along a row; of two halves it is not, which takes a third of the
-    time. Halves of an odd number share an element.
-    """
-    if not on_gpu():
-        while array.shape[-1] > 16:
-            half = math.ceil(array.shape[-1] / 2)
-            array = mx.maximum(array[:, :half], array[:, -half:])
-    return array.max(axis=-1, keepdims=True)
 
 
 def row_sums(array):
