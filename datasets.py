@@ -320,8 +320,8 @@ class PackageTokenizer(Tokenizer):
         bos: ids; those that `vocabulary` itself would add to a text are not added.
         settings: {name: text} of an imported model, such as its chat template, only for exports.
 
-        Raises ImportError if the package is not installed, and exceptions of several types if
-        `vocabulary` is malformed.
+        Raises ImportError if the package is not installed; if `vocabulary` is malformed,
+        ValueError, LookupError, or what the package raises.
         """
         self.kind = kind
         self.vocabulary = vocabulary

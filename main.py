@@ -922,8 +922,11 @@ class Evaluation(NamedTuple):
 
 def comparable_evaluations(evaluations):
     """The evaluations on the same number of tokens as the last one."""
-    # `[-1]` is safe: of an empty list, the condition is not evaluated.
-    return [each for each in evaluations if each.num_tokens == evaluations[-1].num_tokens]
+    return [
+        evaluation
+        for evaluation in evaluations
+        if evaluation.num_tokens == evaluations[-1].num_tokens
+    ]
 
 
 def best_evaluation(evaluations):
@@ -1783,7 +1786,7 @@ def sha1_of_arrays(arrays):
 def load_arrays(path):
     """The arrays of a safetensors file, {name: array}; MLX reads them when they are evaluated.
 
-    Raises exceptions of several types.
+    Raises ValueError, or what MLX raises, if the file is malformed.
     """
     arrays = mx.load(str(path), format="safetensors")
     if sum(array.nbytes for array in arrays.values()) > path.stat().st_size:
@@ -1894,7 +1897,10 @@ def best_checkpoint(checkpoints):
 
     checkpoints: newest first.
     """
-    evaluated = {each.evaluation: each for each in reversed(checkpoints) if each.evaluation}
+    evaluated = {}
+    for checkpoint in reversed(checkpoints):
+        if checkpoint.evaluation:
+            evaluated[checkpoint.evaluation] = checkpoint
     newest = next(iter(checkpoints), None)
     return evaluated.get(best_evaluation([*evaluated]), newest)
 
@@ -1928,10 +1934,12 @@ def find_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     elif "@" in identifier:
         matches = [extra("steps").checkpoint_at(checkpoints, identifier)]
     else:
-        candidates = [each for each in checkpoints if each.id.startswith(identifier)]
+        candidates = {}
         # A branch begins with its parent's weights: of one id, take an original, the oldest.
-        candidates.sort(key=lambda each: (not each.is_copy, -each.saved_at))
-        matches = list({checkpoint.id: checkpoint for checkpoint in candidates}.values())
+        for checkpoint in sorted(checkpoints, key=lambda c: (not c.is_copy, -c.saved_at)):
+            if checkpoint.id.startswith(identifier):
+                candidates[checkpoint.id] = checkpoint
+        matches = list(candidates.values())
     if len(matches) == 1:
         return matches[0]
     names = ", ".join([*dict.fromkeys(runs)][:5]) or "none"
@@ -2049,9 +2057,13 @@ def prune_checkpoints(run):
     """
     with contextlib.suppress(OSError):
         checkpoints = checkpoints_in(run.folder)  # newest first
-        kept_ids = {each.id for each in checkpoints[: run.flags.keep]} | {run.checkpoint_id}
+        kept_ids = {run.checkpoint_id}
+        kept_ids.update(checkpoint.id for checkpoint in checkpoints[: run.flags.keep])
         # Only of this run's history: a damaged checkpoint that was skipped may claim a lower loss.
-        best = best_checkpoint([each for each in checkpoints if each.evaluation in run.evaluations])
+        history = [
+            checkpoint for checkpoint in checkpoints if checkpoint.evaluation in run.evaluations
+        ]
+        best = best_checkpoint(history)
         for checkpoint in checkpoints:
             if checkpoint.id not in kept_ids and checkpoint is not best:
                 checkpoint.weights_path.unlink(missing_ok=True)
@@ -2067,7 +2079,8 @@ def divergence_error(run, what, iteration):
 
     It gives a command that goes back to the last checkpoint from which a step succeeded.
     """
-    earlier = [each for each in checkpoints_in(run.folder) if each.iteration < iteration]
+    checkpoints = checkpoints_in(run.folder)
+    earlier = [checkpoint for checkpoint in checkpoints if checkpoint.iteration < iteration]
     remedy = "start over with --new_model"
     if earlier:
         remedy = f"go back with {resume_command(run.flags, earlier[0].id[:12])}"
@@ -2911,7 +2924,7 @@ def read_config(name):
 def read_yaml(path, loader="SafeLoader"):
     """The content of an untrusted YAML file; loader: a class of PyYAML.
 
-    Raises exceptions of several types.
+    Raises OSError, and ValueError or what PyYAML raises if the file is malformed.
     """
     import yaml
 

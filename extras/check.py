@@ -137,7 +137,7 @@ def compute(function, shapes):
     if results[0].dtype == mx.float32:
         _, gradients = mx.vjp(function, arguments, results)
         results += gradients
-    return np.concatenate([np.array(each, float).ravel() for each in results])
+    return np.concatenate([np.array(result, float).ravel() for result in results])
 
 
 # ---- Runs ---------------------------------------------------------------------------------------

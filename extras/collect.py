@@ -170,7 +170,8 @@ class Teacher:
     def request(self, prompt):
         """Sends a prompt once; returns the answer.
 
-        Raises UsageError for a key that the server refuses, and exceptions of several types.
+        Raises UsageError for a key that the server refuses; ValueError, LookupError, or what
+        Requests raises if the answer has no text.
         """
         import requests
 

@@ -48,7 +48,7 @@ def main(arguments):
 
 def count_ngrams(checkpoints):
     """The losses of extras/common/ngrams.py on the text of these checkpoints."""
-    if len({str(each.tokens_sha256) for each in checkpoints}) > 1:
+    if len({str(checkpoint.tokens_sha256) for checkpoint in checkpoints}) > 1:
         raise UsageError("--ngrams is about one text: name runs of the same by --identifier")
     dataset = reload_data(resolve_flags({}, checkpoints[0].flags), checkpoints[0])
     splits = dataset.train.tokens, dataset.valid.tokens
@@ -64,11 +64,11 @@ def plot_runs(checkpoints, path, lines=()):
     count_ngrams. Raises UsageError if no run has reported anything yet, or if `path` cannot be
     written.
     """
-    folders = {each.folder_name: each.folder for each in checkpoints}
+    folders = {checkpoint.folder_name: checkpoint.folder for checkpoint in checkpoints}
     flags_by_run = distinguishing_flags(checkpoints)
     column = "loss"
     unit = "nats/token"
-    if len({str(each.tokens_sha256.get("train")) for each in checkpoints}) > 1:
+    if len({str(checkpoint.tokens_sha256.get("train")) for checkpoint in checkpoints}) > 1:
         column = "bits_per_byte"
         unit = "bits per byte"
     figure = make_figure(12, 5)

@@ -35,7 +35,7 @@ def read_cgroups(name):
         lines = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
     for line in lines:
         group = Path(line.split(":", 2)[2].lstrip("/"))
-        for each in (group, *group.parents):
+        for folder in (group, *group.parents):
             with contextlib.suppress(OSError, ValueError):  # no such file; "max" for no limit
-                text = Path("/sys/fs/cgroup", name.format(each)).read_text("utf-8")
+                text = Path("/sys/fs/cgroup", name.format(folder)).read_text("utf-8")
                 yield [*map(int, text.split())]

@@ -168,8 +168,8 @@ def import_model(folder):
 def read_texts(folder):
     """The Config of the model in a folder, tied or not as its config.json says, and the tokenizer.
 
-    Raises UsageError if this program has no such model, or no memory for it, and exceptions of
-    several types if a file is malformed.
+    Raises UsageError if this program has no such model, or no memory for it; if a file is
+    malformed, what the package that reads it raises.
     """
     config = read_config(folder)
     heads = config.num_heads + config.num_kv_heads
@@ -288,7 +288,7 @@ def read_settings(folder, config, package):
     settings = {}
     template = config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        template = {each["name"]: each["template"] for each in template}.get("default")
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if (folder / TEMPLATE_FILE).exists():
         template = read_whole(folder / TEMPLATE_FILE)
     if template:
@@ -391,7 +391,7 @@ def export_model(model, tokenizer, folder, bits):
 def write_files(folder, model, texts):
     """Writes a model's weights and these texts, {name: text}, to a folder: all of them or none.
 
-    Raises exceptions of several types.
+    Raises OSError, or what MLX raises.
     """
     weights = dict(sorted(tree_flatten(model.parameters())))
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ from main import best_checkpoint, list_checkpoints
 def group_by_run(checkpoints):
     """The checkpoints of each run, {run: [Checkpoint, ...]}, in the order that they have here."""
     runs = {}
-    for each in checkpoints:
-        runs.setdefault(each.folder_name, []).append(each)
+    for checkpoint in checkpoints:
+        runs.setdefault(checkpoint.folder_name, []).append(checkpoint)
     return runs
 
 
@@ -37,34 +37,34 @@ def list_runs(save_dir):
 
     columns = f"{'trained':>20}{'bits/byte' if in_bits else 'valid nats':>12}{'of tokens':>12}"
     print(f"{'run':<24}{columns}{'iteration':>12}  checkpoint    flags")
-    for each in sorted(map(best_checkpoint, runs.values()), key=sort_key):
-        newest = runs[each.folder_name][0]
+    for checkpoint in sorted(map(best_checkpoint, runs.values()), key=sort_key):
+        newest = runs[checkpoint.folder_name][0]
         trained = f"{newest.iteration:,} of {newest.flags['num_iters']:,}"
         columns = f"{'-':>12}{'-':>12}"
-        if each.evaluation:
-            loss = each.evaluation.bits_per_byte if in_bits else each.evaluation.loss
-            columns = f"{loss:>12.4f}{each.evaluation.num_tokens:>12,}"
-        flags = printable(flags_by_run[each.folder_name])
-        columns += f"{each.iteration:>12,}  {each.id[:12]}  {flags}"
-        print(f"{each.folder_name:<24}{trained:>20}{columns}")
+        if checkpoint.evaluation:
+            loss = checkpoint.evaluation.bits_per_byte if in_bits else checkpoint.evaluation.loss
+            columns = f"{loss:>12.4f}{checkpoint.evaluation.num_tokens:>12,}"
+        flags = printable(flags_by_run[checkpoint.folder_name])
+        columns += f"{checkpoint.iteration:>12,}  {checkpoint.id[:12]}  {flags}"
+        print(f"{checkpoint.folder_name:<24}{trained:>20}{columns}")
 
 
 def distinguishing_flags(checkpoints):
     """The flags that tell the runs of these checkpoints apart, {run: "--dim=32 --seed=1"}.
 
-    Of each run, the newest checkpoint counts.
+    Of checkpoint run, the newest checkpoint counts.
     """
     newest = [group[0] for group in group_by_run(checkpoints).values()]
     names = []
     for name in IDENTITY_FLAGS:
-        if len({str(each.flags[name]) for each in newest}) > 1:
+        if len({str(checkpoint.flags[name]) for checkpoint in newest}) > 1:
             names.append(name)
     texts = {}
-    for each in newest:
+    for checkpoint in newest:
         values = {}
         for name in names:
-            values[name] = each.flags[name]
+            values[name] = checkpoint.flags[name]
             if isinstance(values[name], list) and len(values[name]) > 3:
                 values[name] = [*values[name][:2], f"({len(values[name]) - 2:,} more)"]
-        texts[each.folder_name] = shlex.join(arguments_of(values))
+        texts[checkpoint.folder_name] = shlex.join(arguments_of(values))
     return texts

@@ -223,7 +223,7 @@ class Group(contextlib.AbstractContextManager):
         run.batches.seek(*record["batches"], np.array(tree["perm"]))
         for name, value in record["progress"].items():
             setattr(run, name, value)
-        run.evaluations = [main.Evaluation(*each) for each in run.evaluations]
+        run.evaluations = [main.Evaluation(*evaluation) for evaluation in run.evaluations]
         return run
 
 

@@ -23,16 +23,17 @@ def checkpoint_at(checkpoints, identifier):
     name, _, step = identifier.rpartition("@")
     if name == "latest" and checkpoints:
         name = checkpoints[0].folder_name
-    run_checkpoints = [each for each in checkpoints if each.folder_name == name]
+    run_checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.folder_name == name]
     if not run_checkpoints or not step.isdecimal():
         raise UsageError(f"{identifier} is not a run, @ and a step of it: see --list")
     step = int(step)
     folder = run_checkpoints[0].folder / FOLDER / f"{name}@{step}"
-    for each in [*run_checkpoints, *checkpoints_in(folder)]:  # what was computed before is there
-        if each.iteration == step:
-            return each
-    earlier = [each for each in run_checkpoints if each.iteration < step]
-    later = [each for each in run_checkpoints if each.iteration > step]
+    computed = checkpoints_in(folder)  # before this
+    for checkpoint in [*run_checkpoints, *computed]:
+        if checkpoint.iteration == step:
+            return checkpoint
+    earlier = [checkpoint for checkpoint in run_checkpoints if checkpoint.iteration < step]
+    later = [checkpoint for checkpoint in run_checkpoints if checkpoint.iteration > step]
     if not later:
         raise UsageError(
             f"{identifier}: no later checkpoint of {name} is left that could prove it; the last "
@@ -64,7 +65,7 @@ def recompute(earlier, later, step, folder):
     elif "branched_from" in later.parents or (flags.init_from and not flags.lora_rank):
         # A run keeps the model that it began with only if that is LoRA's base.
         raise UsageError(f"{what}: no earlier checkpoint is left, and no seed gives its first one")
-    *_, segment = [each for each in later.segments if each.iteration <= start]
+    *_, segment = [segment for segment in later.segments if segment.iteration <= start]
     flags.num_iters = segment.num_iters  # schedules end there
     if segment.code_sha1 != sha1_of_code(read_code(vars(flags))):
         raise UsageError(f"{what} was computed by other code than this")
@@ -80,7 +81,9 @@ def recompute(earlier, later, step, folder):
     with progress_bar(total=later.iteration - start, unit="step", desc=what) as bar:
         while run.iteration < later.iteration:
             if run.iteration == step:
-                run.evaluations = [each for each in later.evaluations if each.iteration <= step]
+                run.evaluations = [
+                    evaluation for evaluation in later.evaluations if evaluation.iteration <= step
+                ]
                 write_checkpoint(run)
             train_step(run, step_fn)
             bar.update()

@@ -37,8 +37,8 @@ except Exception as error:
 
 def main(arguments):
     """Does what the arguments say; returns the exit status."""
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(each, stop)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
     options, common = read_arguments(arguments)
     if options.list:
         return ledger.print_list(options.list)
@@ -159,7 +159,11 @@ def keep_or_drop(comparison):
     results = ledger.read_results(comparison.ledger)
     entry = ledger.begin_entry(comparison.describe(), results, options.again)
     comparison_id = entry["comparison"]
-    decisions = [each for each in results if each["comparison"] == comparison_id and "kept" in each]
+    decisions = [
+        result
+        for result in results
+        if result["comparison"] == comparison_id and "kept" in result
+    ]
     if decisions and not decisions[-1]["kept"] and not options.again:
         message = "It was dropped before: --again tries it on new seeds."
         record_and_print(comparison, decisions[-1], message, "Drop.")
@@ -218,7 +222,7 @@ def compare(comparison, entry, first_seed, margin, bounds):
             break
     result |= {
         "seeds": [*seeds[: len(pairs)]],
-        "runs": [[each.id for each in pair] for pair in pairs],
+        "runs": [[run.id for run in pair] for pair in pairs],
         "outcome": outcome,
         "at_fault": at_fault,
         "fault": fault,

@@ -32,13 +32,13 @@ def begin_entry(described, results, again=False):
     asked = [described["comparison"], described["asked"]]
     fresh = described["asked"]["seed"] + max(SCREEN_BOUNDS)
     look_number = 1
-    for each in reversed(results):
-        is_same = [each["comparison"], each["asked"]] == asked
-        if is_same and not (again and each["outcome"]):
-            return described | {name: each[name] for name in ("look", "fresh")}
-        if each["baseline"] == described["baseline"]:
-            look_number += each["outcome"] not in ("same", "alike")
-        fresh = max([fresh, *[seed + 1 for seed in each["seeds"]]])
+    for result in reversed(results):
+        is_same = [result["comparison"], result["asked"]] == asked
+        if is_same and not (again and result["outcome"]):
+            return described | {name: result[name] for name in ("look", "fresh")}
+        if result["baseline"] == described["baseline"]:
+            look_number += result["outcome"] not in ("same", "alike")
+        fresh = max([fresh, *[seed + 1 for seed in result["seeds"]]])
     return described | {"look": look_number, "fresh": fresh}
 
 
@@ -49,18 +49,20 @@ def record(path, result):
 
 
 def print_list(name):
-    """Prints a line for each result in a ledger, or in that of a folder of runs, newest last."""
+    """Prints a line for result result in a ledger, or in that of a folder of runs, newest last."""
     path = Path(name)
     if path.is_dir():
         path = path / "versus" / NAME
     results = read_results(path)
     if not results:
         raise UsageError(f"nothing was compared in {name}: name the --save_dir of a comparison")
-    for each in results:
+    for result in results:
         interval = ""
-        if "difference" in each:
-            interval = f"{each['difference']:+.4f} ({each['low']:+.4f} to {each['high']:+.4f})"
+        if "difference" in result:
+            low, high = result["low"], result["high"]
+            interval = f"{result['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+        commits = ", ".join(result["commits"])
         print(
-            f"{each['date']}  {len(each['seeds']):>2} pairs  {interval:<30}{each['verdict']} "
-            f"{each['before']} -> {each['after']} ({', '.join(each['commits'])}) -- {each['flags']}"
+            f"{result['date']}  {len(result['seeds']):>2} pairs  {interval:<30}{result['verdict']} "
+            f"{result['before']} -> {result['after']} ({commits}) -- {result['flags']}"
         )

@@ -254,7 +254,7 @@ def tune(options, common):
         end = comparison.first_seed + NUM_TUNING_SEEDS
         losses = []
         for _, *pair in comparison.train_pairs(range(comparison.first_seed, end)):
-            losses.append([math.inf if each.fault else each.score for each in pair])
+            losses.append([math.inf if run.fault else run.score for run in pair])
         before, after = np.mean(losses, axis=0)
         means.append([before, after])
         print(f"--{flag} {value}: before {before:.4f}, after {after:.4f}", flush=True)

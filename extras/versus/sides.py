@@ -173,8 +173,8 @@ def list_files(*kinds):
 def files_without_git():
     """The paths of the files beside main.py, and of all files in packages there."""
     paths = [*HERE.iterdir()]
-    for each in HERE.glob("*/__init__.py"):
-        paths += each.parent.rglob("*")
+    for package in HERE.glob("*/__init__.py"):
+        paths += package.parent.rglob("*")
     return [str(path.relative_to(HERE)) for path in paths if path.is_file()]
 
 

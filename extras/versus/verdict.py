@@ -89,6 +89,6 @@ def list_side_differences(before, after, pairs):
         return
     if before.tokens_sha256["train"] != after.tokens_sha256["train"]:
         yield "another training text"
-    tokens_seen = {each.tokens_seen for pair in pairs for each in pair if each.tokens_seen}
+    tokens_seen = {run.tokens_seen for pair in pairs for run in pair if run.tokens_seen}
     if ratio == 1 and len(tokens_seen) > 1:
         yield "another number of tokens read"

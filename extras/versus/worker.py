@@ -101,10 +101,10 @@ def check_seed(run, flags, dataset):
     """Raises RunError unless another seed gives other first weights and batches than this run's."""
     other = Namespace(**vars(flags) | {"seed": flags.seed + 1})
     other = MAIN.make_run(flags.save_dir, other, None, {}, dataset, MAIN.SingleProcess())
-    drawn = {"order of batches": [each.batches.next() for each in (run, other)]}
+    drawn = {"order of batches": [side.batches.next() for side in (run, other)]}
     if not todays_names(vars(run)).parents:  # else, the first weights are a model's
         models = (run.model, other.model)
-        weights = [dict(tree_flatten(each.trainable_parameters())).values() for each in models]
+        weights = [dict(tree_flatten(model.trainable_parameters())).values() for model in models]
         drawn["first weights"] = weights
     for name, arrays in drawn.items():
         if all(map(mx.array_equal, *arrays)):
