@@ -442,7 +442,8 @@ class LanguageModel(nn.Module):
     def logits(self, hidden):
         """Logits [B, L, V] float32 of final hidden states [B, L, D].
 
-        Training, evaluation and sampling all call this: a softcap, bias or scaling takes one edit.
+        A softcap, bias or scaling takes one edit here: training, evaluation and sampling then call
+        this, the first two instead of fast.py's copy.
         """
         output_layer = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
         return output_layer(hidden).astype(mx.float32)
@@ -531,9 +532,11 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
-# The fast version computes logits itself, so its dependencies are the two classes that do: once you
-# edit one of them, the plain version runs.
-@partial(fast_version, dependencies=[Embedding, LanguageModel])
+# The fast version computes logits itself: once you edit what else does so, the plain version runs.
+LOGITS_CODE = [Embedding, LanguageModel, Linear, linear_product]
+
+
+@partial(fast_version, dependencies=LOGITS_CODE)
 def training_loss(model, hidden, targets, scale):
     """What training minimizes: the cross-entropy in nats, times `scale`, summed over positions.
 
@@ -668,8 +671,8 @@ FLAGS["training"] = {
 def make_optimizer(model, flags):
     """The optimizer of all trained parameters; call set_learning_rate before each step.
 
-    Weight decay: --embedding_decay for the embeddings and the output layer, --weight_decay for
-    the blocks' matrices, none for norms and biases.
+    Weight decay: --weight_decay for the blocks' matrices, none for norms and biases,
+    --embedding_decay for the rest: the embeddings and the output layer.
     """
     block_optimizer, other_optimizer = OPTIMIZERS[flags.optimizer]
     embedding_decay = flags.weight_decay
@@ -1089,7 +1092,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def apply_gradients(loss, gradients):
+    def update_model(loss, gradients):
         gradients, norm = clip_grad_norm(gradients, flags.grad_clip or math.inf)
         optimizer.update(model, gradients)
         return {"loss": loss, "gradient_norm": norm}
@@ -1110,7 +1113,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
                 if len(inputs) > flags.batch_size:  # or all would be in memory at once
                     mx.eval(total)
             loss, gradients = ranks.all_mean(total)  # ranks exchange gradients only here
-            metrics = apply_gradients(loss, gradients)
+            metrics = update_model(loss, gradients)
             # The code above only builds a graph, which is computed here. Arrays not listed would
             # become part of the next step's graph.
             mx.eval(metrics, state)
@@ -1204,8 +1207,8 @@ def train_step(run, step_fn):
 def evaluate_run(run, interrupts, ranks, reporter):
     """Evaluates the validation split, unless a signal arrives.
 
-    It uses the first --eval_tokens tokens at most, and no more than the run trains on between two
-    evaluations, so that short trials need not wait.
+    It uses all tokens if --eval_tokens is 0. Else it uses the first --eval_tokens at most, and no
+    more than the run trains on between two evaluations, so that short trials need not wait.
 
     An evaluation due only because the time is up is shown and logged, but not recorded: an
     uninterrupted run would have none there. Raises RunError if the loss is not finite.
@@ -1257,7 +1260,7 @@ def save_and_sample(run, interrupts, reporter):
 # ---- Evaluation ---------------------------------------------------------------------------------
 
 
-@partial(fast_version, dependencies=[Embedding, LanguageModel])  # as for training_loss
+@partial(fast_version, dependencies=LOGITS_CODE)
 def token_metrics(model, hidden, targets):
     """The metrics of a validation text at each position, {name: [B, L]}.
 
@@ -1600,8 +1603,9 @@ class Conversation:
 
 # ---- Checkpoints --------------------------------------------------------------------------------
 # <save_dir>/<run>/ holds one run: its checkpoints, log.csv, samples.jsonl, the code that trained it
-# (code-*/), and the models that it reads at each start (init_from/, teacher/). Only the process
-# that holds the folder's lock writes there. Each checkpoint is two safetensors files:
+# (code-*/), the models that it reads at each start (init_from/, teacher/), and what RUN@STEP has
+# computed (steps/). All but the latter is written only by the process that holds the folder's lock.
+# Each checkpoint is two safetensors files:
 #
 #     <sha1>.safetensors  the weights (for LoRA, only the adapters), named by the SHA1 of its bytes
 #     <sha1>.metadata     the optimizer state, the order of batches, the tokenizer and, with
@@ -1833,14 +1837,15 @@ def read_checkpoint(metadata_path):
 def from_untrusted(cls, values):
     """An object of a dataclass, made of an untrusted {field: value}.
 
-    Raises ValueError or TypeError unless each field is present, of its type and in range.
+    Raises ValueError or TypeError if a field without a default is missing, or one is of another
+    type or out of range.
     """
     types = {field.name: field.type for field in dataclasses.fields(cls)}
     for name, value in values.items():
         expected = types.get(name)
         if type(value) is not expected and type(value) not in get_args(expected):
             raise ValueError(f"its {name:.50} is of another type")
-        least = 0 if type(value) is int else -1e15  # rounding makes a sum of losses negative
+        least = 0 if type(value) is int else -1e15  # rounding may bring a loss of about 0 below it
         if type(value) in (int, float) and not least <= value < 1e15:
             raise ValueError(f"its {name} is out of range")
     return cls(**values)
@@ -1888,7 +1893,7 @@ def checkpoints_in(folder, warn=False):
 
 
 def by_time_saved(checkpoint):
-    """The sort key of checkpoints: copies come last, whenever they were saved."""
+    """The sort key of checkpoints, newest last; copies count as older than all others."""
     return not checkpoint.is_copy, checkpoint.saved_at, checkpoint.iteration
 
 
@@ -2075,9 +2080,10 @@ def prune_checkpoints(run):
 
 
 def divergence_error(run, what, iteration):
-    """The RunError for a run whose `what` is not finite after the step from `iteration`.
+    """The RunError for a run whose `what` is not finite.
 
-    It gives a command that goes back to the last checkpoint from which a step succeeded.
+    It gives a command that goes back to the last checkpoint before `iteration`: from that one, a
+    step has succeeded.
     """
     checkpoints = checkpoints_in(run.folder)
     earlier = [checkpoint for checkpoint in checkpoints if checkpoint.iteration < iteration]
@@ -2442,7 +2448,8 @@ class Reporter:
     def report_step(self, metrics):
         """Counts a step; every --steps_per_report steps, shows and logs metrics, {name: number}.
 
-        `loss` is then the mean since the last report; the others are those of the last step.
+        `loss` is then the mean since the last report, as speeds are; other metrics are those of the
+        last step.
         """
         run = self.run
         if not run.recent_times:
@@ -2471,7 +2478,7 @@ class Reporter:
         """Shows the metrics of the steps up to the current iteration."""
         texts = [format_metric(name, value) for name, value in metrics.items()]
         if not self.bar.disable:
-            self.bar.set_postfix_str(", ".join(texts[:4]))  # the bar itself shows speed and time
+            self.bar.set_postfix_str(", ".join(texts[:4]))  # more does not fit beside the time
             return
         texts.append(f"time {tqdm.format_interval(self.run.seconds)}")
         if "ms_per_step" in metrics:
@@ -2822,7 +2829,7 @@ DEFAULTS = {name: flag.default for name, flag in ALL_FLAGS.items()}
 INIT_FLAGS = [*FLAGS["data"], *FLAGS["model"], *FLAGS["init"]]
 IDENTITY_FLAGS = [*INIT_FLAGS, *FLAGS["training"]]
 RECORDED_FLAGS = [*IDENTITY_FLAGS, *FLAGS["session"]]
-# Runs are told apart by what these paths contain.
+# A run's name depends on what these paths contain, not on where they lie.
 PATH_FLAGS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
 
 MAX_YAML_BYTES = 1 << 20  # bytes of a --config, or of a file of cases
@@ -3001,7 +3008,7 @@ REQUIRED_FLAGS = {
 
 
 def ineffective_flag_notices(flags):
-    """Yields a line for each explicit flag that has no effect."""
+    """Yields a line for each explicit flag that has no effect without another one."""
     for name, needed in REQUIRED_FLAGS.items():
         others = needed.split()
         has_effect = any(getattr(flags, other) != DEFAULTS[other] for other in others)
@@ -3050,7 +3057,7 @@ def run_name(dataset, identity):
 
 
 def refuse_conflict(flags, values, owner):
-    """Raises UsageError if an explicit flag in INIT_FLAGS contradicts `values`, which `owner` has.
+    """Raises UsageError if an explicit flag in INIT_FLAGS differs from `values`, those of `owner`.
 
     Texts and tokenizer files are compared by content, in reload_data.
     """
@@ -3354,7 +3361,7 @@ def set_up(flags, ranks):
             # A branch resumes from any undamaged checkpoint of its own, not from the named one.
             is_named = flags.identifier and (not checkpoints or folder == chosen_checkpoint.folder)
             contents = open_newest(checkpoints or [chosen_checkpoint], is_named)
-            # All flags come from the checkpoint but those of the test text, already loaded.
+            # Flags that the command does not set are the checkpoint's; the test text is loaded.
             test_flags = get_values(flags, ["test_text", "eval_test"])
             flags = resolve_flags(flags.explicit, contents.checkpoint.flags | test_flags)
             models = {}
@@ -3388,7 +3395,7 @@ def continues_run(flags, checkpoint):
 def open_checkpoint(flags):
     """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
 
-    Raises UsageError if a flag contradicts it, RunError.
+    Raises UsageError if a flag contradicts it, RunError if it is damaged.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     if not checkpoints:

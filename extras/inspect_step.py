@@ -67,7 +67,7 @@ class Watched:
 
     @property
     def state(self):
-        """What a compiled step changes: with what was seen, or that would be lost."""
+        """What a compiled step changes; mx.compile returns `seen` only if it is a part of this."""
         return [self.optimizer.state, self.seen]
 
     def update(self, model, gradients):

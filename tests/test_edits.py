@@ -27,6 +27,13 @@ def edited(tmp_path, edits):
     return {"program": [copy_program(tmp_path / "copy", edits)]}
 
 
+def score_without_fast(tmp_path, program):
+    """The validation loss of the newest checkpoint."""
+    slow = {"env": {"DISABLE_FAST": "1"}}
+    out, _ = run("--evaluate", "valid", "--save_dir", tmp_path / "lm", **slow, **program)
+    return float(re.match(r"valid (\S+) nats", out)[1])
+
+
 def test_a_bias_of_the_output_layer_is_trained_and_scored(line, tmp_path):
     """An edit of the model's parts, not of `logits`: fast.py does not know them either."""
     with_bias = anchors.HEAD.replace(")", ", bias=True)")
@@ -36,10 +43,15 @@ def test_a_bias_of_the_output_layer_is_trained_and_scored(line, tmp_path):
     checkpoint = newest(tmp_path / "lm")
     bias = mx.load(str(checkpoint.weights_path))["lm_head.bias"]
     assert mx.abs(bias).max().item() > 0.1
-    slow = {"env": {"DISABLE_FAST": "1"}}
-    out, _ = run("--evaluate", "valid", "--save_dir", tmp_path / "lm", **slow, **program)
-    nats = float(re.match(r"valid (\S+) nats", out)[1])
+    nats = score_without_fast(tmp_path, program)
     assert nats == pytest.approx(checkpoint.evaluation.loss, abs=1e-4)
+
+
+def test_an_edited_product_computes_the_logits_of_the_score(line, tmp_path):
+    program = edited(tmp_path, {anchors.PRODUCT: anchors.PRODUCT.replace("\n", " / 2\n")})
+    run(*line, "--untie", "--eval_tokens", 0, **program)
+    nats = score_without_fast(tmp_path, program)
+    assert nats == pytest.approx(newest(tmp_path / "lm").evaluation.loss, abs=1e-4)
 
 
 def test_a_mistake_in_an_edited_layer_is_no_damage(line, tmp_path):

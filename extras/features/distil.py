@@ -11,14 +11,16 @@ is required: the logits of the two models never exist as a whole.
 import mlx.core as mx
 
 from datasets import UsageError
-from extras.features.fast import cross_entropy_of_chunk, exp, loss_and_gradients, row_sums
-from extras.features.fast import stored_gradients
-from main import EDITED_FUNCTIONS
+from extras.features.fast import chunked_loss_and_gradients, cross_entropy_of_chunk, exp
+from extras.features.fast import row_sums, stored_gradients
+from main import EDITED_FUNCTIONS, LOGITS_CODE, fast
 
 
 def check():
-    """Raises UsageError if main.py has other logits than the chunks here."""
-    for name in {"Embedding", "LanguageModel"} & {*EDITED_FUNCTIONS}:
+    """Raises UsageError if main.py has other logits than the chunks here, or may have."""
+    if fast is None:  # then main.py does not look for edits
+        raise UsageError("--teacher needs extras/features/fast.py: unset DISABLE_FAST")
+    for name in {code.__name__ for code in LOGITS_CODE} & {*EDITED_FUNCTIONS}:
         raise UsageError(
             "--teacher: distil.py in extras/ computes logits as main.py had them: undo the edit of "
             f"{name}"
@@ -73,7 +75,7 @@ def distilled_loss_and_gradients(
         return loss, exps * scale + d_kl, mx.ones_like(scale)
 
     text_weights = loss_weights * (1 - teacher_weight)
-    return loss_and_gradients(hidden, head, targets, text_weights, loss_of_chunk)
+    return chunked_loss_and_gradients(hidden, head, targets, text_weights, loss_of_chunk)
 
 
 distilled_loss_and_gradients.vjp(stored_gradients)

@@ -4,9 +4,9 @@ main.py imports this file before MLX and then uses these functions in place of i
 of the same names:
 
     linear_product    products with a layer's matrix, whose gradient is stored like the matrix
-    rms_norm          RMSNorm, and
+    rms_norm          RMSNorm, in fewer operations
     rotate            RoPE, in fewer operations
-    embed             embeddings, whose gradients repeat on a GPU
+    embed             embeddings, with deterministic gradients on a GPU
     attend            causal attention, with a softmax that uses the vector units
     relu2             squared ReLU, with a gradient that uses them
     checkpoint_block  gradient checkpointing, block by block
@@ -21,10 +21,10 @@ fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
 
 They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
 for the plain function with the hash in PLAIN_HASHES: one that was edited is used itself. Loss and
-metrics also stand for the classes Embedding and LanguageModel, whose logits they compute, and
-parallelize for Muon. On a GPU, all but embed, rms_norm, loss, metrics and AdamW's update are MLX's.
-Without this file, or with DISABLE_FAST in the environment, main.py works the same, only slower, but
-for --teacher, several ranks, bfloat16 on a CPU and runs that repeat on a GPU, which need it.
+metrics also stand for what computes logits, main.py's LOGITS_CODE, and parallelize for Muon. On a
+GPU, all but embed, rms_norm, loss, metrics and AdamW's update are MLX's. Without this file, or with
+DISABLE_FAST in the environment, main.py works the same, only slower, but for --teacher, several
+ranks, bfloat16 on a CPU and runs that repeat on a GPU, which need it.
 
 Shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value heads, d
 head dimension, V vocabulary, N any number.
@@ -67,6 +67,7 @@ PLAIN_HASHES = {
     "attend": "3db8e0ebf9095ee74f9bb8a443834c2a2c4f24d8f9a10c1139c2fbe7a87ac895",
     "relu2": "f20b5f618b46fe3f27dffeb8574128a74ab530958d9d2d9261ef107f6797e903",
     "checkpoint_block": "6f062f86dd0f89a76181da54a6f8c6b822cbaec3cca451f0ecb7ab0a058ca74b",
+    "Linear": "9ac3e77dda5b83003da82d9c083998253026def289de2d7cbd3c3b16293ec464",
     "Embedding": "fd9cade784f9931b192e419aa37b537d45f135b0816bd5840f4b3eb101f7860d",
     "LanguageModel": "2d4bab84b2dd8c3f5c40abb88864e22d3dc538e5b95b7d7a091ba4ecea11e56e",
     "training_loss": "44bf382c1e0634217dbec41c185768a15026600dbb0f0ffbf2ce301b062bb096",
@@ -165,7 +166,10 @@ def find_blas():
                 # machine: 177 instead of 308 GFLOP/s).
                 is_amd = "AuthenticAMD" in cpu_info()
                 prefers_bfloat16 = is_amd or bool(instructions & HAS_AMX_BF16)
-            return f"oneDNN ({INSTRUCTIONS.get(instructions, hex(instructions))})", functions
+            onednn.dnnl_version.restype = ctypes.POINTER(ctypes.c_int * 3)
+            version = ".".join(map(str, onednn.dnnl_version().contents))
+            name = INSTRUCTIONS.get(instructions, hex(instructions))
+            return f"oneDNN {version} ({name})", functions
     for path in Path(np.__path__[0]).parent.glob("numpy.libs/libscipy_openblas64_*.so"):
         openblas = ctypes.CDLL(str(path))
         # Each set of kernels rounds differently.
@@ -626,7 +630,7 @@ def sum_over_chunks(hidden, head, add_chunk):
     return loss, mx.concatenate(d_hidden), d_head
 
 
-def loss_and_gradients(hidden, head, targets, loss_weights, loss_of_chunk):
+def chunked_loss_and_gradients(hidden, head, targets, loss_weights, loss_of_chunk):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; targets, loss_weights: [N].
 
     Logits have a column for each position, as scores in attend_masked have one for each query.
@@ -747,7 +751,7 @@ def cross_entropy_and_gradients(hidden, head, targets, loss_weights):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; see stored_gradients."""
     if on_gpu():
         return fused_cross_entropy_and_gradients(hidden, head, targets, loss_weights)
-    return loss_and_gradients(hidden, head, targets, loss_weights, cross_entropy_of_chunk)
+    return chunked_loss_and_gradients(hidden, head, targets, loss_weights, cross_entropy_of_chunk)
 
 
 cross_entropy_and_gradients.vjp(stored_gradients)
@@ -856,7 +860,7 @@ def current_streams():
 
 
 def sum_over_shards(function, *arrays):
-    """function(*arrays), a tree of arrays that is a sum over the rows of `arrays` [B, L, ...].
+    """function(*arrays), a tree of sums over the rows of arrays [B, ...], the first of them [B, L].
 
     Each stream computes it for a shard of the rows; these sums are added up leaf by leaf, each leaf
     on the next stream in turn. This only builds MLX's graph; when it is evaluated, all streams run

@@ -1,7 +1,7 @@
 """The models that a run has to read at each start: LoRA's base, and a teacher.
 
-They are part of its folder, in init_from/ and teacher/: there nobody can delete, move or change
-them.
+They are part of its folder, in init_from/ and teacher/, so that they stay when the originals are
+deleted, moved or replaced.
 """
 
 import contextlib

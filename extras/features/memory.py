@@ -11,7 +11,7 @@ from main import arguments_of, count_parameters, fast, on_gpu, say
 
 
 def memory_of_step(run, flags, ranks):
-    """The memory that training takes at its peak, {part: bytes}; by measurements within 1.5 times.
+    """The memory that training takes at its peak, {part: bytes}; measured: within a factor of 1.5.
 
     It is that of a block's backward pass or of the update, which needs everything twice. MLX is
     lazy: nothing of this needs to exist yet.
@@ -81,7 +81,7 @@ def check_memory(run, ranks):
 
 
 def describe_shortage(needed):
-    """That so many bytes are more than this machine can spare, in words; "" if they are not."""
+    """A message if `needed` bytes are more than this machine can spare; else ""."""
     memory = memory_size()
     if needed <= 0.9 * memory:  # the rest is the system's and other programs'
         return ""
