@@ -111,9 +111,9 @@ EDITED_FUNCTIONS = []  # functions and classes below that were edited since fast
 def fast_version(function, dependencies=()):
     """Decorator: replaces a function with its faster namesake in fast.py, if that file exists.
 
-    Both versions agree up to rounding. dependencies: functions or classes that only the plain
-    version uses. fast.py has hashes of the code of the function and its dependencies: if you edit
-    any of these, the plain version runs, and the start screen says so.
+    Both versions agree up to rounding. dependencies: other functions or classes that the fast
+    version stands for. fast.py has hashes of the code of the function and its dependencies: if you
+    edit any of these, the plain version runs, and the start screen says so.
     """
     if fast is None:
         return function
@@ -198,8 +198,8 @@ def attend(queries, keys, values, mask="causal"):
     mask: "causal" or, to decode texts of different lengths (extras/features/decode.py), bool
     [B, 1, L, N], true for the keys that each query sees: the last is at the query's position.
     """
-    # softmax(queries @ keys.swapaxes(2, 3) * scale + mask) @ values, with each key/value head
-    # repeated H / K times.
+    # softmax(queries @ keys.swapaxes(2, 3) * scale) @ values, with scores of -inf where the mask
+    # is false, and each key/value head repeated H / K times.
     scale = queries.shape[-1] ** -0.5
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
@@ -748,7 +748,7 @@ SCHEDULES = {"constant": constant_schedule, "cosine": cosine_schedule, "linear":
 FLAGS["training"] |= {
     "lr_schedule": Flag("constant", one_of(SCHEDULES), "schedule after warmup"),
     "lr_warmup": Flag(200, COUNT, "warmup steps"),
-    "lr_cooldown": Flag(1.0, FRACTION, "the rate decays over this last fraction of the steps"),
+    "lr_cooldown": Flag(1.0, FRACTION, "last fraction of steps after warmup that decays the rate"),
     "min_lr": Flag(None, NONNEGATIVE, "final learning rate (default: a tenth of the peak)"),
     "average": Flag(0.0, FRACTION, "average the weights over about this last fraction of steps"),
 }
@@ -1604,7 +1604,7 @@ class Conversation:
 # ---- Checkpoints --------------------------------------------------------------------------------
 # <save_dir>/<run>/ holds one run: its checkpoints, log.csv, samples.jsonl, the code that trained it
 # (code-*/), the models that it reads at each start (init_from/, teacher/), and what RUN@STEP has
-# computed (steps/). All but the latter is written only by the process that holds the folder's lock.
+# computed (steps/). All but steps/ is written only by the process that holds the folder's lock.
 # Each checkpoint is two safetensors files:
 #
 #     <sha1>.safetensors  the weights (for LoRA, only the adapters), named by the SHA1 of its bytes
@@ -2272,6 +2272,7 @@ def on_gpu():
 def use_device(gpu):
     """Makes the GPU or the CPU the default device; call it before anything is computed.
 
+    It also sets TMPDIR and, for a CPU, PATH, by which MLX finds its kernels and their compiler.
     Raises UsageError if there is no GPU.
     """
     if gpu and not mx.is_available(mx.gpu):
@@ -2409,7 +2410,7 @@ def code_mismatch_error(checkpoint, flags):
 
 # How metrics are shown on the screen; others are shown by their names. loss: nats/token, with
 # --teacher mixed with the distillation loss; epoch: passes over the text; peak_mib: MLX's peak
-# memory in this process. For all logged metrics, see report_step.
+# memory in this process. For all logged metrics, see report_step and log_metrics.
 METRIC_FORMATS = {
     "loss": "loss {:.4f}",
     "learning_rate": "lr {:.2e}",
@@ -2719,7 +2720,8 @@ def describe_resume(checkpoint, run):
     yield f"resumed  with {changes or 'unchanged flags'}"
     if checkpoint.folder_name != run.folder.name:
         yield f"This is a branch of {checkpoint.folder_name}, which stays as it is."
-    if checkpoint.flags["num_iters"] != flags.num_iters:
+    has_schedule = flags.lr_schedule != "constant" or flags.dropout_final is not None
+    if has_schedule and checkpoint.flags["num_iters"] != flags.num_iters:
         yield "Schedules of the learning rate and of dropout now stretch to --num_iters."
     segment = checkpoint.segments[-1]
     if segment.code_sha1 != run.segments[-1].code_sha1:

@@ -78,6 +78,13 @@ def test_extending_a_schedule_says_that_it_stretches(tmp_path, text):
     assert re.findall(r"  lr (\S+)", out)[0] == "5.00e-03"
 
 
+def test_extending_a_run_of_a_constant_rate_stretches_nothing(tmp_path, text):
+    line = ["--text", text, *TINY, "--save_dir", tmp_path]
+    run(*line, "--num_iters", 4)
+    out, _ = run(*line, "--num_iters", 8)
+    assert "\nresumed " in out and "stretch" not in out
+
+
 def test_bfloat16_on_a_cpu(tmp_path, text):
     """Another result where the processor has units for it, else a line and that of float32."""
     # Large enough for products to be rounded.

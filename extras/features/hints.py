@@ -1,6 +1,6 @@
 """The flags of other programs: those that have another name here, and those that are not here."""
 
-# {a flag: its names in other programs, where meaning and unit are the same}
+# {a flag: its names in other programs, where meaning and unit are the same, on one device}
 ALIASES = {
     "dataset": "dataset_name",
     "valid_text": "eval_file val_data val_file validation_file",
