@@ -215,7 +215,7 @@ def test_other_steps_and_texts_from_a_run(project):
     out, _ = compare(project, *line)
     result = last_line(out)
     assert result["steps"] == [24, 16]
-    assert result["verdict"].endswith(", with another training text.")
+    assert ", with another training text" in result["verdict"]  # the time taken may follow
     after = ["--text", "more.txt", "--num_iters", 16]
     for key, more in (("scores_before", []), ("scores_after", after)):
         line = [*STEPS, *common, "--text", "text.txt", "--eval_tokens", 0, *more]
