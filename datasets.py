@@ -1643,7 +1643,6 @@ def make_writable(folder):
     tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
 
 
-@functools.cache
 def cpu_info():
     """What Linux says about the CPU; "" if nothing."""
     with contextlib.suppress(OSError):
@@ -1651,6 +1650,7 @@ def cpu_info():
     return ""
 
 
+@functools.cache
 def open_kernel_dir():
     """The folder for compiled code, which is loaded from there: no other user can write to it.
 

@@ -701,6 +701,7 @@ import datasets
 if sys.argv[1] == "another CPU":
     datasets.cpu_info = lambda: "flags\t\t: fpu sse2"
 print(datasets.open_kernel_dir())
+assert datasets.open_kernel_dir() == datasets.open_kernel_dir()
 print(datasets.open_data_dir(*sys.argv[2:]))
 """
 

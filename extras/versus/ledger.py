@@ -49,7 +49,7 @@ def record(path, result):
 
 
 def print_list(name):
-    """Prints a line for result result in a ledger, or in that of a folder of runs, newest last."""
+    """Prints a line for each result in a ledger, or in that of a folder of runs, newest last."""
     path = Path(name)
     if path.is_dir():
         path = path / "versus" / NAME
