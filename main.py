@@ -532,7 +532,8 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
-# The fast version computes logits itself: once you edit what else does so, the plain version runs.
+# This code computes logits. The fast version computes them itself: once you edit any of this, the
+# plain version runs.
 LOGITS_CODE = [Embedding, LanguageModel, Linear, linear_product]
 
 

@@ -52,7 +52,7 @@ def list_runs(save_dir):
 def distinguishing_flags(checkpoints):
     """The flags that tell the runs of these checkpoints apart, {run: "--dim=32 --seed=1"}.
 
-    Of checkpoint run, the newest checkpoint counts.
+    Of each run, the newest checkpoint counts.
     """
     newest = [group[0] for group in group_by_run(checkpoints).values()]
     names = []

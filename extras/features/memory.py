@@ -81,7 +81,7 @@ def check_memory(run, ranks):
 
 
 def describe_shortage(needed):
-    """A message if `needed` bytes are more than this machine can spare; else ""."""
+    """A message if `needed` bytes are more than this machine can spare, else an empty string."""
     memory = memory_size()
     if needed <= 0.9 * memory:  # the rest is the system's and other programs'
         return ""
