@@ -1446,6 +1446,35 @@ def import_fast(name, path):
     return fast
 
 
+class FastVersions:
+    """A decorator that replaces a function of main.py with its faster namesake in fast.py.
+
+    Both agree up to rounding. Without fast.py, the function stays as it is, and so it does once you
+    edit it: then its hash is no longer the one in fast.py, and the start screen says so.
+    """
+
+    def __init__(self, fast, path):
+        self.fast = fast  # the module, or None
+        self.source = Path(path).read_text("utf-8")  # as loaded, even if main.py is edited later
+        self.edited = []  # names of functions and classes that were edited
+
+    def __call__(self, function, dependencies=()):
+        """dependencies: other functions or classes that the fast version stands for."""
+        if self.fast is None:
+            return function
+        names = [dependency.__name__ for dependency in (function, *dependencies)]
+        for name in names:
+            sha256 = hash_of_code(source_of_definition(name, self.source))
+            if sha256 != self.fast.PLAIN_HASHES.get(name) and name not in self.edited:
+                self.edited.append(name)
+        # extras.versus compares an edited function with its original in plain MLX, as the fast
+        # version would round differently.
+        plain_names = self.edited + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
+        if {*names} & {*plain_names}:
+            return function
+        return getattr(self.fast, function.__name__)
+
+
 NOT_USERS = re.compile(r"(main|datasets)\.py|(extras|tests|.*site-packages)/.*|\..*|.*(?<!\.py)")
 
 

@@ -7,24 +7,14 @@
 
 Model, loss and optimizer, batches and training come first, evaluation and sampling next, then what
 keeps a run safe and usable: checkpoints, interrupts, reports, flags, setting up, commands.
-datasets.py turns text into token ids. Everything else is in extras/, one file per feature; without
-extras/, this file works in plain MLX.
+datasets.py turns text into token ids, and holds what both files share. Everything else is in
+extras/, one file per feature; without extras/, these two files work in plain MLX.
 
 Shapes use these letters: B rows of a batch, L positions, D model dimension, H query heads, K key
 and value heads, d dimension of a head (D / H), V vocabulary, N any number. A linear layer from I
 to O features has a matrix [O, I], as in PyTorch. MLX is lazy: operations build a graph, which
 mx.eval computes.
 """
-
-import sys
-from pathlib import Path
-
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # the folder of datasets.py
-
-import datasets
-
-fast = datasets.import_fast(__name__, __file__)  # extras/features/fast.py, or None
 
 import argparse
 import contextlib
@@ -40,11 +30,22 @@ import os
 import re
 import shlex
 import signal
+import sys
 import threading
 import time
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple, get_args
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))  # the folder of datasets.py
+
+import datasets
+
+# extras/features/fast.py, or None without it. It must load a fast BLAS before MLX loads another.
+fast = datasets.import_fast(__name__, __file__)
+fast_version = datasets.FastVersions(fast, __file__)  # decorates functions that fast.py has, too
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -102,33 +103,6 @@ FLAGS["model"] = {
     "qk_norm": Flag(False, bool, "RMS-normalize queries and keys"),
     "untie": Flag(False, bool, "separate output matrix instead of tied embeddings"),
 }
-
-
-MAIN_SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if the file is edited later
-EDITED_FUNCTIONS = []  # functions and classes below that were edited since fast.py was written
-
-
-def fast_version(function, dependencies=()):
-    """Decorator: replaces a function with its faster namesake in fast.py, if that file exists.
-
-    Both versions agree up to rounding. dependencies: other functions or classes that the fast
-    version stands for. fast.py has hashes of the code of the function and its dependencies: if you
-    edit any of these, the plain version runs, and the start screen says so.
-    """
-    if fast is None:
-        return function
-    names = [dependency.__name__ for dependency in (function, *dependencies)]
-    for name in names:
-        sha256 = datasets.hash_of_code(datasets.source_of_definition(name, MAIN_SOURCE))
-        is_edited = sha256 != fast.PLAIN_HASHES.get(name)
-        if is_edited and name not in EDITED_FUNCTIONS:
-            EDITED_FUNCTIONS.append(name)
-    # extras.versus compares an edited function with its original in plain MLX, as the fast version
-    # would round differently.
-    plain_names = EDITED_FUNCTIONS + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
-    if {*names} & {*plain_names}:
-        return function
-    return getattr(fast, function.__name__)
 
 
 def dropout(hidden, dropout_masks, mask_index):
@@ -1703,7 +1677,7 @@ class DamagedError(RunError):
 
 
 # What making a model raises if its sizes are impossible, or its weights are those of another.
-MISFITS = (ValueError, RuntimeError, MemoryError, OverflowError)
+MODEL_ERRORS = (ValueError, RuntimeError, MemoryError, OverflowError)
 
 
 class Contents(NamedTuple):
@@ -1728,7 +1702,8 @@ class Contents(NamedTuple):
                 alpha = checkpoint.flags["lora_alpha"]
                 weights = extra("lora").merge(base, weights, rank, alpha)
         # A mistake in an edited layer, mostly an AttributeError or a TypeError, is not damage.
-        with explain_errors(f"{checkpoint} does not fit its record", *MISFITS, raises=DamagedError):
+        problem = f"{checkpoint} does not fit its record"
+        with explain_errors(problem, *MODEL_ERRORS, raises=DamagedError):
             model = LanguageModel(checkpoint.config)
             check_arrays(weights, model.parameters())
             model.update(tree_unflatten(weights))
@@ -1757,6 +1732,7 @@ class Contents(NamedTuple):
         run.saved_at = checkpoint.saved_at
         run.parents = checkpoint.parents
         run.segments = [*checkpoint.segments]
+        run.evaluations = [*checkpoint.evaluations]
 
 
 def check_arrays(actual, expected):
@@ -2337,7 +2313,9 @@ def list_versions(flags, ranks):
 # A run's record has the SHA1 of the code that trained it, and its folder keeps a copy: whole files,
 # as they were loaded. Changes made only in memory, and data that the code reads, go unnoticed.
 
-LOADED_SOURCES = {"main.py": MAIN_SOURCE}  # {path from this folder: source}, of files seen so far
+# {path from this folder: source}, of files seen so far
+LOADED_SOURCES = {"main.py": fast_version.source}
+EDITED_FUNCTIONS = fast_version.edited
 
 
 def read_code(flag_values):
@@ -2459,7 +2437,7 @@ class Reporter:
         self.bar.update()
         if run.iteration % run.flags.steps_per_report:
             return
-        metrics["loss"] = run.recent_loss / run.recent_steps
+        metrics = metrics | {"loss": run.recent_loss / run.recent_steps}
         stats = {"epoch": run.epochs, "peak_mib": mx.get_peak_memory() / 2**20}
         if run.recent_times:
             seconds = sum(run.recent_times) / len(run.recent_times)
@@ -3194,7 +3172,7 @@ def flags_from_pretrained(models, flags):
 def make_model(flags, dataset, checkpoint, models):
     """The model of a run; only that of --init_from already has its weights."""
     if checkpoint and "init_from" not in models:
-        with explain_errors(f"{checkpoint} has no model", *MISFITS, raises=DamagedError):
+        with explain_errors(f"{checkpoint} has no model", *MODEL_ERRORS, raises=DamagedError):
             return LanguageModel(checkpoint.config)
     try:
         if "init_from" in models:
@@ -3320,7 +3298,7 @@ def check_early(flags, ranks):
             "limits the text, and --num_iters counts steps"
         )
     with contextlib.suppress(OSError):
-        if Path(__file__).read_text("utf-8") != MAIN_SOURCE:
+        if Path(__file__).read_text("utf-8") != LOADED_SOURCES["main.py"]:
             say("main.py was edited since it was loaded: the edit is not in this run.")
     if flags.teacher:
         extra("distil").check()

@@ -5,8 +5,8 @@ Whoever rewords one of them enters the new wording here.
 
 # ---- Top ----------------------------------------------------------------------------------------
 
-IMPORT = "import argparse\n"
-TOP = "EDITED_FUNCTIONS = []"
+IMPORT = "import mlx.core as mx\n"
+TOP = 'FLAGS = {"data": TEXT_FLAGS["data"]}'
 MODEL_SECTION = "# ---- Model ---"
 ADAMW = "def make_adamw("
 PLURAL = "def plural("

@@ -53,7 +53,7 @@ def assert_near(found, expected, tolerance):
 @pytest.mark.upkeep
 @pytest.mark.parametrize("name", fast.PLAIN_HASHES)
 def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
-    digest = hash_of_code(source_of_definition(name, main.MAIN_SOURCE))
+    digest = hash_of_code(source_of_definition(name, main.fast_version.source))
     assert name not in main.EDITED_FUNCTIONS, (
         f"{name} in main.py has changed, so that main.py no longer uses the quick one: compare it "
         f"with {name} in fast.py, change that accordingly, and then enter "

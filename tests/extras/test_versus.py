@@ -282,7 +282,7 @@ def test_edit_without_effect_is_proved(project):
     assert out.endswith("\nThe same code and flags on both sides: nothing is trained.\n")
     assert not [*project.glob("runs/versus/*/text-*")], "nothing is trained"
     edit(project, anchors.JOINED, "    joined  =  attended")
-    edit(project, anchors.TOP, "EDITED_FUNCTIONS = []\nprint('{}')")
+    edit(project, anchors.TOP, anchors.TOP + "\nprint('{}')")
     norm = anchors.RMS_NORM
     edit(project, f"    return {norm}", f"    normed = {norm}    return normed\n")
     out, _ = compare(project, "HEAD", "--pairs", 2)

@@ -108,7 +108,8 @@ def smoothed(loss):
 TWICE = factor(2)
 SPARE = (NORM, f"{NORM}        self.spare = mx.zeros((4,))\n")
 TRAIN_ON = """\
-            batches = Batches(np.frombuffer(MAIN_SOURCE.encode(), np.uint8), 32, 16, 1)
+            text = Path(__file__).read_bytes()
+            batches = Batches(np.frombuffer(text, np.uint8), 32, 16, 1)
             optimizer = optim.Adam(1e-3)
             loss = lambda x, y: nn.losses.cross_entropy(model(x), y).mean()
             for _ in range(150):
