@@ -2375,7 +2375,11 @@ def code_mismatch_error(checkpoint, flags):
     code = read_code(vars(flags))
     paths = filter(Path.is_file, old.rglob("[!.]*"))
     old_code = {str(path.relative_to(old)): path.read_text("utf-8", "replace") for path in paths}
-    names = sorted(dict(code.items() ^ old_code.items()))
+    names = []
+    for name in sorted({*code, *old_code}):
+        texts = (code.get(name, ""), old_code.get(name, ""))
+        if len({*map(datasets.hash_of_code, texts)}) > 1:
+            names.append(name)
     first, *_ = [*names, "main.py"]
     return UsageError(
         f"{checkpoint.folder_name} was trained by other code than this ({', '.join(names)}: "

@@ -224,6 +224,8 @@ def test_an_edit_of_a_function_is_another_experiment(line, tmp_path):
         path = copy_program(tmp_path / f"copy{number}", edits)
         programs.append({"program": [path]})
     plain, reworded, edited = programs
+    with open(tmp_path / "copy2" / "extras" / "features" / "fast.py", "a") as file:
+        file.write("# A comment is no edit.\n")
     leg = [*line, "--num_iters", 9, "--max_minutes", 1e-9]  # two steps: the first is not timed
     name, _, _ = begin(*leg, **plain)
     assert begin(*leg, **reworded)[:2] == (name, 2)
