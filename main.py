@@ -3,6 +3,7 @@
     python main.py --config first            train on Python's own library, in two minutes
     python main.py --config ptb-5-minutes    on Penn Treebank; rerun after Ctrl+C to resume
     python main.py --inference               sample interactively from the newest checkpoint
+    python main.py                           resume the newest run
     python main.py --help                    every flag
 
 Model, loss and optimizer, batches and training come first, evaluation and sampling next, then what
@@ -91,7 +92,8 @@ class Config:
         resolve_config(self)
 
 
-# Flags of the command line. Each is beside the code that uses it, or in the section Flags.
+# Flags of the command line: those of what trains are beside the code that uses them, all others in
+# the section Flags.
 FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
 
 FLAGS["model"] = {
@@ -103,16 +105,6 @@ FLAGS["model"] = {
     "qk_norm": Flag(False, bool, "RMS-normalize queries and keys"),
     "untie": Flag(False, bool, "separate output matrix instead of tied embeddings"),
 }
-
-
-def dropout(hidden, dropout_masks, mask_index):
-    """Applies dropout to hidden states [B, L, D]; dropout_masks: None for no dropout.
-
-    mask_index: 0 is the mask of the embeddings; then come two for each block.
-    """
-    if dropout_masks is None:
-        return hidden
-    return dropout_masks.apply(hidden, mask_index)
 
 
 @fast_version
@@ -416,8 +408,8 @@ class LanguageModel(nn.Module):
     def logits(self, hidden):
         """Logits [B, L, V] float32 of final hidden states [B, L, D].
 
-        A softcap, bias or scaling takes one edit here: training, evaluation and sampling then call
-        this, the first two instead of fast.py's copy.
+        To add a softcap, a bias or a scale, edit only this. Training and evaluation then call it
+        instead of fast.py's copy, as sampling always does.
         """
         output_layer = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
         return output_layer(hidden).astype(mx.float32)
@@ -506,8 +498,8 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
-# This code computes logits. The fast version computes them itself: once you edit any of this, the
-# plain version runs.
+# fast.py computes logits without calling these. Once you edit one of them, the plain loss and
+# metrics run.
 LOGITS_CODE = [Embedding, LanguageModel, Linear, linear_product]
 
 
@@ -647,7 +639,7 @@ def make_optimizer(model, flags):
     """The optimizer of all trained parameters; call set_learning_rate before each step.
 
     Weight decay: --weight_decay for the blocks' matrices, none for norms and biases,
-    --embedding_decay for the rest: the embeddings and the output layer.
+    --embedding_decay for the rest: the embeddings, the output layer and stacks of matrices.
     """
     block_optimizer, other_optimizer = OPTIMIZERS[flags.optimizer]
     embedding_decay = flags.weight_decay
@@ -868,6 +860,16 @@ class DropoutMasks:
         return hidden * (mask.astype(hidden.dtype) / self.keep_prob.astype(hidden.dtype))
 
 
+def dropout(hidden, dropout_masks, mask_index):
+    """Applies dropout to hidden states [B, L, D]; dropout_masks: None for no dropout.
+
+    mask_index: 0 is the mask of the embeddings; then come two for each block.
+    """
+    if dropout_masks is None:
+        return hidden
+    return dropout_masks.apply(hidden, mask_index)
+
+
 def draw_dropout(iteration, num_rows, flags):
     """The dropout rate of a step, [] float32, and a key for each row, [num_rows, 2] uint32.
 
@@ -887,132 +889,6 @@ def draw_dropout(iteration, num_rows, flags):
 FLAGS["training"] |= {
     "dtype": Flag("float32", one_of(["float32", "bfloat16"]), "bfloat16: with float32 weights"),
 }
-
-
-class Evaluation(NamedTuple):
-    """The validation loss, the mean over `num_tokens` predicted tokens."""
-
-    iteration: int
-    loss: float  # in nats per token
-    num_tokens: int
-    bits_per_byte: float
-
-
-def comparable_evaluations(evaluations):
-    """The evaluations on the same number of tokens as the last one."""
-    return [
-        evaluation
-        for evaluation in evaluations
-        if evaluation.num_tokens == evaluations[-1].num_tokens
-    ]
-
-
-def best_evaluation(evaluations):
-    """The comparable evaluation with the lowest loss, the first of equal ones; None without any."""
-    evaluations = comparable_evaluations(evaluations)
-    return min(evaluations, key=lambda evaluation: evaluation.loss, default=None)
-
-
-@dataclasses.dataclass(kw_only=True, eq=False)  # a checkpoint and its copy are not equal
-class Progress:
-    """A run's progress: recorded in every checkpoint, and restored on resume."""
-
-    iteration: int = 0  # steps done
-    tokens_seen: int = 0
-    seconds: float = 0.0  # of training, but for the first step after each start
-    evaluations: list = dataclasses.field(default_factory=list)  # of type Evaluation
-    recent_steps: int = 0  # since the last report
-    recent_loss: float = 0.0  # the sum of their losses
-
-    @property
-    def evaluation(self):
-        """The Evaluation at the current iteration, or None."""
-        for evaluation in self.evaluations:
-            if evaluation.iteration == self.iteration:
-                return evaluation
-        return None
-
-    def progress_fields(self):
-        """The fields of Progress, {name: value}, not those of subclasses."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Progress)}
-
-
-@dataclasses.dataclass(eq=False)
-class Run(Progress):
-    """A training run: its model, its data and its progress."""
-
-    folder: Path  # where it is saved, see run_name
-    flags: argparse.Namespace
-    dataset: datasets.Dataset
-    model: LanguageModel
-    optimizer: optim.Optimizer
-    batches: Batches
-    teacher: LanguageModel | None
-    parents: dict  # ids of the models that it began with, see Checkpoint
-    segments: list  # see Segment; the last is current
-    code: dict  # see read_code
-    average: dict | None = None  # with --average: the averaged weights, a tree; None at first
-
-    # Seconds of each timed step since the last report. The first step after a start compiles, so
-    # it is not timed; before it, this is None.
-    recent_times: list | None = None
-    checkpoint_id: str | None = None  # of the last checkpoint
-    # Time of the last save; the next is later even if the clock was set back.
-    saved_at: float = 0.0
-    is_saved: bool = True  # no changes since the last save; a new run has nothing to lose
-
-    @property
-    def versions(self):
-        """The current environment, see list_versions."""
-        return self.segments[-1].versions
-
-    @property
-    def epochs(self):
-        """Passes over the training text."""
-        return self.tokens_seen / len(self.dataset.train.tokens)
-
-    def is_evaluation_due(self):
-        """Whether to evaluate now: every `steps_per_eval` iterations, and at the end."""
-        interval = self.flags.steps_per_eval
-        if not interval or self.iteration == 0:
-            return False
-        return self.iteration % interval == 0 or self.iteration == self.flags.num_iters
-
-    def is_save_due(self):
-        """Whether the schedule calls for a save at the current iteration."""
-        return self.iteration % self.flags.steps_per_save == 0 or self.is_evaluation_due()
-
-    def is_out_of_patience(self):
-        """Whether --patience ends the run, as that many evaluations in a row brought no new best.
-
-        A final evaluation at an earlier `num_iters` does not count: otherwise an extended run would
-        stop at another iteration than a run that had this length from the start.
-        """
-        interval = self.flags.steps_per_eval or math.inf
-        losses = []
-        for evaluation in comparable_evaluations(self.evaluations):
-            if evaluation.iteration % interval == 0:
-                losses.append(evaluation.loss)
-        if not self.flags.patience or not losses:
-            return False
-        return len(losses) - 1 - losses.index(min(losses)) >= self.flags.patience
-
-    def weights_to_save(self):
-        """The tree of weights to save, evaluate and sample from: the average if there is one.
-
-        For a LoRA run, these are only the adapters.
-        """
-        return self.average or self.model.trainable_parameters()
-
-    @contextlib.contextmanager
-    def using_average(self):
-        """Puts `weights_to_save` into the model; restores the trained weights afterwards."""
-        weights = self.model.trainable_parameters()
-        self.model.update(self.weights_to_save())
-        try:
-            yield self.model
-        finally:
-            self.model.update(weights)
 
 
 def make_step(model, optimizer, flags, ranks=None, teacher=None):
@@ -1136,8 +1012,10 @@ def train(run, interrupts, ranks):
                 if was_saved:
                     prune_checkpoints(run)
                 reporter.report_step(metrics)
-    # No step tests the weights of the last checkpoint. But if it was evaluated, its loss is finite
-    # (evaluate_run raises RunError otherwise), so no older checkpoint is needed to go back to.
+            else:
+                run.recent_times = []  # which nobody reports
+    # No later step confirms the last checkpoint. A finite validation loss does: evaluate_run raises
+    # RunError for any other.
     if reporter and run.evaluation:
         prune_checkpoints(run)
     if run.is_out_of_patience():
@@ -1230,6 +1108,135 @@ def save_and_sample(run, interrupts, reporter):
             text = "".join(conversation.reply(prompt, flags, flags.seed, interrupts))
             if not interrupts.stop_signal:  # else it is cut short
                 reporter.report_sample(prompt, text)
+
+
+# ---- Runs ---------------------------------------------------------------------------------------
+
+
+class Evaluation(NamedTuple):
+    """The validation loss, the mean over `num_tokens` predicted tokens."""
+
+    iteration: int
+    loss: float  # in nats per token
+    num_tokens: int
+    bits_per_byte: float
+
+
+def comparable_evaluations(evaluations):
+    """The evaluations on the same number of tokens as the last one."""
+    return [
+        evaluation
+        for evaluation in evaluations
+        if evaluation.num_tokens == evaluations[-1].num_tokens
+    ]
+
+
+def best_evaluation(evaluations):
+    """The comparable evaluation with the lowest loss, the first of equal ones; None without any."""
+    evaluations = comparable_evaluations(evaluations)
+    return min(evaluations, key=lambda evaluation: evaluation.loss, default=None)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)  # a checkpoint and its copy are not equal
+class Progress:
+    """A run's progress: recorded in every checkpoint, and restored on resume."""
+
+    iteration: int = 0  # steps done
+    tokens_seen: int = 0
+    seconds: float = 0.0  # of training, but for the first step after each start
+    evaluations: list = dataclasses.field(default_factory=list)  # of type Evaluation
+    recent_steps: int = 0  # since the last report
+    recent_loss: float = 0.0  # the sum of their losses
+
+    @property
+    def evaluation(self):
+        """The Evaluation at the current iteration, or None."""
+        for evaluation in self.evaluations:
+            if evaluation.iteration == self.iteration:
+                return evaluation
+        return None
+
+    def progress_fields(self):
+        """The fields of Progress, {name: value}, not those of subclasses."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Progress)}
+
+
+@dataclasses.dataclass(eq=False)
+class Run(Progress):
+    """A training run: its model, its data and its progress."""
+
+    folder: Path  # where it is saved, see run_name
+    flags: argparse.Namespace
+    dataset: datasets.Dataset
+    model: LanguageModel
+    optimizer: optim.Optimizer
+    batches: Batches
+    teacher: LanguageModel | None
+    parents: dict  # ids of the models that it began with, see Checkpoint
+    segments: list  # see Segment; the last is current
+    code: dict  # see read_code
+    average: dict | None = None  # with --average: the averaged weights, a tree; None at first
+
+    # Seconds of each timed step since the last report. The first step after a start compiles, so
+    # it is not timed; before it, this is None.
+    recent_times: list | None = None
+    checkpoint_id: str | None = None  # of the last checkpoint
+    # Time of the last save; the next is later even if the clock was set back.
+    saved_at: float = 0.0
+    is_saved: bool = True  # no changes since the last save; a new run has nothing to lose
+
+    @property
+    def versions(self):
+        """The current environment, see list_versions."""
+        return self.segments[-1].versions
+
+    @property
+    def epochs(self):
+        """Passes over the training text."""
+        return self.tokens_seen / len(self.dataset.train.tokens)
+
+    def is_evaluation_due(self):
+        """Whether to evaluate now: every `steps_per_eval` iterations, and at the end."""
+        interval = self.flags.steps_per_eval
+        if not interval or self.iteration == 0:
+            return False
+        return self.iteration % interval == 0 or self.iteration == self.flags.num_iters
+
+    def is_save_due(self):
+        """Whether the schedule calls for a save at the current iteration."""
+        return self.iteration % self.flags.steps_per_save == 0 or self.is_evaluation_due()
+
+    def is_out_of_patience(self):
+        """Whether --patience ends the run, as that many evaluations in a row brought no new best.
+
+        Only evaluations at multiples of `steps_per_eval` count: an extended run has one more, at
+        its old end, and must not stop at another iteration for that.
+        """
+        interval = self.flags.steps_per_eval or math.inf
+        losses = []
+        for evaluation in comparable_evaluations(self.evaluations):
+            if evaluation.iteration % interval == 0:
+                losses.append(evaluation.loss)
+        if not self.flags.patience or not losses:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self.flags.patience
+
+    def weights_to_save(self):
+        """The tree of weights to save, evaluate and sample from: the average if there is one.
+
+        For a LoRA run, these are only the adapters.
+        """
+        return self.average or self.model.trainable_parameters()
+
+    @contextlib.contextmanager
+    def using_average(self):
+        """Puts `weights_to_save` into the model; restores the trained weights afterwards."""
+        weights = self.model.trainable_parameters()
+        self.model.update(self.weights_to_save())
+        try:
+            yield self.model
+        finally:
+            self.model.update(weights)
 
 
 # ---- Evaluation ---------------------------------------------------------------------------------
@@ -1576,6 +1583,32 @@ class Conversation:
                 self.tokens_per_second = (len(times) - 1) / (time.perf_counter() - times[0])
 
 
+def for_terminal(text):
+    """Untrusted text, also a model's, ready to print on stdout: unchanged in a pipe or file.
+
+    For a terminal, `printable`, without the CR of Windows' line ends.
+    """
+    if sys.stdout.isatty():
+        return printable(text.replace("\r", ""))
+    return text
+
+
+def warn_about_prompt(conversation, prompt):
+    """Warns about what the model will not read of a prompt, or will read differently."""
+    tokenizer = conversation.tokenizer
+    warn = partial(say, file=sys.stderr)
+    unknown = tokenizer.unknown(prompt)
+    if unknown:
+        warn(printable(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"))
+    length = len(encode_prompt(tokenizer, prompt))
+    if length > conversation.model.config.context_size:
+        warn(f"The prompt's {length:,} tokens are more than the context: only their end is read.")
+    if prompt.endswith(" ") and hasattr(tokenizer, "package"):
+        warn("The prompt ends in a space, which the tokenizer joins to the next word: omit it.")
+    if prompt.startswith("FILE:"):  # nanoGPT's way to name one
+        warn('The prompt is this text itself; for a file\'s: --prompt "$(cat FILE)"')
+
+
 # ---- Checkpoints --------------------------------------------------------------------------------
 # <save_dir>/<run>/ holds one run: its checkpoints, log.csv, samples.jsonl, the code that trained it
 # (code-*/), the models that it reads at each start (init_from/, teacher/), and what RUN@STEP has
@@ -1606,7 +1639,7 @@ class Checkpoint(Progress):
     flags: dict  # those in RECORDED_FLAGS, see resolve_flags
     config: Config
     tokens_sha256: dict  # of the training and validation texts, see Dataset
-    parents: dict  # what its run began with: {"init_from", "teacher" or "branched_from": id}
+    parents: dict  # what its run began with: {"init_from" / "teacher" / "branched_from": id}
     segments: list  # of type Segment
     # The fields of its Batches with the same names; `perm` is an array in the .metadata.
     epoch: int
@@ -2249,7 +2282,7 @@ def on_gpu():
 def use_device(gpu):
     """Makes the GPU or the CPU the default device; call it before anything is computed.
 
-    It also sets TMPDIR and, for a CPU, PATH, by which MLX finds its kernels and their compiler.
+    It also sets TMPDIR, where MLX looks for kernels, and on a CPU PATH, where it finds g++.
     Raises UsageError if there is no GPU.
     """
     if gpu and not mx.is_available(mx.gpu):
@@ -2267,8 +2300,8 @@ def use_device(gpu):
     elif fast:
         fast.use_cpu()
     if not gpu and (not fast or sys.platform != "linux"):  # else, fast.py has set the compiler
-        # Where the compiler may fuse a product with a sum, as on ARM, it does so only in some loops
-        # of a kernel, and timing decides which loop computes an element.
+        # On ARM, compilers fuse products with sums, but only in some loops of a kernel. Timing
+        # decides which loop computes an element, so its last bit would vary.
         compile_command = 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"'
         datasets.use_compiler(datasets.open_kernel_dir(), compile_command)
 
@@ -2540,10 +2573,10 @@ class Log:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
 
     def rewrite(self, last_row):
-        """Writes the file anew, with its columns and those of `last_row`, and adds that row.
+        """Writes the file anew, with its columns and those of `last_row`, and that row.
 
-        So it has a row even if the process is killed at once. If no row can be read, the file was
-        saved by another program, with semicolons, say.
+        So a kill leaves no log without a row. An old file in which no row can be read was saved by
+        another program, with semicolons, say: it is renamed.
         """
         rows = read_log(self.path)
         if not rows and os.path.lexists(self.path):
@@ -2721,9 +2754,10 @@ def describe_changes(old, new, prefix=""):
 
 
 # ---- Flags --------------------------------------------------------------------------------------
-# {group: {flag: row}}. A row is next to the code that uses its flag, or in the section Flags. The
-# flags in `data`, `model`, `init` and `training` identify a run: another value is another run. A
-# branch may change only those in `training`; `session` may change whenever a run is resumed. All
+# {group: {flag: row}}. Rows of what trains are beside the code that uses them, all others here.
+#
+# The flags in `data`, `model`, `init` and `training` identify a run: another value is another run.
+# A branch may change only those in `training`; `session` may change whenever a run is resumed. All
 # of these are saved with a run; `sampling`, `mode` and `command` are not. Where a default of None
 # depends on other flags, the help says how; resolve_flags or the code that uses it fills it in.
 
@@ -2851,7 +2885,7 @@ def arguments_of(values):
 
 
 def check_values(values):
-    """Raises an exception of any type unless a command could set these values."""
+    """Raises an exception of any type for a value that no command could set."""
     for name, value in values.items():
         default, convert, *_ = ALL_FLAGS[name]
         if value == default and type(value) is type(default):  # 32.0 is equal to 32
@@ -2866,7 +2900,7 @@ def check_values(values):
 def read_command_line(argv):
     """The flags set on the command line, by --config or by --preset, {flag: value}.
 
-    The command line overrides the file, even where it only names a preset.
+    The command line overrides the file; its --preset counts as the four flags that it stands for.
     """
     command_line_flags = vars(make_parser().parse_args(argv))
     file_flags = {}
@@ -2901,11 +2935,11 @@ def read_config(name):
         for key, value in (read_yaml(path) or {}).items():
             section = value if isinstance(value, dict) else {key: value}  # any name for a section
             for flag, element in section.items():
-                name = str(flag).replace("-", "_")
-                name = flag_names.get(name, name)
-                if name in values:
-                    raise ValueError(f"{name} appears twice, perhaps under two names")
-                values[name] = element
+                flag_name = str(flag).replace("-", "_")
+                flag_name = flag_names.get(flag_name, flag_name)
+                if flag_name in values:
+                    raise ValueError(f"{flag_name} appears twice, perhaps under two names")
+                values[flag_name] = element
         arguments = [datasets.utf8(argument) for argument in arguments_of(values)]
         flags = vars(make_parser().parse_args(arguments))
         if "config" in flags:
@@ -3343,7 +3377,8 @@ def set_up(flags, ranks):
             raise RunError(line)
         contents = None
         if checkpoints or chosen_checkpoint:
-            # A branch resumes from any undamaged checkpoint of its own, not from the named one.
+            # A branch that exists resumes from its newest undamaged checkpoint: --identifier only
+            # says where it began.
             is_named = flags.identifier and (not checkpoints or folder == chosen_checkpoint.folder)
             contents = open_newest(checkpoints or [chosen_checkpoint], is_named)
             # Flags that the command does not set are the checkpoint's; the test text is loaded.
@@ -3459,32 +3494,6 @@ def print_pieces(pieces):
     for piece in pieces:
         print(for_terminal(piece), end="", flush=True)
     print(flush=True)
-
-
-def for_terminal(text):
-    """Untrusted text, also a model's, ready to print on stdout: unchanged in a pipe or file.
-
-    For a terminal, `printable`, without the CR of Windows' line ends.
-    """
-    if sys.stdout.isatty():
-        return printable(text.replace("\r", ""))
-    return text
-
-
-def warn_about_prompt(conversation, prompt):
-    """Warns about what the model will not read of a prompt, or will read differently."""
-    tokenizer = conversation.tokenizer
-    warn = partial(say, file=sys.stderr)
-    unknown = tokenizer.unknown(prompt)
-    if unknown:
-        warn(printable(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"))
-    length = len(encode_prompt(tokenizer, prompt))
-    if length > conversation.model.config.context_size:
-        warn(f"The prompt's {length:,} tokens are more than the context: only their end is read.")
-    if prompt.endswith(" ") and hasattr(tokenizer, "package"):
-        warn("The prompt ends in a space, which the tokenizer joins to the next word: omit it.")
-    if prompt.startswith("FILE:"):  # nanoGPT's way to name one
-        warn('The prompt is this text itself; for a file\'s: --prompt "$(cat FILE)"')
 
 
 def converse(new_conversation, flags):
