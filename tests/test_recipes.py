@@ -52,7 +52,7 @@ def test_uv_installs_what_pip_does():
     tomllib = pytest.importorskip("tomllib")  # since Python 3.11
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["dependencies"] == requirements("requirements.txt")
-    assert {*project["dependency-groups"]["dev"]} <= {*requirements("tests/requirements.txt")}
+    assert {*project["dependency-groups"]["test"]} == {*requirements("tests/requirements.txt")}
     assert not project["tool"]["uv"]["package"], "datasets is the name of another package"
 
 
