@@ -559,7 +559,7 @@ class Muon(optim.Optimizer):
         for matrices in by_shape.values():
             stack = mx.stack([*matrices.values()])
             orthogonal += zip(matrices, self.orthogonalize(stack))
-        return tree_map(self.move, tree_unflatten(orthogonal), parameters)
+        return tree_map(self.update_matrix, tree_unflatten(orthogonal), parameters)
 
     def apply_single(self, gradient, parameter, state):
         """The direction in which to move a matrix: Nesterov momentum, not orthogonal yet."""
@@ -582,7 +582,7 @@ class Muon(optim.Optimizer):
             x = mx.addmm(x, mx.addmm(gram, gram, gram, alpha=c, beta=b), x, beta=a)
         return x.swapaxes(1, 2) if is_tall else x
 
-    def move(self, direction, matrix):
+    def update_matrix(self, direction, matrix):
         """The matrix after a step in an orthogonalized direction."""
         rows, columns = matrix.shape
         lr = self.learning_rate * max(1, rows / columns) ** 0.5
@@ -683,15 +683,15 @@ def constant_schedule(iteration, flags):
 
 def cosine_schedule(iteration, flags):
     """1, the peak rate, until the cooldown; then half a cosine down to `min_lr`."""
-    decay_ratio, min_factor = cooldown_progress(iteration, flags)
-    coeff = (1 + math.cos(math.pi * decay_ratio)) / 2
-    return 1 - (1 - min_factor) * (1 - coeff)  # exactly 1 before cooldown
+    progress, min_factor = cooldown_progress(iteration, flags)
+    cosine = (1 + math.cos(math.pi * progress)) / 2  # 1 to 0
+    return 1 - (1 - min_factor) * (1 - cosine)  # exactly 1 before cooldown
 
 
 def linear_schedule(iteration, flags):
     """1, the peak rate, until the cooldown; then a straight line down to `min_lr`."""
-    decay_ratio, min_factor = cooldown_progress(iteration, flags)
-    return 1 - (1 - min_factor) * decay_ratio
+    progress, min_factor = cooldown_progress(iteration, flags)
+    return 1 - (1 - min_factor) * progress
 
 
 def cooldown_progress(iteration, flags):
@@ -701,11 +701,11 @@ def cooldown_progress(iteration, flags):
     `min_lr` at step `num_iters`, one after the last.
     """
     cooldown_steps = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)
-    decay_ratio = max(0, iteration - (flags.num_iters - cooldown_steps)) / max(1, cooldown_steps)
+    progress = max(0, iteration - (flags.num_iters - cooldown_steps)) / max(1, cooldown_steps)
     if flags.min_lr is None:
-        return decay_ratio, 0.1  # the default of --min_lr: a tenth of the peak
+        return progress, 0.1  # the default of --min_lr: a tenth of the peak
     # If the peak is 0, so is any multiple of it: the 1 only avoids a division by 0.
-    return decay_ratio, flags.min_lr / (flags.learning_rate or 1)
+    return progress, flags.min_lr / (flags.learning_rate or 1)
 
 
 # The choices of --lr_schedule: functions of the step, counted from 0, that give a multiple of
@@ -817,8 +817,8 @@ class Batches:
         if not is_complete and self.cursor > 0:
             self.begin_epoch(self.epoch + 1)
         indices = range(self.cursor, self.cursor + self.rows_per_step)
-        windows = self.perm.take(indices, mode="wrap").astype(np.int64)
-        starts = self.offset + windows * self.context_size  # [B]
+        window_indices = self.perm.take(indices, mode="wrap").astype(np.int64)
+        starts = self.offset + window_indices * self.context_size  # [B]
         self.cursor += self.rows_per_step
         ends = starts + self.context_size + 1
         rows = np.stack([self.tokens[start:end] for start, end in zip(starts, ends)])  # [B, L + 1]
@@ -3013,23 +3013,22 @@ def get_values(namespace, names):
 
 # {flag: it has no effect without one of these flags}
 REQUIRED_FLAGS = {
-    "min_lr": "lr_schedule",
-    "lr_cooldown": "lr_schedule",
-    "valid_fraction": "text",
-    "text_field": "text",
-    "lora_alpha": "lora_rank",
-    "teacher_weight": "teacher",
-    "teacher_temperature": "teacher",
-    "draft": "prompt inference",
-    "quantize": "prompt inference evaluate",
-    "eval_stride": "evaluate eval_test",
+    "min_lr": ["lr_schedule"],
+    "lr_cooldown": ["lr_schedule"],
+    "valid_fraction": ["text"],
+    "text_field": ["text"],
+    "lora_alpha": ["lora_rank"],
+    "teacher_weight": ["teacher"],
+    "teacher_temperature": ["teacher"],
+    "draft": ["prompt", "inference"],
+    "quantize": ["prompt", "inference", "evaluate"],
+    "eval_stride": ["evaluate", "eval_test"],
 }
 
 
 def ineffective_flag_notices(flags):
     """Yields a line for each explicit flag that has no effect without another one."""
-    for name, needed in REQUIRED_FLAGS.items():
-        others = needed.split()
+    for name, others in REQUIRED_FLAGS.items():
         has_effect = any(getattr(flags, other) != DEFAULTS[other] for other in others)
         if name in flags.explicit and not has_effect:
             yield f"--{name} has no effect without --{' or --'.join(others)}."
