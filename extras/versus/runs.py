@@ -261,9 +261,11 @@ def tune(options, common):
     options.seeds = end
     chosen = [values[i] for i in np.argmin(means, axis=0)]
     comparison = Comparison(options, common, [[f"--{flag}={value}"] for value in chosen])
-    is_at_edge = {*chosen} & {values[0], values[-1]}
-    edge = " (at the edge of the list: give more)" if is_at_edge else ""
-    comparison.tuning_note = f"each at its best {flag}: {chosen[0]} before, {chosen[1]} after{edge}"
+    texts = []
+    for value, name in zip(chosen, ("before", "after")):
+        edge = " (at the edge of the list: give more)" if value in (values[0], values[-1]) else ""
+        texts.append(f"{value} {name}{edge}")
+    comparison.tuning_note = f"each at its best {flag}: {', '.join(texts)}"
     return comparison
 
 

@@ -584,11 +584,16 @@ def test_each_side_at_its_best(monkeypatch, capsys):
     line = ["HEAD", "--tune", "learning_rate=0.1,0.2,0.4", "--", "--dim", "8"]
     best = runs.tune(*versus.read_arguments(line))
     assert best.rates == (0.2, 0.2)
+    edge = "(at the edge of the list: give more)"
     chosen = "each at its best learning_rate: 0.2 before, 0.1 after"
-    assert best.tuning_note == f"{chosen} (at the edge of the list: give more)"
+    assert best.tuning_note == f"{chosen} {edge}"
     assert best.first_seed == 44, "other seeds than it was chosen by"
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "--learning_rate 0.4: before 0.2000, after inf"
+    line[2] = "learning_rate=0.05,0.1,0.2"
+    best = runs.tune(*versus.read_arguments(line))
+    chosen = f"0.2 before {edge}, 0.1 after"
+    assert best.tuning_note == f"each at its best learning_rate: {chosen}"
 
 
 def test_a_tuned_verdict_names_the_values(tmp_path, capsys):
