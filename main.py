@@ -1012,8 +1012,6 @@ def train(run, interrupts, ranks):
                 if was_saved:
                     prune_checkpoints(run)
                 reporter.report_step(metrics)
-            else:
-                run.recent_times = []  # which nobody reports
     # No later step confirms the last checkpoint. A finite validation loss does: evaluate_run raises
     # RunError for any other.
     if reporter and run.evaluation:
@@ -1047,11 +1045,9 @@ def train_step(run, step_fn):
     run.iteration += 1
     run.is_saved = False
     run.tokens_seen += inputs.size
-    if run.recent_times is None:
-        run.recent_times = []
-    else:
-        run.recent_times.append(seconds)
+    if run.is_compiled:
         run.seconds += seconds
+    run.is_compiled = True
     run.recent_steps += 1
     run.recent_loss += metrics["loss"]
     return metrics | {"learning_rate": lr}
@@ -1177,9 +1173,7 @@ class Run(Progress):
     code: dict  # see read_code
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
 
-    # Seconds of each timed step since the last report. The first step after a start compiles, so
-    # it is not timed; before it, this is None.
-    recent_times: list | None = None
+    is_compiled: bool = False  # whether it took a step since its start: the first one is not timed
     checkpoint_id: str | None = None  # of the last checkpoint
     # Time of the last save; the next is later even if the clock was set back.
     saved_at: float = 0.0
@@ -2449,6 +2443,7 @@ class Reporter:
     def __init__(self, run):
         self.run = run
         self.train_loss = None  # of the last report
+        self.timed_from = None  # (iteration, seconds) at the last report or after the first step
         self.failed_files = set()  # names of files that could not be written
         total = max(run.flags.num_iters, run.iteration)
         self.bar = datasets.progress_bar(total=total, initial=run.iteration, dynamic_ncols=True)
@@ -2469,15 +2464,17 @@ class Reporter:
         last step.
         """
         run = self.run
-        if not run.recent_times:
+        if self.timed_from is None:
+            self.timed_from = (run.iteration, run.seconds)
             self.bar.unpause()  # leaves the first step out of the estimate
         self.bar.update()
         if run.iteration % run.flags.steps_per_report:
             return
         metrics = metrics | {"loss": run.recent_loss / run.recent_steps}
         stats = {"epoch": run.epochs, "peak_mib": mx.get_peak_memory() / 2**20}
-        if run.recent_times:
-            seconds = sum(run.recent_times) / len(run.recent_times)
+        start_iteration, start_seconds = self.timed_from
+        if run.iteration > start_iteration:
+            seconds = (run.seconds - start_seconds) / (run.iteration - start_iteration)
             tokens_per_step = run.batches.rows_per_step * run.flags.context_size
             speed = {"ms_per_step": 1000 * seconds, "tokens_per_second": tokens_per_step / seconds}
             stats = speed | stats
@@ -2489,7 +2486,7 @@ class Reporter:
         self.train_loss = metrics["loss"]
         run.recent_steps = 0
         run.recent_loss = 0.0
-        run.recent_times = []
+        self.timed_from = (run.iteration, run.seconds)
 
     def show(self, metrics):
         """Shows the metrics of the steps up to the current iteration."""
