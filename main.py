@@ -2370,9 +2370,14 @@ def read_code(flag_values):
 read_code({})  # before anybody edits the files
 
 
+def hash_files(code):
+    """A hash of each file of code, see read_code; comments, docstrings and layout do not count."""
+    return {name: datasets.hash_of_code(source) for name, source in code.items()}
+
+
 def sha1_of_code(code):
-    """The SHA1 of code, see read_code; comments, docstrings and layout do not count."""
-    return sha1_of_text(json.dumps({name: datasets.hash_of_code(code[name]) for name in code}))
+    """The SHA1 of code, see hash_files."""
+    return sha1_of_text(json.dumps(hash_files(code)))
 
 
 def code_folder(folder, sha1):
@@ -2402,11 +2407,7 @@ def code_mismatch_error(checkpoint, flags):
     code = read_code(vars(flags))
     paths = filter(Path.is_file, old.rglob("[!.]*"))
     old_code = {str(path.relative_to(old)): path.read_text("utf-8", "replace") for path in paths}
-    names = []
-    for name in sorted({*code, *old_code}):
-        texts = (code.get(name, ""), old_code.get(name, ""))
-        if len({*map(datasets.hash_of_code, texts)}) > 1:
-            names.append(name)
+    names = sorted(dict(hash_files(code).items() ^ hash_files(old_code).items()))
     first, *_ = [*names, "main.py"]
     return UsageError(
         f"{checkpoint.folder_name} was trained by other code than this ({', '.join(names)}: "
