@@ -92,8 +92,7 @@ class Config:
         resolve_config(self)
 
 
-# Flags of the command line: those of what trains are beside the code that uses them, all others in
-# the section Flags.
+# Flags of the command line. Most are beside the code that uses them, the rest in the section Flags.
 FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
 
 FLAGS["model"] = {
@@ -162,7 +161,7 @@ def attend(queries, keys, values, mask="causal"):
 
     The queries are those of the last L of N positions: in training L is N, in decoding mostly 1.
     mask: "causal" or, to decode texts of different lengths (extras/features/decode.py), bool
-    [B, 1, L, N], true for the keys that each query sees: the last is at the query's position.
+    [B, 1, L, N], true where a query may see a key. The last such key is at its own position.
     """
     # softmax(queries @ keys.swapaxes(2, 3) * scale) @ values, with scores of -inf where the mask
     # is false, and each key/value head repeated H / K times.
@@ -562,7 +561,7 @@ class Muon(optim.Optimizer):
         return tree_map(self.update_matrix, tree_unflatten(orthogonal), parameters)
 
     def apply_single(self, gradient, parameter, state):
-        """The direction in which to move a matrix: Nesterov momentum, not orthogonal yet."""
+        """Nesterov momentum: the average of the gradients, and a look ahead. Not a step yet."""
         v = self.momentum * state["v"] + (1 - self.momentum) * gradient
         state["v"] = v
         return self.momentum * v + (1 - self.momentum) * gradient
@@ -894,11 +893,12 @@ FLAGS["training"] |= {
 def make_step(model, optimizer, flags, ranks=None, teacher=None):
     """Returns a function that takes a training step: (inputs, targets, dropout_rate, row_keys).
 
-    inputs, targets: [N, L]; dropout_rate, row_keys: see draw_dropout. It returns metrics, {name: []
-    array}: `loss`, the mean in nats, and `gradient_norm`, before clipping. The N = batch_size *
-    grad_accumulation rows are processed batch_size at a time, divided among ranks and streams.
-    With --dtype bfloat16, a GPU casts all weights but the embeddings, while a CPU only rounds the
-    inputs of matrix products; the master weights, the optimizer state and the loss are float32.
+    inputs, targets: [N, L]; dropout_rate, row_keys: see draw_dropout. It returns metrics, {name:
+    scalar array}: `loss`, the mean in nats, and `gradient_norm`, before clipping. The N rows, that
+    is batch_size * grad_accumulation, are processed batch_size at a time, divided among ranks and
+    streams. With --dtype bfloat16, a GPU casts all weights but the embeddings, while a CPU only
+    rounds the inputs of matrix products; the master weights, the optimizer state and the loss are
+    float32.
     """
     ranks = ranks or SingleProcess()
     model.model.grad_checkpoint = flags.grad_checkpoint
@@ -938,8 +938,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         model.update(weights)  # value_and_grad has left its tracers in the model
         return sums
 
-    # Trees of arrays that each step reads and replaces. `restore` substitutes other trees, so call
-    # it before make_step.
+    # Trees of arrays that each step reads and replaces. `restore` replaces the trees: a step made
+    # earlier would update the old ones.
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
@@ -965,8 +965,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
                     mx.eval(total)
             loss, gradients = ranks.all_mean(total)  # ranks exchange gradients only here
             metrics = update_model(loss, gradients)
-            # The code above only builds a graph, which is computed here. Arrays not listed would
-            # become part of the next step's graph.
+            # The code above only builds a graph, which is computed here. What is left out would
+            # make the next step's graph longer.
             mx.eval(metrics, state)
         return metrics
 
@@ -976,7 +976,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 def train(run, interrupts, ranks):
     """Trains a run from its current iteration to `num_iters` or an earlier end.
 
-    Returns the signal that ended it, or None. Raises RunError if the run diverges.
+    Returns a signal that has arrived, if any. Raises RunError if the run diverges.
     """
     flags = run.flags
     step_fn = make_step(run.model, run.optimizer, flags, ranks, run.teacher)
@@ -1008,7 +1008,7 @@ def train(run, interrupts, ranks):
             if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
                 raise divergence_error(run, "loss or gradient", run.iteration - 1)
             if reporter:
-                # Older checkpoints are deleted only once a step from the newest one has succeeded.
+                # Once a step after the newest checkpoint was finite, older ones can go.
                 if was_saved:
                     prune_checkpoints(run)
                 reporter.report_step(metrics)
@@ -1045,9 +1045,9 @@ def train_step(run, step_fn):
     run.iteration += 1
     run.is_saved = False
     run.tokens_seen += inputs.size
-    if run.is_compiled:
+    if run.has_stepped:
         run.seconds += seconds
-    run.is_compiled = True
+    run.has_stepped = True
     run.recent_steps += 1
     run.recent_loss += metrics["loss"]
     return metrics | {"learning_rate": lr}
@@ -1059,8 +1059,8 @@ def evaluate_run(run, interrupts, ranks, reporter):
     It uses all tokens if --eval_tokens is 0. Else it uses the first --eval_tokens at most, and no
     more than the run trains on between two evaluations, so that short trials need not wait.
 
-    An evaluation due only because the time is up is shown and logged, but not recorded: an
-    uninterrupted run would have none there. Raises RunError if the loss is not finite.
+    One at the end of --max_minutes is shown and logged, but not recorded: an uninterrupted run
+    would have none there. Raises RunError if the loss is not finite.
     """
     flags = run.flags
     tokens = run.dataset.valid.tokens
@@ -1173,7 +1173,7 @@ class Run(Progress):
     code: dict  # see read_code
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
 
-    is_compiled: bool = False  # whether it took a step since its start: the first one is not timed
+    has_stepped: bool = False  # since its start: the first step compiles, so it is not timed
     checkpoint_id: str | None = None  # of the last checkpoint
     # Time of the last save; the next is later even if the clock was set back.
     saved_at: float = 0.0
@@ -1449,7 +1449,7 @@ class Decoder:
             logits = self.next_token_logits()
             logits = process_logits(logits, flags, [self.ids[self.window_start :]])
             key = mx.array([seed, len(self.ids)], mx.uint32)
-            # As extras.batch does for each row, sample from [V]: [1, V] would draw differently.
+            # As BatchDecoder does for each row, sample from [V]: [1, V] would draw differently.
             token = sample_token(logits[0], flags, key).item()
             self.ids.append(token)
             yield token
@@ -2172,8 +2172,8 @@ def model_from_checkpoint(checkpoint):
 class Interrupts:
     """Turns a termination signal into an attribute that loops check: `stop_signal`.
 
-    A second one ends the process at once, without saving. Within half a second, it counts as the
-    same request: `timeout` signals the process, then its group, and launchers repeat Ctrl+C.
+    A second one ends the process at once, without saving, unless it comes within half a second:
+    `timeout` signals the process, then its group, and launchers repeat Ctrl+C.
 
     Python runs handlers only after `mx.eval` returns, so a thread reads the bytes that the
     interpreter writes to a pipe as soon as a signal arrives.
@@ -2301,7 +2301,7 @@ def use_device(gpu):
 
 
 def bfloat16_products(is_enabled):
-    """A context manager: on a CPU that can, matrix products round their inputs to bfloat16."""
+    """A context manager: on CPUs with bfloat16 products, they round their inputs to it."""
     if is_enabled and fast:
         return fast.bfloat16_products()
     return contextlib.nullcontext()
@@ -2349,7 +2349,8 @@ def read_code(flag_values):
     """The code that trains a run, {path from this folder: source}; flag_values: {name: value}.
 
     It comprises main.py and ranks.py; fast.py with its C, lora.py and distil.py if they are used;
-    and your own modules that are loaded by now.
+    and your own modules that are loaded by now. What datasets.py makes, the tokens, has a hash of
+    its own.
     """
     paths = ["main.py", "extras/features/ranks.py"]
     if fast:
@@ -2548,8 +2549,8 @@ class Reporter:
 class Log:
     """A run's log.csv: a row has an iteration, a split and metrics.
 
-    The first row after a start rewrites it, without the rows of steps that are repeated. So does a
-    row with a new metric, which adds a column.
+    The first row of a process rewrites it, without rows beyond the iteration that it resumes. So
+    does a row with a new metric, which adds a column.
     """
 
     def __init__(self, run):
@@ -2573,8 +2574,8 @@ class Log:
     def rewrite(self, last_row):
         """Writes the file anew, with its columns and those of `last_row`, and that row.
 
-        So a kill leaves no log without a row. An old file in which no row can be read was saved by
-        another program, with semicolons, say: it is renamed.
+        All at once, so that a kill leaves no header alone. An old file in which no row can be read
+        was saved by another program, with semicolons, say: it is renamed.
         """
         rows = read_log(self.path)
         if not rows and os.path.lexists(self.path):
@@ -2752,7 +2753,7 @@ def describe_changes(old, new, prefix=""):
 
 
 # ---- Flags --------------------------------------------------------------------------------------
-# {group: {flag: row}}. Rows of what trains are beside the code that uses them, all others here.
+# {group: {flag: row}}. Most rows are beside the code that uses their flags, the rest here.
 #
 # The flags in `data`, `model`, `init` and `training` identify a run: another value is another run.
 # A branch may change only those in `training`; `session` may change whenever a run is resumed. All
@@ -3045,8 +3046,8 @@ def resume_command(flags, identifier):
 
 # ---- Setting up a run ---------------------------------------------------------------------------
 # A run's name is its identity: a hash of IDENTITY_FLAGS, of the contents of its texts and models,
-# and of the checkpoint that a branch began from. A command that describes its run by flags looks
-# only into the folders NAME, NAME.2, NAME.3, … for a run that the same code trained.
+# and of the checkpoint that a branch began from. If a command describes its run by flags, only the
+# folders NAME, NAME.2, NAME.3, … are candidates, and of these, runs that the same code trained.
 
 
 def run_identity(flag_values, sha256, parents):
@@ -3499,7 +3500,7 @@ def converse(new_conversation, flags):
     /reset forgets it, /quit exits. Ctrl+C ends a reply or, at the prompt, the program, as Ctrl+D
     does.
     """
-    # At the prompt, Ctrl+C raises KeyboardInterrupt (which datasets.py disables).
+    # At the prompt, Ctrl+C has to raise KeyboardInterrupt: datasets.py made it end the process.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is not an error
     input_prompt = ""  # for a pipe
