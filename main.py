@@ -807,20 +807,20 @@ class Batches:
         self.perm = perm
 
     def next(self):
-        """Inputs and targets of the next step, [B, L] int32.
+        """Inputs and targets of the next step, [N, L] int32.
 
-        An epoch's last, incomplete batch is dropped. If the text has fewer windows than a batch
-        has rows, the windows repeat.
+        An epoch's last windows are dropped if they are too few for a step. If all are too few, they
+        repeat.
         """
         is_complete = self.cursor + self.rows_per_step <= len(self.perm)
         if not is_complete and self.cursor > 0:
             self.begin_epoch(self.epoch + 1)
         indices = range(self.cursor, self.cursor + self.rows_per_step)
         window_indices = self.perm.take(indices, mode="wrap").astype(np.int64)
-        starts = self.offset + window_indices * self.context_size  # [B]
+        starts = self.offset + window_indices * self.context_size  # [N]
         self.cursor += self.rows_per_step
         ends = starts + self.context_size + 1
-        rows = np.stack([self.tokens[start:end] for start, end in zip(starts, ends)])  # [B, L + 1]
+        rows = np.stack([self.tokens[start:end] for start, end in zip(starts, ends)])  # [N, L + 1]
         return mx.array(rows[:, :-1], mx.int32), mx.array(rows[:, 1:], mx.int32)
 
 
@@ -2711,7 +2711,7 @@ def start_notices(run):
     if tokenizer.bos:
         yield f"Each text begins with {tokenizer.decode(tokenizer.bos)}, as for the base model."
     if len(run.batches.perm) < run.batches.rows_per_step:
-        yield "The text has fewer windows than a batch has rows: some repeat within each batch."
+        yield "The text has fewer windows than a step has rows: some repeat within each step."
     if fast and fast.BLAS == fast.REFERENCE_BLAS and not flags.gpu:
         yield (
             "Matrix products are slow, and in float32: a fast library for them needs a C compiler "
