@@ -34,7 +34,7 @@ SMALL = [*TINY, "--num_iters", "3", "--steps_per_report", "1", "--eval_tokens", 
 # What stands for what cannot be had here, or does not fit the models at hand.
 REPLACED = {
     "--dataset ptb": "--text notes.txt --tokenizer byte",
-    "--text datasets.py": "--text notes.txt",
+    "--text \"$(python -c 'import logging; print(logging.__file__)')\"": "--text notes.txt",
     "Qwen/Qwen2.5-0.5B": "python-XXXXXX",
     "--eval_stride 32": "--eval_stride 4",
     "$lr": "1e-3",
