@@ -1152,9 +1152,8 @@ class Progress:
                 return evaluation
         return None
 
-    def progress_fields(self):
-        """The fields of Progress, {name: value}, not those of subclasses."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Progress)}
+
+PROGRESS_FIELDS = [field.name for field in dataclasses.fields(Progress)]
 
 
 @dataclasses.dataclass(eq=False)
@@ -1178,6 +1177,40 @@ class Run(Progress):
     # Time of the last save; the next is later even if the clock was set back.
     saved_at: float = 0.0
     is_saved: bool = True  # no changes since the last save; a new run has nothing to lose
+
+    def state(self):
+        """All that training changes: numbers, {name: value}, and a tree of arrays.
+
+        A checkpoint saves it, and ranks receive it. What else a step should remember belongs here
+        and in `restore`.
+        """
+        numbers = get_values(self, PROGRESS_FIELDS)
+        numbers |= get_values(self.batches, ["epoch", "cursor", "offset"])
+        arrays = {
+            "weights": self.model.trainable_parameters(),  # for a LoRA run, only the adapters
+            "optimizer": self.optimizer.state,
+            "perm": mx.array(self.batches.perm),
+        }
+        if self.average:
+            arrays["average"] = self.average
+        return numbers, arrays
+
+    def restore(self, numbers, arrays):
+        """Goes back to a `state`, which may be untrusted. Raises ValueError if it does not fit."""
+        weights = self.model.trainable_parameters()
+        check_arrays(arrays["weights"], weights)
+        self.model.update(arrays["weights"])
+        check_arrays(arrays["optimizer"], self.optimizer.state)
+        self.optimizer.state = arrays["optimizer"]
+        if "average" in arrays:
+            check_arrays(arrays["average"], weights)
+            if self.flags.average:
+                self.average = arrays["average"]
+        perm = np.array(arrays["perm"])
+        self.batches.seek(numbers["epoch"], numbers["cursor"], numbers["offset"], perm)
+        for name in PROGRESS_FIELDS:
+            setattr(self, name, numbers[name])
+        self.evaluations = [Evaluation(*evaluation) for evaluation in self.evaluations]
 
     @property
     def versions(self):
@@ -1215,18 +1248,11 @@ class Run(Progress):
             return False
         return len(losses) - 1 - losses.index(min(losses)) >= self.flags.patience
 
-    def weights_to_save(self):
-        """The tree of weights to save, evaluate and sample from: the average if there is one.
-
-        For a LoRA run, these are only the adapters.
-        """
-        return self.average or self.model.trainable_parameters()
-
     @contextlib.contextmanager
     def using_average(self):
-        """Puts `weights_to_save` into the model; restores the trained weights afterwards."""
+        """Puts the averaged weights, if there are any, into the model, and afterwards its own."""
         weights = self.model.trainable_parameters()
-        self.model.update(self.weights_to_save())
+        self.model.update(self.average or weights)
         try:
             yield self.model
         finally:
@@ -1741,25 +1767,14 @@ class Contents(NamedTuple):
         """Puts the saved state into a run. Raises DamagedError if it does not fit."""
         checkpoint = self.checkpoint
         with explain_errors(f"{checkpoint} does not fit its record", raises=DamagedError):
-            check_arrays(self.weights, run.model.trainable_parameters())
-            run.model.update(tree_unflatten(self.weights))
-            state = tree_unflatten(self.state)
-            perm = np.array(state["perm"])
-            run.batches.seek(checkpoint.epoch, checkpoint.cursor, checkpoint.offset, perm)
-            if "weights" in state:  # the trained ones; the .safetensors has their average
-                check_arrays(state["weights"], run.model.trainable_parameters())
-                if run.flags.average:
-                    run.average = run.model.trainable_parameters()
-                run.model.update(state["weights"])
-            check_arrays(state["optimizer"], run.optimizer.state)
-            run.optimizer.state = state["optimizer"]
-        for name, value in checkpoint.progress_fields().items():
-            setattr(run, name, value)
+            arrays = tree_unflatten(self.state)
+            is_average = "weights" in arrays  # then, the .safetensors has their average
+            arrays["average" if is_average else "weights"] = tree_unflatten(self.weights)
+            run.restore(vars(checkpoint), arrays)
         run.checkpoint_id = checkpoint.id
         run.saved_at = checkpoint.saved_at
         run.parents = checkpoint.parents
         run.segments = [*checkpoint.segments]
-        run.evaluations = [*checkpoint.evaluations]
 
 
 def check_arrays(actual, expected):
@@ -1999,8 +2014,12 @@ def write_checkpoint(run):
     A checkpoint is never half-written: a file is complete on disk before it gets its name, and a
     checkpoint counts only once it has its .safetensors, which is named last.
     """
-    weights = arrays_to_save(run.weights_to_save())
-    state = state_arrays(run)
+    numbers, arrays = run.state()
+    weights = arrays_to_save(arrays.pop("average" if run.average else "weights"))
+    # An array, as safetensors files with long headers cannot be read.
+    tokenizer = json.dumps(run.dataset.tokenizer.to_dict()).encode()
+    arrays["tokenizer"] = mx.array(np.frombuffer(tokenizer, np.uint8))
+    state = arrays_to_save(arrays)
     save_code(run)
     with new_file(run.folder) as weights_file, new_file(run.folder) as metadata_file:
         mx.save_safetensors(weights_file, weights, {"format": "mlx"})
@@ -2008,7 +2027,7 @@ def write_checkpoint(run):
         sha1 = sha1_of_file(weights_file.name)
         saved_at = max(time.time(), run.saved_at + 1e-3)  # even if the clock was set back
         fields = {"id": sha1, "state_sha1": sha1_of_arrays(state), "saved_at": saved_at}
-        record = json.dumps(checkpoint_fields(run) | fields)
+        record = json.dumps(numbers | checkpoint_fields(run) | fields)
         header = {"record": record, "sha1": sha1_of_text(record)}
         mx.save_safetensors(metadata_file, state, header)
         publish(metadata_file, run.folder / f"{sha1}.metadata")
@@ -2034,20 +2053,9 @@ def arrays_to_save(tree):
     return arrays
 
 
-def state_arrays(run):
-    """The arrays of a .metadata file, {name: array}."""
-    tree = {"optimizer": run.optimizer.state, "perm": mx.array(run.batches.perm)}
-    if run.average:  # the .safetensors holds only the average
-        tree["weights"] = run.model.trainable_parameters()
-    # An array, as safetensors files with long headers cannot be read.
-    tokenizer = json.dumps(run.dataset.tokenizer.to_dict()).encode()
-    tree["tokenizer"] = mx.array(np.frombuffer(tokenizer, np.uint8))
-    return arrays_to_save(tree)
-
-
 def checkpoint_fields(run):
-    """A Checkpoint's fields for the run as it is, without `id`, `state_sha1` and `saved_at`."""
-    return run.progress_fields() | {
+    """The fields of a Checkpoint that describe its run."""
+    return {
         "format_version": FORMAT_VERSION,
         "run_name": run.folder.name,
         "flags": get_values(run.flags, RECORDED_FLAGS),
@@ -2055,7 +2063,6 @@ def checkpoint_fields(run):
         "tokens_sha256": run.dataset.sha256,
         "parents": run.parents,
         "segments": [vars(segment) for segment in run.segments],
-        **get_values(run.batches, ["epoch", "cursor", "offset"]),
     }
 
 
@@ -3342,58 +3349,81 @@ def check_early(flags, ranks):
         extra("report").check(flags.report_to)
 
 
-@contextlib.contextmanager
-def set_up(flags, ranks):
-    """Yields the run that a command trains, ready for `train`, and its Interrupts.
+class RunPlan(NamedTuple):
+    """Which run a command trains, and what that would begin with if it is new."""
 
-    It resumes an existing run from its newest undamaged checkpoint, begins a branch from the
-    checkpoint that --identifier names, or begins a new run. Its folder is locked until the block
-    ends.
-    """
-    chosen_checkpoint = choose_checkpoint(flags)
-    if chosen_checkpoint:
-        flags = resolve_flags(flags.explicit, chosen_checkpoint.flags)
-        refuse_conflict(flags, chosen_checkpoint.flags, chosen_checkpoint.folder_name)
+    folder: Path
+    flags: argparse.Namespace
+    dataset: datasets.Dataset
+    models: dict  # {flag: LoadedModel}
+    parents: dict  # see Checkpoint
+    checkpoint: Checkpoint | None  # that the command names, of this run or of a branch's origin
+
+
+def plan_run(flags, ranks):
+    """The RunPlan of a command: to resume a run, to begin a branch, or to begin a new run."""
+    checkpoint = choose_checkpoint(flags)
+    if checkpoint:
+        flags = resolve_flags(flags.explicit, checkpoint.flags)
+        refuse_conflict(flags, checkpoint.flags, checkpoint.folder_name)
     check_early(flags, ranks)
-    if chosen_checkpoint:
-        dataset = reload_data(flags, chosen_checkpoint)
-        parents = chosen_checkpoint.parents | {"branched_from": chosen_checkpoint.id}
+    if checkpoint:
+        models = {}
+        dataset = reload_data(flags, checkpoint)
+        parents = checkpoint.parents | {"branched_from": checkpoint.id}
     else:
         models, flags, dataset = load_inputs(flags)
         parents = {name: loaded.id for name, loaded in models.items()}
     code_sha1 = sha1_of_code(read_code(vars(flags)))  # before that code has run
-    if chosen_checkpoint and continues_run(flags, chosen_checkpoint):
-        folder = chosen_checkpoint.folder
-        if not flags.identifier and chosen_checkpoint.segments[-1].code_sha1 != code_sha1:
-            raise code_mismatch_error(chosen_checkpoint, flags)
+    if checkpoint and continues_run(flags, checkpoint):
+        folder = checkpoint.folder
+        if not flags.identifier and checkpoint.segments[-1].code_sha1 != code_sha1:
+            raise code_mismatch_error(checkpoint, flags)
     else:
         folder = find_folder(flags, dataset, parents, code_sha1)
-    with locked_folder(folder):
-        checkpoints = checkpoints_in(folder, warn=True)  # only now can no other process advance it
-        if not checkpoints and any(folder.glob("[!.]*.safetensors")):
-            line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
-            raise RunError(line)
-        contents = None
-        if checkpoints or chosen_checkpoint:
-            # A branch that exists resumes from its newest undamaged checkpoint: --identifier only
-            # says where it began.
-            is_named = flags.identifier and (not checkpoints or folder == chosen_checkpoint.folder)
-            contents = open_newest(checkpoints or [chosen_checkpoint], is_named)
-            # Flags that the command does not set are the checkpoint's; the test text is loaded.
-            test_flags = get_values(flags, ["test_text", "eval_test"])
-            flags = resolve_flags(flags.explicit, contents.checkpoint.flags | test_flags)
-            models = {}
-            for name in needed_model_flags(flags):
-                models[name] = extra("kept_models").open_kept_model(contents.checkpoint, name)
-        run = make_run(folder, flags, contents, models, dataset, ranks)
-        if not checkpoints:
-            for name in needed_model_flags(flags):
-                extra("kept_models").keep_model(folder / name, models[name].files)
+    return RunPlan(folder, flags, dataset, models, parents, checkpoint)
+
+
+def open_run(plan, ranks):
+    """The planned run, and the checkpoint that it resumes, or None; its folder must be locked."""
+    folder, flags, dataset, models, parents, chosen_checkpoint = plan
+    checkpoints = checkpoints_in(folder, warn=True)  # only now can no other process advance it
+    if not checkpoints and any(folder.glob("[!.]*.safetensors")):
+        line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
+        raise RunError(line)
+    contents = None
+    if checkpoints or chosen_checkpoint:
+        # A branch that exists resumes from its newest undamaged checkpoint: --identifier only
+        # says where it began.
+        is_named = flags.identifier and (not checkpoints or folder == chosen_checkpoint.folder)
+        contents = open_newest(checkpoints or [chosen_checkpoint], is_named)
+        # Flags that the command does not set are the checkpoint's; the test text is loaded.
+        test_flags = get_values(flags, ["test_text", "eval_test"])
+        flags = resolve_flags(flags.explicit, contents.checkpoint.flags | test_flags)
+        models = {}
+        for name in needed_model_flags(flags):
+            models[name] = extra("kept_models").open_kept_model(contents.checkpoint, name)
+    run = make_run(folder, flags, contents, models, dataset, ranks)
+    if not checkpoints:
+        run.parents = parents
+        for name in needed_model_flags(flags):
+            extra("kept_models").keep_model(folder / name, models[name].files)
+    return run, contents and contents.checkpoint
+
+
+@contextlib.contextmanager
+def set_up(flags, ranks):
+    """Yields the run that a command trains, ready for `train`, and its Interrupts.
+
+    Its folder is locked until the block ends.
+    """
+    plan = plan_run(flags, ranks)
+    with locked_folder(plan.folder):
+        run, checkpoint = open_run(plan, ranks)
         with Interrupts() as interrupts:  # from here on there is something to save
-            print_start(run, contents and contents.checkpoint)
-            if chosen_checkpoint and not checkpoints:
-                run.parents = parents
-                save(run, interrupts)  # a branch then has all that it needs
+            print_start(run, checkpoint)
+            if checkpoint and checkpoint.folder != run.folder:  # a branch then needs no other run
+                save(run, interrupts)
             yield run, interrupts
 
 

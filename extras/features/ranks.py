@@ -164,22 +164,21 @@ class Group(contextlib.AbstractContextManager):
         models = {"init_from": run.model}
         if run.teacher:
             models["teacher"] = run.teacher
+        numbers, arrays = run.state()
+        del arrays["weights"]  # which the model has
         record = {
             "folder": run.folder,
             "flags": vars(run.flags),
             "configs": {name: vars(model.config) for name, model in models.items()},
-            "progress": run.progress_fields(),
-            "batches": [run.batches.epoch, run.batches.cursor, run.batches.offset],
+            "state": numbers,
             "dataset": dataset.name,
             "tokenizer": dataset.tokenizer.to_dict(),
             "splits": {name: split[1:] for name, split in splits.items()},
         }
         tree = {
             "models": {name: model.parameters() for name, model in models.items()},
-            "optimizer": run.optimizer.state,
-            "average": run.average or {},
+            "state": arrays,
             "tokens": {name: mx.array(split.tokens) for name, split in splits.items()},
-            "perm": mx.array(run.batches.perm),
         }
         file = io.BytesIO()
         text = json.dumps(record, default=str)  # of paths
@@ -218,12 +217,8 @@ class Group(contextlib.AbstractContextManager):
         run = main.make_run(Path(record["folder"]), flags, None, models, dataset, self)
         for name, source in models.items():
             source.model.update(tree["models"][name])
-        run.optimizer.state = tree["optimizer"]
-        run.average = tree.get("average")
-        run.batches.seek(*record["batches"], np.array(tree["perm"]))
-        for name, value in record["progress"].items():
-            setattr(run, name, value)
-        run.evaluations = [main.Evaluation(*evaluation) for evaluation in run.evaluations]
+        weights = run.model.trainable_parameters()
+        run.restore(record["state"], tree["state"] | {"weights": weights})
         return run
 
 
