@@ -5,6 +5,7 @@
     python -m extras.versus "--dropout 0.1" -- --config first  flags against none
     python -m extras.versus HEAD --tune dropout=0,0.1 -- --config first   each at its best
     python -m extras.versus --list                             what was compared so far
+    python -m extras.versus --losses pairs.csv                 losses of any other program
 
 After -- come main.py's flags for both sides. With the same seed, both read the same batches and
 begin with the same weights, so that much of the noise of a single run cancels. A judge (judge.py)
@@ -25,6 +26,7 @@ try:  # nothing imports main.py here: the current one may be broken
     from datasets import Parser, RunError, UsageError, number, one_line, run_program
     from extras.versus import ledger
     from extras.versus.judge import DEFAULT_TOKENS, DIVERGED
+    from extras.versus.losses import COLUMNS, judge_file
     from extras.versus.runs import Comparison, tune
     from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, decide, summarize, t_quantile
     from extras.versus.sequential import unchanged_outcome
@@ -42,6 +44,8 @@ def main(arguments):
     options, common = read_arguments(arguments)
     if options.list:
         return ledger.print_list(options.list)
+    if options.losses:
+        return judge_file(options.losses, bounds_of(options), options)
     if options.same:
         command = check_sameness
     else:
@@ -100,6 +104,8 @@ def read_arguments(arguments):
     add("--again", action="store_true", help="--gate: try on new seeds what it has dropped before")
     listed = "what was compared so far: the ledger in this folder, or this file"
     add("--list", metavar="SAVE_DIR", nargs="?", const="runs", help=listed)
+    losses = f"a CSV file with the columns {', '.join(COLUMNS)}: only computes the verdict"
+    add("--losses", metavar="FILE", help=losses)
     end = [*arguments, "--"].index("--")
     common = arguments[end + 1 :]
     # A side that is flags gets a blank before it: argparse then does not read it as an option.
@@ -114,7 +120,7 @@ def read_arguments(arguments):
         common += [f"--num_iters={SAME_STEPS}", "--lr_warmup=5"]
     if options.tune and (options.same or "," not in options.tune):
         raise UsageError("--tune takes a flag and values, like --tune dropout=0,0.1, and no --same")
-    if not options.before and not options.list:
+    if not (options.before or options.list or options.losses):
         raise UsageError("name a commit, or flags in quotes, to compare your files with")
     if is_flags(options.before) and not options.after:  # compared with the files without them
         options.before, options.after = None, options.before
@@ -131,10 +137,15 @@ def check_sameness(comparison):
     return int(not is_same)
 
 
+def bounds_of(options):
+    """The looks of a race, or the only one of --pairs, see RACE_BOUNDS."""
+    return {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE_BOUNDS
+
+
 def run_comparison(comparison):
     """Trains pairs until the outcome is clear; prints and records it."""
     options = comparison.options
-    bounds = {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE_BOUNDS
+    bounds = bounds_of(options)
     print_start(comparison)
     results = ledger.read_results(comparison.ledger)
     entry = ledger.begin_entry(comparison.describe(), results)
