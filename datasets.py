@@ -3,9 +3,11 @@
     dataset = load_dataset("ptb", "/tmp/lm")  # downloaded once, verified, encoded, memory-mapped
     dataset.tokenizer.decode(dataset.train.tokens[:20])
 
-Everything is streamed, so memory use does not grow with the corpus. Importing this file does not
-import MLX. Sections: data types, tokenizers, corpora, the user's own text, streaming encoding,
-datasets and their cache, downloads, shared with main.py, flags and the command line.
+Everything is streamed, so memory use does not grow with the corpus. Sections: data types,
+tokenizers, corpora, the user's own text, streaming encoding, datasets and their cache, downloads.
+
+The last two sections are what main.py and extras/ need, too: errors, hashes of code, files that
+appear whole, and the command line. They are here as importing this file does not import MLX.
 """
 
 import os
