@@ -3,16 +3,17 @@
     python main.py --config first            train on Python's own library, in two minutes
     python main.py --config ptb-5-minutes    on Penn Treebank; rerun after Ctrl+C to resume
     python main.py --inference               sample interactively from the newest checkpoint
-    python main.py                           resume the newest run
+    python main.py                           resume the newest run; without any, train on PTB
     python main.py --help                    every flag
 
-Model, loss and optimizer, batches and training come first, evaluation and sampling next, then what
-keeps a run safe and usable: checkpoints, interrupts, reports, flags, setting up, commands.
-datasets.py turns text into token ids, and holds what both files share. Everything else is in
-extras/, one file per feature; without extras/, these two files work in plain MLX.
+Sections: model, loss and optimizer, batches, training, runs, evaluation, sampling; then what keeps
+a run safe and usable: checkpoints, models that a run begins with or learns from, interrupts,
+processes and processors, code, reports, flags, setting up a run, commands. datasets.py turns text
+into token ids; it also has errors, locks and atomic files for both. Everything else is in extras/,
+one file per feature; without extras/, these two files work in plain MLX.
 
 Shapes use these letters: B rows of a batch, L positions, D model dimension, H query heads, K key
-and value heads, d dimension of a head (D / H), V vocabulary, N any number. A linear layer from I
+and value heads, d dimension of a head, V vocabulary, N any number. A linear layer from I
 to O features has a matrix [O, I], as in PyTorch. MLX is lazy: operations build a graph, which
 mx.eval computes.
 """
@@ -44,9 +45,10 @@ sys.path.insert(0, str(HERE))  # the folder of datasets.py
 
 import datasets
 
-# extras/features/fast.py, or None without it. It must load a fast BLAS before MLX loads another.
+# extras/features/fast.py, or None without it; imported before MLX, as the first BLAS is used.
 fast = datasets.import_fast(__name__, __file__)
-fast_version = datasets.FastVersions(fast, __file__)  # decorates functions that fast.py has, too
+# A decorator: fast.py's function of the same name runs instead, unless you edit ours.
+fast_version = datasets.FastVersions(fast, __file__)
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -73,7 +75,7 @@ class Config:
     """
 
     vocab_size: int  # V
-    context_size: int  # positions of a training window, and at most those that a Decoder reads
+    context_size: int  # length of a training window, and the longest text read in one piece
     num_blocks: int
     dim: int  # D
     num_heads: int  # H, query heads
@@ -92,7 +94,8 @@ class Config:
         resolve_config(self)
 
 
-# Flags of the command line. Most are beside the code that uses them, the rest in the section Flags.
+# Flags of the command line. Those of model, loss, optimizer and batches are beside the code that
+# uses them, the rest in the section Flags.
 FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
 
 FLAGS["model"] = {
@@ -161,7 +164,7 @@ def attend(queries, keys, values, mask="causal"):
 
     The queries are those of the last L of N positions: in training L is N, in decoding mostly 1.
     mask: "causal" or, to decode texts of different lengths (extras/features/decode.py), bool
-    [B, 1, L, N], true where a query may see a key. The last such key is at its own position.
+    [B, 1, L, N], true where a query may see a key: never one after its own position.
     """
     # softmax(queries @ keys.swapaxes(2, 3) * scale) @ values, with scores of -inf where the mask
     # is false, and each key/value head repeated H / K times.
@@ -407,8 +410,8 @@ class LanguageModel(nn.Module):
     def logits(self, hidden):
         """Logits [B, L, V] float32 of final hidden states [B, L, D].
 
-        To add a softcap, a bias or a scale, edit only this. Training and evaluation then call it
-        instead of fast.py's copy, as sampling always does.
+        To add a softcap, a bias or a scale, edit only this. Sampling calls it; so do training and
+        evaluation, instead of fast.py's copy, once it is edited.
         """
         output_layer = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
         return output_layer(hidden).astype(mx.float32)
@@ -506,8 +509,8 @@ LOGITS_CODE = [Embedding, LanguageModel, Linear, linear_product]
 def training_loss(model, hidden, targets, scale):
     """What training minimizes: the cross-entropy in nats, times `scale`, summed over positions.
 
-    hidden: final hidden states [B, L, D]; targets: ids [B, L]. Another loss here does not
-    affect how models are evaluated: see token_metrics. With --teacher, the loss is distil.py's.
+    hidden: final hidden states [B, L, D]; targets: ids [B, L]. An edit here does not change the
+    evaluation, see token_metrics. With --teacher, distil.py's loss is used instead.
     """
     logits = model.logits(hidden)  # [B, L, V]
     losses = nn.losses.cross_entropy(logits, targets)  # [B, L]
@@ -561,7 +564,7 @@ class Muon(optim.Optimizer):
         return tree_map(self.update_matrix, tree_unflatten(orthogonal), parameters)
 
     def apply_single(self, gradient, parameter, state):
-        """Nesterov momentum: the average of the gradients, and a look ahead. Not a step yet."""
+        """Nesterov momentum: a direction, not yet a new parameter as in MLX's other optimizers."""
         v = self.momentum * state["v"] + (1 - self.momentum) * gradient
         state["v"] = v
         return self.momentum * v + (1 - self.momentum) * gradient
@@ -733,9 +736,9 @@ def update_average(average, weights, iteration, fraction):
     """The average of the weights over about the last `fraction` of the steps taken.
 
     average: the average before step `iteration`, counted from 0, a tree of arrays; None if it
-    starts here. weights: those after the step. Each step is weighted in proportion to a power of
-    its number, (number / steps) ^ (1 / fraction - 1) (Shamir & Zhang 2013; Karras et al.
-    2024), so the average depends neither on where the run will end nor on where it was interrupted.
+    starts here. weights: those after the step. Each step's weight is about proportional to
+    (number / steps) ^ (1 / fraction - 1) (Shamir & Zhang 2013; Karras et al. 2024), so the average
+    depends neither on where the run will end nor on where it was interrupted.
     """
     if average is None:
         return weights
@@ -764,8 +767,9 @@ FLAGS["training"] |= {
 class Batches:
     """An endless stream of batches: windows of a text, token ids [N], in permuted order.
 
-    Each epoch cuts the text into windows, beginning at a random `offset` so that no token is always
-    left out, and draws their order, `perm`. `cursor` is the index of the next window in `perm`.
+    Each epoch cuts the text into windows, from a random `offset` on (a fixed one would always leave
+    out the same last tokens), and draws their order, `perm`. `cursor` is the index of the next
+    window in `perm`.
     Raises UsageError if the text is shorter than one window.
     """
 
@@ -809,8 +813,8 @@ class Batches:
     def next(self):
         """Inputs and targets of the next step, [N, L] int32.
 
-        An epoch's last windows are dropped if they are too few for a step. If all are too few, they
-        repeat.
+        If fewer windows are left than a step needs, the next epoch begins. If even a whole epoch
+        has fewer, they repeat within the step.
         """
         is_complete = self.cursor + self.rows_per_step <= len(self.perm)
         if not is_complete and self.cursor > 0:
@@ -896,9 +900,9 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     inputs, targets: [N, L]; dropout_rate, row_keys: see draw_dropout. It returns metrics, {name:
     scalar array}: `loss`, the mean in nats, and `gradient_norm`, before clipping. The N rows, that
     is batch_size * grad_accumulation, are processed batch_size at a time, divided among ranks and
-    streams. With --dtype bfloat16, a GPU casts all weights but the embeddings, while a CPU only
-    rounds the inputs of matrix products; the master weights, the optimizer state and the loss are
-    float32.
+    streams. With --dtype bfloat16, a GPU casts all weights but the embeddings, and a CPU rounds
+    only the inputs of matrix products. On both, the master weights, the optimizer state and the
+    loss are float32.
     """
     ranks = ranks or SingleProcess()
     model.model.grad_checkpoint = flags.grad_checkpoint
@@ -912,8 +916,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         # frequent token.
         return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
 
-    # A sum over rows: sum_over_shards and gradient accumulation add up the sums of several parts of
-    # a batch. A term that is not a sum over rows, like a weight penalty, would count once per part.
+    # It must return a sum over rows, because it is called for parts of a batch, and the results are
+    # added. A term that is none, like a weight penalty, would count once per part.
     def loss_fn(scale, dropout_rate, inputs, targets, row_keys):
         if casts_weights:
             model.update(tree_map_with_path(to_bfloat16, model.parameters()))  # LoRA's base, too
@@ -928,9 +932,9 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
     value_and_grad = nn.value_and_grad(model, loss_fn)
 
-    # Compiled once per set of shapes, then replayed. Arrays that are not arguments, such as the
-    # teacher's weights, become constants of the graph unless they are in `inputs`; arrays that the
-    # function changes must also be in `outputs`, or the change would be lost.
+    # Compiled once per set of shapes, then replayed. `inputs` lists arrays that are read but not
+    # passed; others, such as the teacher's weights, become constants. `outputs` lists those that
+    # are changed, or the change would be lost.
     @partial(mx.compile, inputs=[model.state])
     def loss_and_gradients(*arguments):
         weights = model.parameters()
@@ -938,8 +942,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         model.update(weights)  # value_and_grad has left its tracers in the model
         return sums
 
-    # Trees of arrays that each step reads and replaces. `restore` replaces the trees: a step made
-    # earlier would update the old ones.
+    # Trees of arrays that each step reads and replaces. Call make_step after Run.restore, which
+    # replaces the trees themselves.
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
@@ -965,8 +969,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
                     mx.eval(total)
             loss, gradients = ranks.all_mean(total)  # ranks exchange gradients only here
             metrics = update_model(loss, gradients)
-            # The code above only builds a graph, which is computed here. What is left out would
-            # make the next step's graph longer.
+            # The code above only builds a graph, which is computed here. What is not evaluated
+            # stays a graph, which grows with each step.
             mx.eval(metrics, state)
         return metrics
 
@@ -988,7 +992,7 @@ def train(run, interrupts, ranks):
         reporter_context = contextlib.closing(Reporter(run))
     with reporter_context as reporter:
         while True:
-            # Evaluate, save, then sample, so that a checkpoint has its loss. If a signal ends the
+            # Evaluate before saving, so that the checkpoint records the loss. If a signal ends the
             # evaluation, the resumed run repeats it.
             stop_signal, is_time_up = ranks.agree(interrupts.stop_signal, run.seconds >= time_limit)
             is_due = run.is_evaluation_due() or (is_time_up and flags.steps_per_eval)
@@ -1003,17 +1007,17 @@ def train(run, interrupts, ranks):
             if is_done or stop_signal:
                 break
 
-            was_saved = run.is_saved
+            is_first_after_save = run.is_saved
             metrics = train_step(run, step_fn)
             if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
                 raise divergence_error(run, "loss or gradient", run.iteration - 1)
             if reporter:
-                # Once a step after the newest checkpoint was finite, older ones can go.
-                if was_saved:
+                # A finite step from the newest checkpoint shows that it is good: older ones can go.
+                if is_first_after_save:
                     prune_checkpoints(run)
                 reporter.report_step(metrics)
-    # No later step confirms the last checkpoint. A finite validation loss does: evaluate_run raises
-    # RunError for any other.
+    # No step follows the last checkpoint. Its validation loss shows that it is good: evaluate_run
+    # raises RunError unless it is finite.
     if reporter and run.evaluation:
         prune_checkpoints(run)
     if run.is_out_of_patience():
@@ -1056,11 +1060,11 @@ def train_step(run, step_fn):
 def evaluate_run(run, interrupts, ranks, reporter):
     """Evaluates the validation split, unless a signal arrives.
 
-    It uses all tokens if --eval_tokens is 0. Else it uses the first --eval_tokens at most, and no
-    more than the run trains on between two evaluations, so that short trials need not wait.
+    It scores the first --eval_tokens, but no more than the run trains on between two evaluations,
+    so that short trials need not wait; with 0, all.
 
-    One at the end of --max_minutes is shown and logged, but not recorded: an uninterrupted run
-    would have none there. Raises RunError if the loss is not finite.
+    The evaluation at the end of --max_minutes is shown and logged, but not recorded: an
+    uninterrupted run would have none there. Raises RunError if the loss is not finite.
     """
     flags = run.flags
     tokens = run.dataset.valid.tokens
@@ -1085,7 +1089,7 @@ def evaluate_run(run, interrupts, ranks, reporter):
 
 
 def save_and_sample(run, interrupts, reporter):
-    """Saves a run if it has changed, then samples from it."""
+    """Saves a run and samples from it, unless nothing has changed since the last save."""
     if run.is_saved:
         return
     save(run, interrupts)
@@ -1139,7 +1143,7 @@ class Progress:
 
     iteration: int = 0  # steps done
     tokens_seen: int = 0
-    seconds: float = 0.0  # of training, but for the first step after each start
+    seconds: float = 0.0  # of training, without the first step after each start, which compiles
     evaluations: list = dataclasses.field(default_factory=list)  # of type Evaluation
     recent_steps: int = 0  # since the last report
     recent_loss: float = 0.0  # the sum of their losses
@@ -1172,10 +1176,9 @@ class Run(Progress):
     code: dict  # see read_code
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
 
-    has_stepped: bool = False  # since its start: the first step compiles, so it is not timed
+    has_stepped: bool = False  # since its start
     checkpoint_id: str | None = None  # of the last checkpoint
-    # Time of the last save; the next is later even if the clock was set back.
-    saved_at: float = 0.0
+    saved_at: float = 0.0  # see Checkpoint
     is_saved: bool = True  # no changes since the last save; a new run has nothing to lose
 
     def state(self):
@@ -1237,7 +1240,7 @@ class Run(Progress):
         """Whether --patience ends the run, as that many evaluations in a row brought no new best.
 
         Only evaluations at multiples of `steps_per_eval` count: an extended run has one more, at
-        its old end, and must not stop at another iteration for that.
+        its old end, and has to stop where a run that was longer from the start would.
         """
         interval = self.flags.steps_per_eval or math.inf
         losses = []
@@ -1277,8 +1280,8 @@ def token_metrics(model, hidden, targets):
 def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
     """The means of token_metrics, {name: number}, over all of `tokens` [N] but the first.
 
-    Each token counts once. Windows start `stride` tokens apart, at most context_size; by default,
-    windows do not overlap. Returns None on a signal.
+    Each token counts once. Windows start `stride` tokens apart: at most and by default
+    context_size, so that they do not overlap. Returns None on a signal.
     """
     ranks = ranks or SingleProcess()
     context_size = model.config.context_size
@@ -1299,7 +1302,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     last_start = max(num_targets - context_size, 0)
     starts = np.arange(0, last_start + stride, stride)
     batch_size = min(batch_size, len(starts))
-    # Windows that start at the end, which are all masked, pad the last batch of each rank.
+    # Windows that start at the end, which are all masked, give each rank as many whole batches.
     num_padding = -len(starts) % (batch_size * ranks.size)
     starts = np.append(starts, np.full(num_padding, num_targets))
     start_batches = starts.reshape(-1, batch_size)
@@ -1437,9 +1440,9 @@ class Decoder:
     """A model that continues a text.
 
     ids: the text so far, a list of at least one id; callers may append to it, too.
-    The keys and values of what it has read are cached. When the text outgrows the context, its
-    last context_size // 2 tokens are read again: logits are always those of a fresh pass over the
-    window of the text that starts at `window_start`.
+    Keys and values of what it has read are cached. When the text outgrows the context, its last
+    context_size // 2 tokens are read again. So logits are those of a pass without a cache over
+    the text from `window_start` on.
     """
 
     def __init__(self, model, ids):
@@ -1475,7 +1478,7 @@ class Decoder:
             logits = self.next_token_logits()
             logits = process_logits(logits, flags, [self.ids[self.window_start :]])
             key = mx.array([seed, len(self.ids)], mx.uint32)
-            # As BatchDecoder does for each row, sample from [V]: [1, V] would draw differently.
+            # Sample from [V], not [1, V], so that BatchDecoder draws the same tokens.
             token = sample_token(logits[0], flags, key).item()
             self.ids.append(token)
             yield token
@@ -1650,10 +1653,10 @@ NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check 
 
 @dataclasses.dataclass(eq=False)
 class Checkpoint(Progress):
-    """The record of a checkpoint."""
+    """A checkpoint as its record describes it; `open` reads and verifies its arrays."""
 
     id: str  # the SHA1 of its weights
-    run_name: str  # in a folder of another name, it is a copy
+    run_name: str  # of the run that saved it; a folder of another name holds a copy
     state_sha1: str  # of the arrays in its .metadata, see sha1_of_arrays
     saved_at: float  # in seconds since 1970; increases with each save of its run
     flags: dict  # those in RECORDED_FLAGS, see resolve_flags
@@ -1714,7 +1717,7 @@ class Checkpoint(Progress):
 
 @dataclasses.dataclass
 class Segment:
-    """A part of a run that was trained by the same code in the same environment.
+    """A part of a run that was trained by the same code, in the same environment, to the same end.
 
     Segments that differ only in where they begin are equal.
     """
@@ -1729,7 +1732,7 @@ class DamagedError(RunError):
     """A checkpoint that is not what was saved."""
 
 
-# What making a model raises if its sizes are impossible, or its weights are those of another.
+# What is raised by making a model with impossible sizes, or by giving it another one's weights.
 MODEL_ERRORS = (ValueError, RuntimeError, MemoryError, OverflowError)
 
 
@@ -1768,8 +1771,9 @@ class Contents(NamedTuple):
         checkpoint = self.checkpoint
         with explain_errors(f"{checkpoint} does not fit its record", raises=DamagedError):
             arrays = tree_unflatten(self.state)
-            is_average = "weights" in arrays  # then, the .safetensors has their average
-            arrays["average" if is_average else "weights"] = tree_unflatten(self.weights)
+            # With --average, the .metadata has the trained weights, the .safetensors the average.
+            has_average = "weights" in arrays
+            arrays["average" if has_average else "weights"] = tree_unflatten(self.weights)
             run.restore(vars(checkpoint), arrays)
         run.checkpoint_id = checkpoint.id
         run.saved_at = checkpoint.saved_at
@@ -1959,7 +1963,7 @@ def find_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
         matches = [extra("steps").checkpoint_at(checkpoints, identifier)]
     else:
         candidates = {}
-        # A branch begins with its parent's weights: of one id, take an original, the oldest.
+        # A branch's first checkpoint has its parent's id. The oldest original comes last, and wins.
         for checkpoint in sorted(checkpoints, key=lambda c: (not c.is_copy, -c.saved_at)):
             if checkpoint.id.startswith(identifier):
                 candidates[checkpoint.id] = checkpoint
@@ -2075,7 +2079,7 @@ def prune_checkpoints(run):
         checkpoints = checkpoints_in(run.folder)  # newest first
         kept_ids = {run.checkpoint_id}
         kept_ids.update(checkpoint.id for checkpoint in checkpoints[: run.flags.keep])
-        # Only of this run's history: a damaged checkpoint that was skipped may claim a lower loss.
+        # The best of this run's history: a damaged checkpoint that resume skipped does not count.
         history = [
             checkpoint for checkpoint in checkpoints if checkpoint.evaluation in run.evaluations
         ]
@@ -2093,8 +2097,8 @@ def prune_checkpoints(run):
 def divergence_error(run, what, iteration):
     """The RunError for a run whose `what` is not finite.
 
-    It gives a command that goes back to the last checkpoint before `iteration`: from that one, a
-    step has succeeded.
+    It gives a command that goes back to the last checkpoint before `iteration`, from which at least
+    one step was finite.
     """
     checkpoints = checkpoints_in(run.folder)
     earlier = [checkpoint for checkpoint in checkpoints if checkpoint.iteration < iteration]
@@ -2179,8 +2183,8 @@ def model_from_checkpoint(checkpoint):
 class Interrupts:
     """Turns a termination signal into an attribute that loops check: `stop_signal`.
 
-    A second one ends the process at once, without saving, unless it comes within half a second:
-    `timeout` signals the process, then its group, and launchers repeat Ctrl+C.
+    A second one ends the process at once, without saving. Within half a second, it counts as the
+    same one: `timeout` signals the process, then its group, and launchers repeat Ctrl+C.
 
     Python runs handlers only after `mx.eval` returns, so a thread reads the bytes that the
     interpreter writes to a pipe as soon as a signal arrives.
@@ -2245,8 +2249,8 @@ def say(text, file=None):
 class SingleProcess:
     """The processes (ranks) that train a run together: here, only one.
 
-    Group in extras/features/ranks.py has the same methods for those that `mlx.launch` or MPI
-    started. Only rank 0 saves and reports.
+    Group in extras/features/ranks.py does the same for those that `mlx.launch` or MPI started, and
+    has `follow` for other ranks than 0. Only rank 0 saves and reports.
     """
 
     rank = 0
@@ -2283,7 +2287,7 @@ def on_gpu():
 def use_device(gpu):
     """Makes the GPU or the CPU the default device; call it before anything is computed.
 
-    It also sets TMPDIR, where MLX looks for kernels, and on a CPU PATH, where it finds g++.
+    It also sets TMPDIR, where MLX keeps kernels, and on a CPU puts our g++ first in PATH.
     Raises UsageError if there is no GPU.
     """
     if gpu and not mx.is_available(mx.gpu):
@@ -2300,7 +2304,7 @@ def use_device(gpu):
         fast.use_gpu()
     elif fast:
         fast.use_cpu()
-    if not gpu and (not fast or sys.platform != "linux"):  # else, fast.py has set the compiler
+    if not gpu and (not fast or sys.platform != "linux"):  # else, fast.use_cpu has done this
         # On ARM, compilers fuse products with sums, but only in some loops of a kernel. Timing
         # decides which loop computes an element, so its last bit would vary.
         compile_command = 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"'
@@ -2308,7 +2312,7 @@ def use_device(gpu):
 
 
 def bfloat16_products(is_enabled):
-    """A context manager: on CPUs with bfloat16 products, they round their inputs to it."""
+    """A context manager: within it, matrix products round their inputs, on CPUs that can."""
     if is_enabled and fast:
         return fast.bfloat16_products()
     return contextlib.nullcontext()
@@ -2556,8 +2560,8 @@ class Reporter:
 class Log:
     """A run's log.csv: a row has an iteration, a split and metrics.
 
-    The first row of a process rewrites it, without rows beyond the iteration that it resumes. So
-    does a row with a new metric, which adds a column.
+    The first row that a process adds rewrites it, without rows after the resumed iteration. A new
+    metric rewrites it, too, with one more column.
     """
 
     def __init__(self, run):
@@ -2579,7 +2583,7 @@ class Log:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
 
     def rewrite(self, last_row):
-        """Writes the file anew, with its columns and those of `last_row`, and that row.
+        """Rewrites the file: its rows, then `last_row`, with the columns of both.
 
         All at once, so that a kill leaves no header alone. An old file in which no row can be read
         was saved by another program, with semicolons, say: it is renamed.
@@ -2765,7 +2769,7 @@ def describe_changes(old, new, prefix=""):
 # The flags in `data`, `model`, `init` and `training` identify a run: another value is another run.
 # A branch may change only those in `training`; `session` may change whenever a run is resumed. All
 # of these are saved with a run; `sampling`, `mode` and `command` are not. Where a default of None
-# depends on other flags, the help says how; resolve_flags or the code that uses it fills it in.
+# stands for a value that depends on other flags, the help says so.
 
 
 def split_name(text):
@@ -2866,7 +2870,7 @@ def make_parser():
     """An argparse parser of FLAGS that returns only the flags passed, without defaults."""
     parser = datasets.Parser(
         usage="python main.py [flags]",
-        description=(__doc__ or "").partition("\nModel, loss and")[0],  # python -OO drops it
+        description=(__doc__ or "").partition("\nSections: ")[0],  # python -OO drops it
         epilog="Exit status: 0 done, 1 failed, 2 usage error; 128 + its number after a signal.",
         argument_default=argparse.SUPPRESS,
     )
@@ -2891,7 +2895,7 @@ def arguments_of(values):
 
 
 def check_values(values):
-    """Raises an exception of any type for a value that no command could set."""
+    """Raises an exception (of any type) if a value could not have come from a command line."""
     for name, value in values.items():
         default, convert, *_ = ALL_FLAGS[name]
         if value == default and type(value) is type(default):  # 32.0 is equal to 32
@@ -3013,7 +3017,7 @@ def resolve_flags(explicit, recorded=None):
 
 
 def get_values(namespace, names):
-    """These attributes of an object, such as flags or a Config, {name: value}."""
+    """These attributes of an object, {name: value}."""
     return {name: getattr(namespace, name) for name in names}
 
 
@@ -3052,9 +3056,19 @@ def resume_command(flags, identifier):
 
 
 # ---- Setting up a run ---------------------------------------------------------------------------
+# Which run a command trains:
+#
+#     no flag in IDENTITY_FLAGS          the newest run, if there is one
+#     flags in IDENTITY_FLAGS            the run of these flags, texts and models
+#     --identifier                       the run that it names; but a branch, if it names an older
+#                                        checkpoint, or a training flag has another value
+#     --new_model, or no such run yet    a new run
+#
+# If other code trained that run, only --identifier goes on with it. Otherwise it is an error, but
+# flags whose run is finished begin a new one: there is nothing to resume.
+#
 # A run's name is its identity: a hash of IDENTITY_FLAGS, of the contents of its texts and models,
-# and of the checkpoint that a branch began from. If a command describes its run by flags, only the
-# folders NAME, NAME.2, NAME.3, … are candidates, and of these, runs that the same code trained.
+# and of the checkpoint that a branch began from. Its folder is NAME or NAME.2, NAME.3, …
 
 
 def run_identity(flag_values, sha256, parents):
@@ -3065,7 +3079,7 @@ def run_identity(flag_values, sha256, parents):
     identity = {name: flag_values[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
     identity |= sha256 | parents
     for name in PRETRAINED_FLAGS:
-        # The model that "latest" names will soon be this run's own, so the word itself counts.
+        # These words will soon name this run's own checkpoints, so the word itself counts.
         if flag_values[name] in ("latest", "best"):
             identity[name] = flag_values[name]
     return identity
@@ -3120,7 +3134,7 @@ def find_folder(flags, dataset, parents, code_sha1):
     """The folder of the run that these determine, which may be a new one.
 
     Of NAME, NAME.2, …, it is the run saved last that was trained by the code of this SHA1 (with
-    --identifier, by any), else a folder without a checkpoint, else the next free name.
+    --identifier, by any), else the first that is free or has no checkpoint.
     Raises UsageError if other code trained all such runs, and the one saved last is unfinished.
     """
     identity = run_identity(vars(flags), dataset.sha256, parents)
@@ -3175,7 +3189,7 @@ def locked_folder(folder):
 
 
 def needed_model_flags(flags):
-    """The PRETRAINED_FLAGS whose models a run reads at each start, not only at its first."""
+    """The PRETRAINED_FLAGS whose models a resumed run needs, too: a teacher, and LoRA's base."""
     needed = []
     if flags.teacher:
         needed.append("teacher")
@@ -3349,19 +3363,12 @@ def check_early(flags, ranks):
         extra("report").check(flags.report_to)
 
 
-class RunPlan(NamedTuple):
-    """Which run a command trains, and what that would begin with if it is new."""
-
-    folder: Path
-    flags: argparse.Namespace
-    dataset: datasets.Dataset
-    models: dict  # {flag: LoadedModel}
-    parents: dict  # see Checkpoint
-    checkpoint: Checkpoint | None  # that the command names, of this run or of a branch's origin
-
-
 def plan_run(flags, ranks):
-    """The RunPlan of a command: to resume a run, to begin a branch, or to begin a new run."""
+    """What a command trains: (folder, flags, dataset, models, checkpoint).
+
+    models: those that a new run begins with, {flag: LoadedModel}; checkpoint: see
+    choose_checkpoint. If it lies in another folder, a branch begins with it.
+    """
     checkpoint = choose_checkpoint(flags)
     if checkpoint:
         flags = resolve_flags(flags.explicit, checkpoint.flags)
@@ -3381,34 +3388,36 @@ def plan_run(flags, ranks):
             raise code_mismatch_error(checkpoint, flags)
     else:
         folder = find_folder(flags, dataset, parents, code_sha1)
-    return RunPlan(folder, flags, dataset, models, parents, checkpoint)
+    return folder, flags, dataset, models, checkpoint
 
 
-def open_run(plan, ranks):
-    """The planned run, and the checkpoint that it resumes, or None; its folder must be locked."""
-    folder, flags, dataset, models, parents, chosen_checkpoint = plan
+def open_run(folder, flags, dataset, models, chosen_checkpoint, ranks):
+    """The run of a plan, and the checkpoint that it resumes or None; the folder must be locked."""
     checkpoints = checkpoints_in(folder, warn=True)  # only now can no other process advance it
     if not checkpoints and any(folder.glob("[!.]*.safetensors")):
         line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
         raise RunError(line)
-    contents = None
+    checkpoint = contents = None
     if checkpoints or chosen_checkpoint:
         # A branch that exists resumes from its newest undamaged checkpoint: --identifier only
         # says where it began.
         is_named = flags.identifier and (not checkpoints or folder == chosen_checkpoint.folder)
         contents = open_newest(checkpoints or [chosen_checkpoint], is_named)
-        # Flags that the command does not set are the checkpoint's; the test text is loaded.
+        checkpoint = contents.checkpoint
+        # Flags that the command does not set come from the checkpoint, but for those of the test
+        # text, which is loaded by now.
         test_flags = get_values(flags, ["test_text", "eval_test"])
-        flags = resolve_flags(flags.explicit, contents.checkpoint.flags | test_flags)
+        flags = resolve_flags(flags.explicit, checkpoint.flags | test_flags)
         models = {}
         for name in needed_model_flags(flags):
-            models[name] = extra("kept_models").open_kept_model(contents.checkpoint, name)
+            models[name] = extra("kept_models").open_kept_model(checkpoint, name)
     run = make_run(folder, flags, contents, models, dataset, ranks)
     if not checkpoints:
-        run.parents = parents
+        if checkpoint:
+            run.parents = checkpoint.parents | {"branched_from": checkpoint.id}
         for name in needed_model_flags(flags):
             extra("kept_models").keep_model(folder / name, models[name].files)
-    return run, contents and contents.checkpoint
+    return run, checkpoint
 
 
 @contextlib.contextmanager
@@ -3417,12 +3426,12 @@ def set_up(flags, ranks):
 
     Its folder is locked until the block ends.
     """
-    plan = plan_run(flags, ranks)
-    with locked_folder(plan.folder):
-        run, checkpoint = open_run(plan, ranks)
+    folder, *plan = plan_run(flags, ranks)
+    with locked_folder(folder):
+        run, checkpoint = open_run(folder, *plan, ranks)
         with Interrupts() as interrupts:  # from here on there is something to save
             print_start(run, checkpoint)
-            if checkpoint and checkpoint.folder != run.folder:  # a branch then needs no other run
+            if checkpoint and checkpoint.folder != folder:  # a branch then needs no other run
                 save(run, interrupts)
             yield run, interrupts
 
@@ -3430,7 +3439,7 @@ def set_up(flags, ranks):
 def continues_run(flags, checkpoint):
     """Whether a command goes on with the run of its checkpoint, instead of beginning a branch.
 
-    It does so from the run's newest checkpoint, unless a training flag has another value.
+    It does if that is its run's newest checkpoint, and no training flag has another value.
     """
     newest, *_ = checkpoints_in(checkpoint.folder)
     is_same = get_values(flags, FLAGS["training"]).items() <= checkpoint.flags.items()
@@ -3615,7 +3624,7 @@ def describe_end(run, stop_signal):
 
 
 def execute(argv):
-    """Executes the command on rank 0, which the others follow; returns the status, None for 0."""
+    """Executes the command on rank 0; others `follow`. Returns the exit status, None for 0."""
     with explain_mlx_errors(), join_ranks(argv) as ranks:
         if ranks.rank > 0:
             return ranks.follow()
