@@ -1199,21 +1199,26 @@ class Run(Progress):
         return numbers, arrays
 
     def restore(self, numbers, arrays):
-        """Goes back to a `state`, which may be untrusted. Raises ValueError if it does not fit."""
-        weights = self.model.trainable_parameters()
-        check_arrays(arrays["weights"], weights)
-        self.model.update(arrays["weights"])
-        check_arrays(arrays["optimizer"], self.optimizer.state)
-        self.optimizer.state = arrays["optimizer"]
-        if "average" in arrays:
-            check_arrays(arrays["average"], weights)
-            if self.flags.average:
-                self.average = arrays["average"]
-        perm = np.array(arrays["perm"])
+        """Goes back to a `state`; arrays: its tree flattened, {name: array}.
+
+        It may be untrusted: raises an exception (of any type) if it does not fit.
+        """
+        perm = np.array(arrays.pop("perm"))
+        expected = {"weights": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
+        if any(name.startswith("average.") for name in arrays):
+            expected["average"] = expected["weights"]
+        check_arrays(arrays, expected)
+        tree = tree_unflatten(arrays)  # only now, as a name like "weights.999999999" makes a list
+        self.model.update(tree["weights"])
+        self.optimizer.state = tree["optimizer"]
         self.batches.seek(numbers["epoch"], numbers["cursor"], numbers["offset"], perm)
         for name in PROGRESS_FIELDS:
             setattr(self, name, numbers[name])
         self.evaluations = [Evaluation(*evaluation) for evaluation in self.evaluations]
+        if self.flags.average:
+            self.average = tree.get("average")
+        elif "average" in tree:  # a branch without --average: the average was evaluated
+            self.evaluations = []
 
     @property
     def versions(self):
@@ -1769,12 +1774,13 @@ class Contents(NamedTuple):
     def restore(self, run):
         """Puts the saved state into a run. Raises DamagedError if it does not fit."""
         checkpoint = self.checkpoint
-        with explain_errors(f"{checkpoint} does not fit its record", raises=DamagedError):
-            arrays = tree_unflatten(self.state)
+        problem = f"{checkpoint} does not fit its record: use another one from --list"
+        with explain_errors(problem, raises=DamagedError):
             # With --average, the .metadata has the trained weights, the .safetensors the average.
-            has_average = "weights" in arrays
-            arrays["average" if has_average else "weights"] = tree_unflatten(self.weights)
-            run.restore(vars(checkpoint), arrays)
+            has_average = any(name.startswith("weights.") for name in self.state)
+            key = "average" if has_average else "weights"
+            weights = {f"{key}.{name}": array for name, array in self.weights.items()}
+            run.restore(vars(checkpoint), self.state | weights)
         run.checkpoint_id = checkpoint.id
         run.saved_at = checkpoint.saved_at
         run.parents = checkpoint.parents
@@ -2484,13 +2490,15 @@ class Reporter:
         if run.iteration % run.flags.steps_per_report:
             return
         metrics = metrics | {"loss": run.recent_loss / run.recent_steps}
-        stats = {"epoch": run.epochs, "peak_mib": mx.get_peak_memory() / 2**20}
+        stats = {}
         start_iteration, start_seconds = self.timed_from
-        if run.iteration > start_iteration:
-            seconds = (run.seconds - start_seconds) / (run.iteration - start_iteration)
-            tokens_per_step = run.batches.rows_per_step * run.flags.context_size
-            speed = {"ms_per_step": 1000 * seconds, "tokens_per_second": tokens_per_step / seconds}
-            stats = speed | stats
+        seconds = run.seconds - start_seconds
+        if seconds:  # none after the first step, which is not timed
+            steps = run.iteration - start_iteration
+            num_tokens = steps * run.batches.rows_per_step * run.flags.context_size
+            stats["ms_per_step"] = 1000 * seconds / steps
+            stats["tokens_per_second"] = num_tokens / seconds
+        stats |= {"epoch": run.epochs, "peak_mib": mx.get_peak_memory() / 2**20}
         self.show(metrics | stats)
         train_split = run.dataset.train
         if train_split.num_bytes is not None and run.teacher is None:  # else its loss is mixed in
@@ -3439,8 +3447,11 @@ def set_up(flags, ranks):
 def continues_run(flags, checkpoint):
     """Whether a command goes on with the run of its checkpoint, instead of beginning a branch.
 
-    It does if that is its run's newest checkpoint, and no training flag has another value.
+    It does if that is its run's newest checkpoint, and no training flag has another value. What
+    RUN@STEP has computed is part of another run's folder.
     """
+    if not checkpoint.folder.parent.samefile(flags.save_dir):
+        return False
     newest, *_ = checkpoints_in(checkpoint.folder)
     is_same = get_values(flags, FLAGS["training"]).items() <= checkpoint.flags.items()
     return is_same and newest.id == checkpoint.id

@@ -198,6 +198,21 @@ def test_a_flag_of_another_type(flag, value, line, folder):
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("part", ["weights", "state"])
+def test_names_of_arrays_are_compared_before_they_make_a_tree(part, folder, monkeypatch):
+    """A list with that index would fill the memory."""
+    contents = newest(folder).open()
+    array = {"weights.model.layers.99999999999.x": mx.array([1.0])}
+    forged = contents._replace(**{part: getattr(contents, part) | array})
+    flags = main.resolve_flags({}, contents.checkpoint.flags)
+    dataset = main.reload_data(flags, contents.checkpoint)
+    trees = []
+    monkeypatch.setattr(main, "tree_unflatten", trees.append)
+    with pytest.raises(main.DamagedError, match="those of another model"):
+        main.make_run(folder, flags, forged, {}, dataset, main.SingleProcess())
+    assert not trees
+
+
 def test_another_format_is_named(line, folder):
     line += ["--seed", 1, "--steps_per_save", 3, "--steps_per_eval", 3]
     name, _, _ = begin(*line)

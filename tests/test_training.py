@@ -308,3 +308,5 @@ def test_average_begins_and_ends_with_its_flag(tmp_path, text):
     out, _ = run(*line, "--num_iters", 30, "--average", 0, "--save_dir", legs)
     assert "--average 0.5 -> 0" in out
     assert ids(legs)[0] == ids(plain)[0]
+    # Those of the averaged weights are not the branch's.
+    assert newest(legs).evaluations == newest(plain).evaluations[1:]

@@ -44,10 +44,13 @@ def kept_model_files(checkpoint, flag_name):
 
 
 def open_kept_model(checkpoint, flag_name):
-    """The LoadedModel that the run of a checkpoint keeps. Raises DamagedError if it is gone."""
+    """The LoadedModel that the run of a checkpoint keeps. Raises DamagedError without it."""
     folder = checkpoint.folder / flag_name
     expected_id = checkpoint.parents.get(flag_name)
-    fault = f"{checkpoint.folder_name} lacks the model in its folder {flag_name}"
+    fault = (
+        f"{checkpoint.folder_name} cannot go on without the model in its folder {flag_name}: put "
+        f"that back, or start a new run with --{flag_name} and --new_model"
+    )
     with explain_errors(fault, raises=DamagedError):
         if folder.is_symlink():
             raise OSError("it is a link")

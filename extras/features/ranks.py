@@ -217,8 +217,8 @@ class Group(contextlib.AbstractContextManager):
         run = main.make_run(Path(record["folder"]), flags, None, models, dataset, self)
         for name, source in models.items():
             source.model.update(tree["models"][name])
-        weights = run.model.trainable_parameters()
-        run.restore(record["state"], tree["state"] | {"weights": weights})
+        state = tree["state"] | {"weights": run.model.trainable_parameters()}
+        run.restore(record["state"], dict(tree_flatten(state)))
         return run
 
 

@@ -45,6 +45,7 @@ def checkpoint_at(checkpoints, identifier):
         copy = Path(temporary, folder.name)
         recompute(start, proof, step, copy)
         folder.parent.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)  # one that cannot be read any more
         copy.rename(folder)
     sync(folder.parent)
     [found] = checkpoints_in(folder)

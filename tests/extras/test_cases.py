@@ -111,7 +111,7 @@ def test_what_cannot_be_opened_is_skipped(trained, tmp_path, text):
     cases = [EXAMPLE, *folder, "--output", results]
     _, err = run_extra("cases", *cases)
     assert err.count("Skipping ") == 2
-    assert f"{name} lacks the model in its folder init_from" in err
+    assert f"{name} cannot go on without the model in its folder init_from" in err
     assert f"{damaged} is damaged" in err
     assert checkpoints_in(results) == set(ids(trained)) - {damaged.id}
     run_extra("cases", *cases, "--identifier", "latest", status=1)

@@ -101,6 +101,18 @@ def test_branch_from_a_step(text, tmp_path):
     assert ends[0] == ends[1]
 
 
+def test_training_from_a_step_is_a_branch_without_another_flag(text, tmp_path):
+    """It lies beside the run, whose state of that step stays."""
+    run(*RUN, "--text", text, "--steps_per_save", 10, "--save_dir", tmp_path)
+    name = run_folder(tmp_path).name
+    line = ["--identifier", f"{name}@14", "--save_dir", tmp_path]
+    run(*line, "--keep", 1)
+    ends = {each.folder_name: each.id for each in saved(tmp_path) if each.iteration == 30}
+    assert len(ends) == 2 and len({*ends.values()}) == 1
+    _, err = run(*line, "--prompt", "a", "--max_tokens", 1)
+    assert "iteration 14" in err
+
+
 def test_what_a_step_did(text, tmp_path):
     folder = tmp_path / "runs"
     run(*RUN, "--text", text, "--steps_per_save", 10, "--save_dir", folder)
