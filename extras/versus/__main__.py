@@ -5,7 +5,7 @@
     python -m extras.versus "--dropout 0.1" -- --config first  flags against none
     python -m extras.versus HEAD --tune dropout=0,0.1 -- --config first   each at its best
     python -m extras.versus --list                             what was compared so far
-    python -m extras.versus --losses pairs.csv                 losses of any other program
+    python -m extras.versus.losses pairs.csv                   losses of any other program
 
 After -- come main.py's flags for both sides. With the same seed, both read the same batches and
 begin with the same weights, so that much of the noise of a single run cancels. A judge (judge.py)
@@ -26,11 +26,10 @@ try:  # nothing imports main.py here: the current one may be broken
     from datasets import Parser, RunError, UsageError, number, one_line, run_program
     from extras.versus import ledger
     from extras.versus.judge import DEFAULT_TOKENS, DIVERGED
-    from extras.versus.losses import COLUMNS, judge_file
     from extras.versus.runs import Comparison, tune
-    from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, decide, summarize, t_quantile
+    from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, bounds_of, decide, summarize
     from extras.versus.sequential import unchanged_outcome
-    from extras.versus.sides import SideError, is_flags
+    from extras.versus.sides import SideError, copied_sides, is_flags
     from extras.versus.verdict import describe_numbers, describe_verdict, list_side_differences
 except Exception as error:
     print(f"extras.versus: cannot run with these files: {error!r}", file=sys.stderr)
@@ -44,15 +43,15 @@ def main(arguments):
     options, common = read_arguments(arguments)
     if options.list:
         return ledger.print_list(options.list)
-    if options.losses:
-        return judge_file(options.losses, bounds_of(options), options)
     if options.same:
         command = check_sameness
     else:
         command = keep_or_drop if options.gate else run_comparison
     try:
         make = tune if options.tune else Comparison
-        return command(make(options, common))
+        with copied_sides(options) as copies:
+            comparison = make(options, common, copies)
+        return command(comparison)
     except (UsageError, RunError, OSError) as error:
         reason = one_line(error)
         # "Before" is made first: if only "after" cannot run, the edit is at fault, not the command.
@@ -104,12 +103,11 @@ def read_arguments(arguments):
     add("--again", action="store_true", help="--gate: try on new seeds what it has dropped before")
     listed = "what was compared so far: the ledger in this folder, or this file"
     add("--list", metavar="SAVE_DIR", nargs="?", const="runs", help=listed)
-    losses = f"a CSV file with the columns {', '.join(COLUMNS)}: only computes the verdict"
-    add("--losses", metavar="FILE", help=losses)
     end = [*arguments, "--"].index("--")
     common = arguments[end + 1 :]
     # A side that is flags gets a blank before it: argparse then does not read it as an option.
-    side_flag = rf"^(?!({'|'.join(parser._option_string_actions)})\b)-"
+    ours = "|".join(parser._option_string_actions).replace("_", "[_-]")
+    side_flag = rf"^(?!({ours})\b)-"
     try:
         options = parser.parse_args([re.sub(side_flag, " -", word) for word in arguments[:end]])
     except UsageError as error:
@@ -120,7 +118,7 @@ def read_arguments(arguments):
         common += [f"--num_iters={SAME_STEPS}", "--lr_warmup=5"]
     if options.tune and (options.same or "," not in options.tune):
         raise UsageError("--tune takes a flag and values, like --tune dropout=0,0.1, and no --same")
-    if not (options.before or options.list or options.losses):
+    if not options.before and not options.list:
         raise UsageError("name a commit, or flags in quotes, to compare your files with")
     if is_flags(options.before) and not options.after:  # compared with the files without them
         options.before, options.after = None, options.before
@@ -137,15 +135,10 @@ def check_sameness(comparison):
     return int(not is_same)
 
 
-def bounds_of(options):
-    """The looks of a race, or the only one of --pairs, see RACE_BOUNDS."""
-    return {options.pairs: t_quantile(options.pairs)} if options.pairs else RACE_BOUNDS
-
-
 def run_comparison(comparison):
     """Trains pairs until the outcome is clear; prints and records it."""
     options = comparison.options
-    bounds = bounds_of(options)
+    bounds = bounds_of(options.pairs)
     print_start(comparison)
     results = ledger.read_results(comparison.ledger)
     entry = ledger.begin_entry(comparison.describe(), results)
@@ -237,7 +230,7 @@ def compare(comparison, entry, first_seed, margin, bounds):
         "outcome": outcome,
         "at_fault": at_fault,
         "fault": fault,
-        "unlike": [*list_side_differences(*comparison.sides, pairs)],
+        "unlike": [*list_side_differences(comparison.sides, pairs)],
     }
     if len(pairs) > 1 and not fault:
         result |= summarize(pairs, None if bounds is SCREEN_BOUNDS else bounds[len(pairs)])

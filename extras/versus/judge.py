@@ -25,7 +25,7 @@ MAX_BATCH_LOGITS = 1 << 24  # if it has several rows
 TOLERANCE = {False: 1e-4, True: 1e-2}  # whether on a GPU
 
 DIVERGED = "diverged"  # the fault of a run, see RunScore
-DEPENDS_ON_OTHERS = "the predictions for a text depend on what other texts the model is given"
+DEPENDS_ON_OTHERS = "the predictions for a text depend on other texts, or on chance"
 
 
 class Text(NamedTuple):

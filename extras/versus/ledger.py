@@ -11,10 +11,11 @@ NAME = "comparisons.jsonl"
 
 def read_results(path):
     """The results in a ledger, the last of each look, newest at the end; [] if there is no file."""
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     results = {}
-    with explain_errors(f"{path} is damaged: delete its last line", ValueError, raises=RunError):
-        for line in reversed(lines):
+    for number, line in reversed([*enumerate(lines, 1)]):
+        problem = f"{path}, line {number} is no comparison: if a disk has damaged it, delete it"
+        with explain_errors(problem, ValueError, TypeError, KeyError, raises=RunError):
             older = {"look": 1, "asked": None, "baseline": None}  # older commits lack these
             result = older | json.loads(line)
             key = (result["comparison"], str(result["asked"]), result["look"])

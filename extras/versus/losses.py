@@ -1,31 +1,42 @@
-"""The verdict on losses that another program computed: `python -m extras.versus --losses FILE`."""
+"""Did it help? The test of extras.versus, on losses of any other program.
+
+    python -m extras.versus.losses pairs.csv              a race: looks after 4 to 12 pairs
+    python -m extras.versus.losses pairs.csv --pairs 8    exactly eight, chosen before
+
+The file has a line "seed,before,after", and such a line for each seed, in the order in which they
+were trained. Nothing about the losses is checked.
+"""
 
 import csv
-import io
 import math
 from pathlib import Path
 
-from datasets import UsageError, explain_errors
-from extras.versus.sequential import RunScore, decide, summarize
+import numpy as np
+
+from datasets import Parser, UsageError, explain_errors, number, printable, run_program
+from extras.versus.sequential import RunScore, bounds_of, decide, paired_differences, summarize
 from extras.versus.verdict import VERDICTS, describe_numbers
 
-COLUMNS = ["seed", "before", "after"]
 
-
-def judge_file(path, bounds, options):
-    """Prints the verdict on a CSV file of losses, see `read_rows`; bounds: see `decide`.
-
-    Pairs count in the order of the file, until there is an outcome.
-    """
-    rows = read_rows(path)
+def main(arguments):
+    """Prints the verdict on a file. Pairs count in its order, until there is an outcome."""
+    parser = Parser(prog="python -m extras.versus.losses", description=__doc__)
+    parser.add_argument("file", metavar="FILE", help="CSV with the columns seed, before, after")
+    pairs_help = "exactly this number (without it, a race)"
+    parser.add_argument("--pairs", type=number(int, 2), help=pairs_help)
+    margin_help = "a difference that is smaller than this does not matter"
+    parser.add_argument("--margin", type=number(float, 0), help=margin_help)
+    options = parser.parse_args(arguments)
+    bounds = bounds_of(options.pairs)
+    rows = read_rows(options.file)
     seeds = []
     pairs = []
     outcome = None
     print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}")
     for seed, before, after in rows:
-        print(f"{seed:>10}{before:>10.4f}{after:>10.4f}{after - before:>+14.4f}")
+        print(f"{printable(seed):>10}{before:>10.4f}{after:>10.4f}{after - before:>+14.4f}")
         seeds.append(seed)
-        pairs.append((RunScore(score=before), RunScore(score=after)))
+        pairs.append((RunScore("before", before), RunScore("after", after)))
         outcome = decide(bounds, options.margin, pairs)
         if outcome:
             break
@@ -33,31 +44,45 @@ def judge_file(path, bounds, options):
         next_look = min(look for look in bounds if look > len(pairs))
         print(f"No verdict yet: the next look is after {next_look} pairs.")
         return
+    if np.ptp(paired_differences(pairs)) < 1e-9:
+        why = "without effect, or the losses have too few digits"
+        print(f"Cannot tell: all differences are the same, so seeds are {why}.")
+        return
     asked = {"pairs": options.pairs, "margin": options.margin}
     result = {"seeds": seeds, "outcome": outcome, "unit": "in loss", "asked": asked}
     result |= summarize(pairs, bounds[len(pairs)])
     print(*describe_numbers(result), sep="\n")
     if len(pairs) < len(rows):
-        print(f"It ended here, so {len(rows) - len(pairs)} more rows do not count.")
+        print(f"Rows after the {len(pairs)} pairs of this verdict do not count.")
     print(f"{VERDICTS[outcome].format(**result, pairs=len(pairs))}, by losses that nobody checked.")
 
 
 def read_rows(path):
-    """The rows of a CSV file with COLUMNS, as (text, float, float).
+    """The rows of a CSV file: (seed, loss before, loss after), the first one a text.
 
-    Raises UsageError if it is malformed, a seed is there twice, or no loss has changed.
+    Raises UsageError if it is malformed, or a seed is there twice.
     """
-    problem = f"--losses {path} is not a CSV file with the columns {', '.join(COLUMNS)}"
-    with explain_errors(problem, OSError, ValueError, csv.Error):
-        text = Path(path).read_text("utf-8-sig")  # with a mark of the byte order, or without
-        header, *rows = [row for row in csv.reader(io.StringIO(text)) if row]
-        if header != COLUMNS:
-            raise ValueError(f"they are {', '.join(header):.100}")
-        rows = [(seed.strip(), float(before), float(after)) for seed, before, after in rows]
-    if not all(math.isfinite(loss) for _, *losses in rows for loss in losses):
-        raise UsageError(f"--losses {path}: a loss is not finite, so nothing can be said")
-    if len({seed for seed, _, _ in rows}) < len(rows):
-        raise UsageError(f"--losses {path} has a seed twice: such pairs are not independent")
-    if rows and all(before == after for _, before, after in rows):
-        raise UsageError(f"--losses {path}: no loss has changed; is the edit in both programs?")
+    with explain_errors(f"{path} is no CSV file in UTF-8", OSError, ValueError, csv.Error):
+        text = Path(path).read_text("utf-8-sig")  # with a byte-order mark or without
+        header, *lines = csv.reader([*text.splitlines(), ""])
+    if [cell.strip() for cell in header] != ["seed", "before", "after"]:
+        raise UsageError(f"{path}: its first line is not seed,before,after")
+    rows = []
+    for line_number, cells in enumerate(lines, 2):
+        cells = [cell.strip() for cell in cells]
+        if not any(cells):
+            continue
+        problem = f"{path}, line {line_number} is not a seed and two finite losses"
+        with explain_errors(problem, ValueError):
+            seed, *losses = cells
+            before, after = map(float, losses)
+            if not math.isfinite(before + after):
+                raise ValueError("not finite")
+        rows.append((seed, before, after))
+    if len({seed for seed, *_ in rows}) < len(rows):
+        raise UsageError(f"{path} has a seed twice: such pairs are not independent")
     return rows
+
+
+if __name__ == "__main__":
+    run_program("extras.versus.losses", main)

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from operator import itemgetter
@@ -16,17 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import RunError, UsageError, digest_of, flock, hash_of_file, open_no_follow
+from datasets import RunError, UsageError, digest_of, explain_errors, flock, hash_of_file
+from datasets import open_no_follow
 from extras.common.limits import count_cores
 from extras.versus import ledger
 from extras.versus.judge import DIVERGED, Judge, read_texts
 from extras.versus.sequential import RunScore
-from extras.versus.sides import WORKER, SideError, git, identify, install, is_flags, make_side
+from extras.versus.sides import HERE, WORKER, SideError, git, identify, install, make_side
 from extras.versus.sides import process_error, retry_once
 
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
 # Flags of runs: one checkpoint is kept, and nothing sampled.
 RUN_FLAGS = ["--keep=1", f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
+ASKED = ["pairs", "tokens", "margin", "gate"]  # options that make it another comparison
 NUM_TUNING_SEEDS = 2  # seeds by which --tune chooses
 # A run is endless if, by the clock, it takes more than GRACE seconds plus ENDLESS times the
 # processor time of the longest run that has ended: machines may be busy.
@@ -38,44 +39,46 @@ BYTES_PER_PARAMETER = 12  # of a checkpoint: one float32, and two in the optimiz
 class Comparison:
     """Two Sides and their runs; those of one side differ only in their seeds."""
 
-    def __init__(self, options, common, own_flags=((), ())):
-        """options, common: see read_arguments; own_flags: more, of each side."""
+    def __init__(self, options, common, copies, tuned=((), ())):
+        """options, common: see read_arguments; copies: see copied_sides; tuned: flags of each side.
+        """
         self.options = options
         self.common = common
         self.tuning_note = None  # or a condition of the verdict: the values that --tune has chosen
-        with tempfile.TemporaryDirectory() as temporary:
-            temporary = os.path.realpath(temporary)
-            before = make_side(options.before, [*common, *own_flags[0]], Path(temporary, "0"))
-            after = make_side(options.after, [*common, *own_flags[1]], Path(temporary, "1"))
-            compared = ["diff", "--no-index", "--no-color", "--no-ext-diff", "0", "1"]
-            self.patch = git("-C", temporary, *compared).decode(errors="replace")
-            sides = before, after
-            check_models(sides)
-            is_same = before.tokenizer == after.tokenizer
-            self.unit = "nats/token" if is_same else "bits per byte"
-            texts = [read_texts(sides, split, options.tokens) for split in ("valid", "test")]
-            self.first_seed = before.flags["seed"] if options.seeds is None else options.seeds
-            self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
-            is_alone = self.on_gpu or sys.platform == "darwin"
-            self.core_shares = share_cores(options.jobs or (1 if is_alone else 4))
-            # A function that either side has edited runs without its fast version on both: else
-            # they would differ in rounding, too.
-            plain = {*before.edited_functions, *after.edited_functions}
-            self.plain_functions = ",".join(sorted(plain))
-            self.environment = os.environ | {"PLAIN_FUNCTIONS": self.plain_functions}
-            # Whatever the number of steps, the baseline is the same.
-            identity = before.identity | {"num_iters": None}
-            self.baseline = identify(before._replace(identity=identity))
-            folder = Path(before.flags["save_dir"], "versus").absolute()
-            self.ledger = folder / ledger.NAME
-            self.sides = []
-            for side, valid, test in zip(sides, *texts):
-                words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", *RUN_FLAGS]
-                side_id = identify(side, side.versions, self.plain_functions)
-                # The number of cores decides how sums are rounded.
-                path = folder / f"{side_id}.{len(self.core_shares[0])}"
-                side = side._replace(words=words, valid=valid, test=test)
-                self.sides.append(install(side, path))
+        self.commits = [copy.commit for copy in copies]
+        compared = ["diff", "--no-index", "--no-color", "--no-ext-diff", "0", "1"]
+        self.patch = git("-C", copies[0].folder.parent, *compared).decode(errors="replace")
+        sides = []
+        for copy, last_flags in zip(copies, tuned):
+            sides.append(make_side(copy, [*common, *copy.flags, *last_flags]))
+        before, after = sides
+        check_models(sides)
+        is_same = before.tokenizer == after.tokenizer
+        self.unit = "nats/token" if is_same else "bits per byte"
+        texts = [read_texts(sides, split, options.tokens) for split in ("valid", "test")]
+        self.first_seed = before.flags["seed"] if options.seeds is None else options.seeds
+        self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
+        is_alone = self.on_gpu or sys.platform == "darwin"
+        self.core_shares = share_cores(options.jobs or (1 if is_alone else 4))
+        # A function that either side has edited runs without its fast version on both: else they
+        # would differ in rounding, too.
+        plain = {*before.edited_functions, *after.edited_functions}
+        self.plain_functions = ",".join(sorted(plain))
+        self.environment = os.environ | {"PLAIN_FUNCTIONS": self.plain_functions}
+        # Whatever the number of steps, the baseline is the same.
+        identity = before.identity | {"num_iters": None}
+        self.baseline = identify(before._replace(identity=identity))
+        folder = Path(before.flags["save_dir"], "versus").absolute()
+        check_ignored(folder)
+        self.ledger = folder / ledger.NAME
+        self.sides = []
+        for side, valid, test in zip(sides, *texts):
+            words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", *RUN_FLAGS]
+            side_id = identify(side, side.versions, self.plain_functions)
+            # The number of cores decides how sums are rounded.
+            path = folder / f"{side_id}.{len(self.core_shares[0])}"
+            side = side._replace(words=words, valid=valid, test=test)
+            self.sides.append(install(side, path))
         self.run_seconds = []  # of finished runs
 
     def train_pairs(self, seeds):
@@ -146,19 +149,15 @@ class Comparison:
             fault = f"it has taken {steps:,} steps, not {expected:,}"
         seconds = math.nan
         if path.exists():
-            seconds = json.loads(path.read_text())
-            self.run_seconds.append(seconds)
+            with contextlib.suppress(ValueError):  # a full disk has left it empty
+                seconds = float(path.read_text())
+                self.run_seconds.append(seconds)
         return RunScore(record["id"], *scores, fault, record["tokens_seen"], seconds)
 
     def describe(self):
         """What was compared, {name: value}, for a result in the ledger."""
         before, after = self.sides
-        options = self.options
-        commits = []
-        for typed in (options.before, options.after):
-            commit = "HEAD" if is_flags(typed) else typed
-            commits.append(git("rev-parse", "--short", commit).decode().strip())
-        asked = {name: getattr(options, name) for name in ("pairs", "tokens", "margin", "gate")}
+        asked = {name: getattr(self.options, name) for name in ASKED}
         return {
             # Without the number of cores: with others, it is the same comparison.
             "comparison": f"{before.folder.stem} {after.folder.stem}",
@@ -167,7 +166,7 @@ class Comparison:
             "date": time.strftime("%Y-%m-%d %H:%M"),
             "before": before.name,
             "after": after.name,
-            "commits": commits,
+            "commits": self.commits,
             "flags": shlex.join(self.common),
             "unit": self.unit,
             "steps": [side.flags["num_iters"] for side in self.sides],
@@ -201,7 +200,9 @@ class Comparison:
             elapsed = time.monotonic() - began
             if elapsed > GRACE + ENDLESS * max(self.run_seconds, default=math.inf):
                 error = SideError(f"{side.name} cannot run: it does not end")
-            if shutil.disk_usage(side.folder).free < BYTES_PER_PARAMETER * side.num_parameters:
+            if not side.folder.exists():
+                error = RunError(f"{side.folder} was deleted while a run wrote there: repeat")
+            elif shutil.disk_usage(side.folder).free < BYTES_PER_PARAMETER * side.num_parameters:
                 error = RunError(f"no space is left for {side.folder}: make some, and repeat")
             if self.is_stopped:
                 error = RunError("stopped")
@@ -224,8 +225,9 @@ class Comparison:
         code = [hash_of_file(WORKER.with_name(name)) for name in ("judge.py", "worker.py")]
         digest = digest_of([record["id"], side.tokens_sha256, asked, code])
         path = side.folder / f"judged-{digest}.json"
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads(path.read_text("utf-8"))
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            valid, test, fault = json.loads(path.read_text("utf-8"))
+            return valid, test, fault
         with Judge(side, record["path"], self.environment) as judge:
             recorded = recorded_evaluation(record, side.valid)
             judged = judge.examine_run(side.valid, side.test, recorded)
@@ -241,16 +243,20 @@ def recorded_evaluation(record, valid):
     return count[0] if count else min(OWN_TOKENS, len(valid.tokens) - 1), loss
 
 
-def tune(options, common):
+def tune(options, common, copies):
     """The Comparison of both sides, each with its best value of --tune.
 
     The first seeds choose the values; the Comparison begins after them.
     """
     flag, _, listed = options.tune.partition("=")
-    values = listed.split(",")
+    flag = flag.replace("-", "_")
+    with explain_errors(f"--tune {options.tune}: the values are no numbers", ValueError):
+        values = sorted(listed.split(","), key=float)
     means = []  # [2] for each value
     for value in values:
-        comparison = Comparison(options, [*common, f"--{flag}={value}"])
+        comparison = Comparison(options, common, copies, [[f"--{flag}={value}"]] * 2)
+        if flag not in comparison.sides[0].identity:
+            raise UsageError(f"--tune {flag}: this flag does not decide how a run ends")
         end = comparison.first_seed + NUM_TUNING_SEEDS
         losses = []
         for _, *pair in comparison.train_pairs(range(comparison.first_seed, end)):
@@ -260,13 +266,20 @@ def tune(options, common):
         print(f"--{flag} {value}: before {before:.4f}, after {after:.4f}", flush=True)
     options.seeds = end
     chosen = [values[i] for i in np.argmin(means, axis=0)]
-    comparison = Comparison(options, common, [[f"--{flag}={value}"] for value in chosen])
+    comparison = Comparison(options, common, copies, [[f"--{flag}={value}"] for value in chosen])
     texts = []
     for value, name in zip(chosen, ("before", "after")):
         edge = " (at the edge of the list: give more)" if value in (values[0], values[-1]) else ""
         texts.append(f"{value} {name}{edge}")
     comparison.tuning_note = f"each at its best {flag}: {', '.join(texts)}"
     return comparison
+
+
+def check_ignored(folder):
+    """Raises UsageError if the runs in a folder would be files of the next comparison's sides."""
+    is_inside = folder.is_relative_to(HERE) and git("rev-parse", "--git-dir")
+    if is_inside and not git("check-ignore", folder):
+        raise UsageError(f"--save_dir {folder.parent} would count as code: add it to .gitignore")
 
 
 def share_cores(jobs):
@@ -304,7 +317,7 @@ def newest_record(folder, seed):
     records = []
     for path in folder.glob("*-*/[!.]*.metadata"):  # not in init_from and teacher
         # Meanwhile, runs of other seeds delete older checkpoints.
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):  # or damaged
             record = read_record(path)
             if record["flags"]["seed"] == seed and path.with_suffix(".safetensors").exists():
                 records.append(record | {"path": path})

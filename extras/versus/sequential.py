@@ -31,6 +31,11 @@ class RunScore(NamedTuple):
     seconds: float = math.nan  # see Comparison.train; nan if those of a part are unknown
 
 
+def bounds_of(pairs):
+    """The only look of --pairs, or RACE_BOUNDS without it."""
+    return {pairs: t_quantile(pairs)} if pairs else RACE_BOUNDS
+
+
 @functools.cache
 def t_quantile(pairs):
     """The two-sided 95 % quantile of Student's t for this many pairs."""

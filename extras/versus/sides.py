@@ -27,6 +27,17 @@ MAX_COPIED_BYTES = 20 << 20  # in all; further files are linked
 TIMEOUT_SECONDS = 3600  # that a side has for its texts and a first step, or for being judged
 
 
+class Copy(NamedTuple):
+    """A side's files as they were at the start: the user may go on editing them."""
+
+    name: str  # what was typed
+    flags: list  # those that were typed
+    commit: str  # its short SHA1
+    folder: Path
+    linked: list  # see Side
+    code_words: dict
+
+
 class Side(NamedTuple):
     """One of the two things that are compared, as worker.py describes it."""
 
@@ -129,26 +140,41 @@ def is_flags(side):
     return not side or side.startswith("-")
 
 
-def make_side(typed, common, folder):
-    """The Side of a commit, or of flags for the current files; folder: is made for its files."""
+@contextlib.contextmanager
+def copied_sides(options):
+    """The Copies of both sides, which are deleted at the end of the block."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = [Path(os.path.realpath(temporary), name) for name in ("0", "1")]
+        yield [copy_side(*side) for side in zip((options.before, options.after), folders)]
+
+
+def copy_side(typed, folder):
+    """The Copy of a commit, or of the current files for flags; folder: is made for it."""
     name = typed or "your files"
-    words = common
+    flags = []
+    commit = "HEAD"
     folder.mkdir()
     if is_flags(typed):
         with explain_errors(f"{name} cannot be read as flags", ValueError):
-            words = [*common, *shlex.split(typed or "")]
+            flags = shlex.split(typed or "")
         names = list_files("--cached", "--others") or files_without_git()
     else:
-        copy_commit(typed, folder)
-        names = list_files("--others")
+        commit = typed
+        names = copy_commit(typed, folder) + list_files("--others")
     linked = copy_files(names, folder)
     code_words = {}
     for path in sorted(folder.rglob("*")):
         source = str(path.relative_to(folder))
         if path.is_file() and not re.match(IGNORED_FILES, source):
             code_words[source] = words_of_file(path)
-    answer = retry_once(describe, name, folder, words)
-    return Side(name, folder, code_words=code_words, linked=linked, **answer)
+    commit = git("rev-parse", "--short", commit).decode().strip()
+    return Copy(name, flags, commit, folder, linked, code_words)
+
+
+def make_side(copy, words):
+    """The Side of a Copy with these flags."""
+    answer = retry_once(describe, copy.name, copy.folder, words)
+    return Side(copy.name, copy.folder, code_words=copy.code_words, linked=copy.linked, **answer)
 
 
 def describe(name, folder, words):
@@ -157,10 +183,15 @@ def describe(name, folder, words):
         return worker.ask()
 
 
-def git(*words):
-    """What a git command prints in the program's folder: bytes, none without git or repository."""
+def git(*words, **options):
+    """What a git command prints in the program's folder: bytes, none without git or repository.
+
+    options: of subprocess.run.
+    """
+    options = {"stderr": subprocess.PIPE} | options
     with contextlib.suppress(FileNotFoundError):
-        return subprocess.run(["git", "-C", HERE, *words], capture_output=True).stdout
+        command = ["git", "-C", HERE, *words]
+        return subprocess.run(command, stdout=subprocess.PIPE, **options).stdout
     return b""
 
 
@@ -216,11 +247,28 @@ def copy_files(names, folder):
 
 
 def copy_commit(commit, folder):
-    """Copies the program as it is in a commit."""
-    subprocess.run(["tar", "-x", "-C", folder], input=git("archive", commit), capture_output=True)
+    """Copies the program as it is in a commit; returns the paths of repositories in it.
+
+    These are not copied, as git does not keep their files.
+    """
+    tree = git("rev-parse", f"{commit}:./", stderr=subprocess.STDOUT).decode(errors="replace")
+    git_folder = git("rev-parse", "--absolute-git-dir").decode().strip()
+    environment = os.environ | {
+        "GIT_DIR": git_folder,
+        "GIT_WORK_TREE": folder,
+        "GIT_INDEX_FILE": folder.with_suffix(".index"),
+    }
+    for words in (["read-tree", tree.strip()], ["checkout-index", "--all"]):
+        git("-C", folder, *words, env=environment)
     if not (folder / "datasets.py").exists():
-        what = "is no commit with this program, or has links that lead out of it"
-        raise UsageError(f"{commit} {what}, in a git repository at {HERE}")
+        what = f"is no commit with this program, in a git repository at {HERE}"
+        raise UsageError(f"{commit} {what} ({one_line(tree)[-200:]})")
+    names = []
+    for entry in os.fsdecode(git("ls-tree", "-rz", "--full-tree", tree.strip())).split("\0"):
+        if entry.startswith("160000"):  # the mode of a submodule; its folder is empty
+            names.append(entry.partition("\t")[2])
+            (folder / names[-1]).rmdir()
+    return names
 
 
 def identify(side, *others):
@@ -229,7 +277,10 @@ def identify(side, *others):
 
 
 def install(side, folder):
-    """Copies the files of a Side into a folder, unless it exists; returns the Side with it."""
+    """Copies the files of a Side into a folder, unless it exists; returns the Side with it.
+
+    Raises UsageError if they were changed there.
+    """
     with hold_lock(folder.parent):
         if not folder.exists():
             # Renamed when complete, so that `folder` never holds half a copy.
@@ -240,4 +291,8 @@ def install(side, folder):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.link(path, target)
             partial.rename(folder)
+    with explain_errors(f"a copy was changed: delete {folder}", OSError):
+        for source, words in side.code_words.items():
+            if words_of_file(folder / source) != words:
+                raise OSError(f"{source} is not that of {side.name}")
     return side._replace(folder=folder)

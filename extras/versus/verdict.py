@@ -61,7 +61,7 @@ def describe_verdict(result):
     pairs = len(result["seeds"])
     verdict = VERDICTS[outcome].format(**result, pairs=pairs)
     if outcome == "same" and not pairs:
-        verdict = "The same code and flags on both sides: nothing is trained"
+        verdict = "Nothing that counts differs between the sides, so nothing is trained"
     verdict = ", ".join([verdict, *list_conditions(result)])
     if result["look"] > 1 and outcome in COUNTED:
         verdict += f": look {result['look']}"
@@ -80,14 +80,16 @@ def list_conditions(result):
         yield result["tuned"]
 
 
-def list_side_differences(before, after, pairs):
+def list_side_differences(sides, pairs):
     """Yields what differs between the runs of two Sides besides their edit: more conditions."""
+    before, after = sides
     ratio = after.flags["num_iters"] / before.flags["num_iters"]
     if ratio != 1:
         yield f"{ratio:.3g} times the steps"
     if before.tokenizer != after.tokenizer:  # the same text is read as other tokens
         return
-    if before.tokens_sha256["train"] != after.tokens_sha256["train"]:
+    texts = [(side.tokens_sha256["train"], side.flags.get("train_tokens")) for side in sides]
+    if texts[0] != texts[1]:
         yield "another training text"
     tokens_seen = {run.tokens_seen for pair in pairs for run in pair if run.tokens_seen}
     if ratio == 1 and len(tokens_seen) > 1:

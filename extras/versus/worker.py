@@ -13,6 +13,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+PROJECT = Path(__file__).parents[2]
 FOLDER = Path(sys.argv[1])
 sys.path[0] = str(FOLDER)  # instead of this file's folder
 ANSWERS = os.fdopen(os.dup(1), "wb")
@@ -93,8 +94,11 @@ def describe(*words):
 def in_copy(word):
     """A word of a command line; a YAML file that FOLDER has is named by its path there."""
     flag, equals, path = word.rpartition("=")
-    is_own = path.endswith((".yaml", ".yml")) and (FOLDER / path).is_file()
-    return f"{flag}{equals}{FOLDER / path}" if is_own else word
+    if path.endswith((".yaml", ".yml")):
+        path = FOLDER / os.path.relpath(path, PROJECT)
+        if path.is_file():
+            return f"{flag}{equals}{path}"
+    return word
 
 
 def check_seed(run, flags, dataset):

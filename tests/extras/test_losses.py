@@ -3,16 +3,14 @@
 import pytest
 
 from datasets import UsageError
-from extras.versus import __main__ as versus
-from extras.versus.losses import judge_file
+from extras.versus import losses
 
 ROWS = ["1,3.0,2.9", "2,3.1,2.8", "3,3.2,3.0", "4,3.0,2.8"]  # differences of -0.1, -0.3, -0.2, -0.2
 
 
 def judge(path, rows, *options, header="seed,before,after"):
     path.write_text("\n".join([header, *rows]))
-    options, _ = versus.read_arguments(["--losses", str(path), *options])
-    judge_file(path, versus.bounds_of(options), options)
+    losses.main([str(path), *options])
 
 
 @pytest.fixture
@@ -32,7 +30,7 @@ def test_a_race_is_wider_and_ends_with_its_first_outcome(file, capsys):
     judge(file, [*ROWS, "5,3.0,9.0"])
     *_, numbers, _, rest, verdict = capsys.readouterr().out.splitlines()
     assert "interval -0.3980 to -0.0020;" in numbers  # 4.85 standard errors
-    assert rest == "It ended here, so 1 more rows do not count."
+    assert rest == "Rows after the 4 pairs of this verdict do not count."
     assert verdict == "Helped, by losses that nobody checked."
 
 
@@ -46,12 +44,27 @@ def test_a_race_that_goes_on(file, capsys):
     assert capsys.readouterr().out.endswith("No verdict yet: the next look is after 4 pairs.\n")
 
 
+def test_rows_without_an_effect_at_first(file, capsys):
+    judge(file, ["1,3.0,3.0", "2,3.1,3.1", "3,3.2,3.2", "4,3.3,3.3", "5,3.0,2.9"])
+    assert "all differences are the same" in capsys.readouterr().out
+
+
+def test_seeds_that_change_nothing(file, capsys):
+    judge(file, [f"{seed},3.0,2.9" for seed in range(4)])
+    assert "\nCannot tell: all differences are the same" in capsys.readouterr().out
+
+
+def test_a_table_of_a_spreadsheet(file, capsys):
+    rows = [row.replace(",", " , ") for row in ROWS]
+    judge(file, [rows[0], ",,", "", *rows[1:]], header="\ufeffseed, before, after")
+    assert "Helped" in capsys.readouterr().out
+
+
 MISTAKES = [
-    (["1,3.0"], "not a CSV file"),
-    (["1,3.0,x"], "not a CSV file"),
-    (["1,3.0,nan"], "a loss is not finite"),
+    (["1,3.0"], "line 2 is not a seed and two finite losses"),
+    (["", "1,3.0,x"], "line 3 is not a seed and two finite losses"),
+    (["1,3.0,nan"], "line 2 is not a seed and two finite losses"),
     (["1,3.0,2.9", "1,3.0,2.8"], "has a seed twice"),
-    (["1,3.0,3.0", "2,3.1,3.1"], "no loss has changed"),
 ]
 
 
@@ -61,6 +74,7 @@ def test_mistakes(rows, reason, file):
         judge(file, rows)
 
 
-def test_other_columns(file):
-    with pytest.raises(UsageError, match="they are seed, loss"):
-        judge(file, [], header="seed,loss")
+@pytest.mark.parametrize("header", ["seed,loss", "seed;before;after", ""])
+def test_other_columns(header, file):
+    with pytest.raises(UsageError, match="first line is not seed,before,after"):
+        judge(file, [], header=header)

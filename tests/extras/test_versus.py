@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import anchors
@@ -20,7 +21,7 @@ from extras.versus import runs, sides
 from extras.versus.judge import DIVERGED
 from extras.versus.ledger import read_results
 from extras.versus.sequential import RunScore
-from extras.versus.verdict import describe_numbers
+from extras.versus.verdict import describe_numbers, list_side_differences
 
 STEPS = [*TINY[2:], "--num_iters", 24, "--steps_per_eval", 8]
 GIT = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
@@ -260,6 +261,51 @@ def test_a_side_is_all_its_files(project):
     assert before != after, "each has its own recipe"
 
 
+def test_a_commit_has_all_its_files(project):
+    """Also those that git would leave out of an archive, and links to repositories in it."""
+    (project / ".gitattributes").write_text("factor.txt export-ignore\n")
+    (project / "factor.txt").write_text("1")
+    inner = project / "inner"
+    inner.mkdir()
+    commit = ["commit", "-q", "--allow-empty", "-m", "a"]
+    for command in (["init", "-q"], commit):
+        subprocess.run([*GIT, *command], cwd=inner, check=True)
+    (inner / "more.txt").write_text("2")
+    for command in (["add", "."], commit):
+        subprocess.run([*GIT, *command], cwd=project, check=True, stderr=subprocess.DEVNULL)
+    edit(project, anchors.PRODUCT, f"    # the same\n{anchors.PRODUCT}")
+    out = compare(project, "HEAD", "--pairs", 2)[0]
+    assert out.endswith("\nNothing that counts differs between the sides, so nothing is trained.\n")
+    assert out.count("Linked, not copied: inner") == 2
+
+
+def test_a_recipe_of_a_side_by_any_path(project):
+    """Each side has its own, however the path to it is typed."""
+    recipe = project / "mine.yaml"
+    recipe.write_text("weight_decay: 0\n")
+    for command in (["add", "mine.yaml"], ["commit", "-q", "-m", "a"]):
+        subprocess.run([*GIT, *command], cwd=project, check=True)
+    recipe.write_text("weight_decay: 3\n")
+    for path in ("mine.yaml", recipe, f"../{project.name}/mine.yaml"):
+        out = compare(project, "HEAD", "--same", "--pairs", 2, "--", "--config", path, status=1)[0]
+        assert out.startswith("Different weights")
+
+
+def test_copies_that_were_changed_are_not_trusted(project):
+    compare(project, "--weight_decay 1", "--same", "--pairs", 2, status=1)
+    for copy in (project / "runs" / "versus").glob("*/main.py"):
+        copy.write_text(copy.read_text().replace("range(5)", "range(3)"))
+    err = compare(project, "--weight_decay 1", "--same", "--pairs", 2, status=125)[1]
+    assert "a copy was changed: delete " in err
+
+
+def test_a_side_cannot_set_what_is_tuned(project):
+    line = ["--weight_decay 1", "--tune", "weight_decay=0.5,0.1", "--pairs", 2]
+    out = compare(project, *line)[0]
+    rows = re.findall(r"--weight_decay 0\.\d: before (.*), after (.*)", out)
+    assert len(rows) == 2 and all(before == after for before, after in rows)
+
+
 @pytest.mark.parametrize("edits, what", [
     ((anchors.ORDER, "default_rng([7, epoch])"), "order of batches"),
     ((anchors.INIT, "init_weights(model, 7)"), "first weights"),
@@ -279,7 +325,7 @@ def test_edit_without_effect_is_proved(project):
     """
     edit(project, anchors.LINEAR, "def linear_product(x, weight):  # a note\n")
     out, _ = compare(project, "HEAD", "--pairs", 2)
-    assert out.endswith("\nThe same code and flags on both sides: nothing is trained.\n")
+    assert out.endswith("\nNothing that counts differs between the sides, so nothing is trained.\n")
     assert not [*project.glob("runs/versus/*/text-*")], "nothing is trained"
     edit(project, anchors.JOINED, "    joined  =  attended")
     edit(project, anchors.TOP, anchors.TOP + "\nprint('{}')")
@@ -312,7 +358,7 @@ def test_keep(project):
     compare(project, "HEAD~1", *line[1:], status=2)
     (project / "runs" / "versus" / "comparisons.jsonl").write_text("{")
     _, err = compare(project, "HEAD", "HEAD", *line[1:], status=125)
-    assert "/runs/versus/comparisons.jsonl is damaged: delete its last line" in err
+    assert "/runs/versus/comparisons.jsonl, line 1 is no comparison" in err
 
 
 def test_same(project):
@@ -339,6 +385,10 @@ MISTAKES = [
     (["--list", "nowhere"], "nothing was compared in nowhere"),
     (["--tokenizer word"], "the tokens of the sides do not decode to the same valid text"),
     (["--init_from nobody"], "--init_from nobody cannot run: --save_dir runs holds no runs"),
+    (["HEAD", "--tune", "seed=1,2"], "--tune seed: this flag does not decide how a run ends"),
+    (["HEAD", "--tune", "mlp=gelu,relu2"], "--tune mlp=gelu,relu2: the values are no numbers"),
+    (["HEAD", "--", "--save_dir", "other"], "other would count as code: add it to .gitignore"),
+    (["HEAD", "--max-time=0", "--gate", "--pairs", 4], "--gate chooses its own pairs"),
 ]
 
 
@@ -390,6 +440,7 @@ class Drawn(runs.Comparison):
         self.first_seed = self.options.seeds or 42
         self.plain_functions = ""
         self.patch = ""
+        self.commits = ["1234567"] * 2
         self.unit = "nats/token"
         self.tuning_note = None
         self.ledger = folder / "comparisons.jsonl"
@@ -554,6 +605,26 @@ def test_a_full_disk(tmp_path, monkeypatch):
     assert not isinstance(caught.value, sides.SideError)
 
 
+def test_a_deleted_folder(tmp_path):
+    code = "import time; open('begun', 'w'); time.sleep(99)"
+    comparison = Drawn(tmp_path, None, code=code)
+    comparison.start()
+    side = comparison.sides[1]
+    with ThreadPoolExecutor() as pool:
+        trained = pool.submit(comparison.run_locked, side, 42)
+        while not (side.folder / "begun").exists():
+            time.sleep(0.01)
+        side.folder.rename(tmp_path / "elsewhere")
+        with pytest.raises(RunError, match="was deleted while a run wrote there"):
+            trained.result()
+
+
+def test_the_number_of_training_tokens_is_a_condition(tmp_path):
+    before, after = Drawn(tmp_path, None).sides
+    after = after._replace(flags=after.flags | {"train_tokens": 1000})
+    assert [*list_side_differences((before, after), [])] == ["another training text"]
+
+
 def test_an_outlier_is_named(tmp_path, capsys):
     """As the test is for normal differences."""
     versus.run_comparison(Drawn(tmp_path, lambda seed: noisy(0)(seed) + (seed == 45)))
@@ -567,9 +638,11 @@ def test_an_outlier_is_named(tmp_path, capsys):
 class Doubling:
     """A comparison of an edit that doubles the rate: the best one is 0.2, and 0.8 diverges."""
 
-    def __init__(self, options, common, own_flags=((), ())):
+    sides = [SimpleNamespace(identity={"learning_rate": 0.1})]
+
+    def __init__(self, options, common, copies, tuned):
         self.first_seed = options.seeds or 42
-        before, after = [float([*common, *words][-1].partition("=")[2]) for words in own_flags]
+        before, after = [float(flags[-1].partition("=")[2]) for flags in tuned]
         self.rates = before, 2 * after
 
     def train_pairs(self, seeds):
@@ -581,8 +654,8 @@ class Doubling:
 
 def test_each_side_at_its_best(monkeypatch, capsys):
     monkeypatch.setattr(runs, "Comparison", Doubling)
-    line = ["HEAD", "--tune", "learning_rate=0.1,0.2,0.4", "--", "--dim", "8"]
-    best = runs.tune(*versus.read_arguments(line))
+    line = ["HEAD", "--tune", "learning-rate=0.1,0.4,0.2", "--", "--dim", "8"]  # in any order
+    best = runs.tune(*versus.read_arguments(line), copies=None)
     assert best.rates == (0.2, 0.2)
     edge = "(at the edge of the list: give more)"
     chosen = "each at its best learning_rate: 0.2 before, 0.1 after"
@@ -591,7 +664,7 @@ def test_each_side_at_its_best(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "--learning_rate 0.4: before 0.2000, after inf"
     line[2] = "learning_rate=0.05,0.1,0.2"
-    best = runs.tune(*versus.read_arguments(line))
+    best = runs.tune(*versus.read_arguments(line), copies=None)
     chosen = f"0.2 before {edge}, 0.1 after"
     assert best.tuning_note == f"each at its best learning_rate: {chosen}"
 

@@ -70,7 +70,7 @@ class Edit(NamedTuple):
 EFFECT = r"^(Helped|Hurt|No difference seen)\b(?!.*(leak|validation text only))"
 SLOWER = r"^Helped\b.*\bin [\d.]+ times the time"
 FUTURE = "^Cannot tell: your files: it sees the future"
-OTHERS = "^Cannot tell: your files: the predictions for a text depend on what other texts"
+OTHERS = "^Cannot tell: your files: the predictions for a text depend on other texts"
 SCORED = "^Cannot tell: your files: the run's own loss, .* is not the judge's"
 LEAK = "may be a leak|Better on validation text only"
 NOTHING = "^No effect, proved"
