@@ -10,7 +10,7 @@ NAME = "comparisons.jsonl"
 
 
 def read_results(path):
-    """The results in a ledger, the last of each look, newest at the end; [] if there is no file."""
+    """The results in a ledger, the last of each try, newest at the end; [] if there is no file."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     results = {}
     for number, line in reversed([*enumerate(lines, 1)]):
@@ -24,23 +24,23 @@ def read_results(path):
 
 
 def begin_entry(described, results, again=False):
-    """The entry of a comparison with the number of its look, {name: value}.
+    """The entry of a comparison with the number of the try, `look`, {name: value}.
 
-    described: see Comparison.describe. Looks are counted by baseline: another edit, other seeds or
+    described: see Comparison.describe. Tries are counted by baseline: another edit, other seeds or
     more pairs are the next. A repeated command is the same, unless `again` is set and it has ended.
     It has the first of its `fresh` seeds, by which no comparison before it has judged.
     """
     asked = [described["comparison"], described["asked"]]
     fresh = described["asked"]["seed"] + max(SCREEN_BOUNDS)
-    look_number = 1
+    try_number = 1
     for result in reversed(results):
         is_same = [result["comparison"], result["asked"]] == asked
         if is_same and not (again and result["outcome"]):
             return described | {name: result[name] for name in ("look", "fresh")}
         if result["baseline"] == described["baseline"]:
-            look_number += result["outcome"] not in ("same", "alike")
+            try_number += result["outcome"] not in ("same", "alike")
         fresh = max([fresh, *[seed + 1 for seed in result["seeds"]]])
-    return described | {"look": look_number, "fresh": fresh}
+    return described | {"look": try_number, "fresh": fresh}
 
 
 def record(path, result):

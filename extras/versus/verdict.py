@@ -64,7 +64,7 @@ def describe_verdict(result):
         verdict = "Nothing that counts differs between the sides, so nothing is trained"
     verdict = ", ".join([verdict, *list_conditions(result)])
     if result["look"] > 1 and outcome in COUNTED:
-        verdict += f": look {result['look']}"
+        verdict += f": try {result['look']}"
     return f"{verdict}."
 
 

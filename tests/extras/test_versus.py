@@ -173,7 +173,7 @@ def test_killed_and_typed_again_it_is_one_more_look(compared):
     process.wait()
     out, _ = compare(compared.project, *other)
     assert out.splitlines()[-1].startswith("Helped, on validation text (there was no test text)")
-    assert out.endswith(": look 2.\n")
+    assert out.endswith(": try 2.\n")
     sizes = re.findall(r"(\S+) parameters", out)
     smaller, larger = [int(size.replace(",", "")) for size in sizes]
     assert larger - smaller == 257 * 16, "the output matrix"
@@ -536,10 +536,10 @@ def test_what_was_dropped_is_not_tried_again(tmp_path, capsys):
     again = Drawn(tmp_path, noisy(-0.05), "--gate", "--again")
     assert versus.keep_or_drop(again) == 0
     assert again.drawn == [*range(42, 48), *range(48, 52)]
-    assert capsys.readouterr().out.endswith("\nHelped: look 2.\nKeep.\n")
+    assert capsys.readouterr().out.endswith("\nHelped: try 2.\nKeep.\n")
 
 
-def test_looks_are_counted(tmp_path, capsys):
+def test_tries_are_counted(tmp_path, capsys):
     """Each is another chance to look good, whatever it asks for; the same one is none."""
 
     def verdict(difference, *arguments, code="x = 2"):
@@ -548,13 +548,13 @@ def test_looks_are_counted(tmp_path, capsys):
 
     assert verdict(SAME) == NO_EFFECT
     assert verdict(noisy(-0.05), "--pairs", 2) == "Helped."
-    assert verdict(noisy(-0.05), "--pairs", 3) == "Helped: look 2."
-    assert verdict(noisy(-0.05), "--pairs", 3, "--tokens", 9) == "Helped: look 3."
-    assert verdict(noisy(-0.05), "--pairs", 3, code="x = 3") == "Helped: look 4."
+    assert verdict(noisy(-0.05), "--pairs", 3) == "Helped: try 2."
+    assert verdict(noisy(-0.05), "--pairs", 3, "--tokens", 9) == "Helped: try 3."
+    assert verdict(noisy(-0.05), "--pairs", 3, code="x = 3") == "Helped: try 4."
     with pytest.raises(RuntimeError):
         verdict(stopping_at(44), "--pairs", 3, "--seeds", 43)
-    assert verdict(noisy(-0.05), "--pairs", 4) == "Helped: look 6."
-    assert verdict(noisy(-0.05), "--pairs", 3, "--seeds", 43) == "Helped: look 5."
+    assert verdict(noisy(-0.05), "--pairs", 4) == "Helped: try 6."
+    assert verdict(noisy(-0.05), "--pairs", 3, "--seeds", 43) == "Helped: try 5."
     assert verdict(noisy(-0.05), "--pairs", 2) == "Helped."
 
 

@@ -74,7 +74,7 @@ OTHERS = "^Cannot tell: your files: the predictions for a text depend on other t
 SCORED = "^Cannot tell: your files: the run's own loss, .* is not the judge's"
 LEAK = "may be a leak|Better on validation text only"
 NOTHING = "^No effect, proved"
-LOOK = r"\blook {}\b"
+TRY = r"\btry {}\b"
 GATE = ("HEAD --gate",)
 
 # ---- Pieces of edits ----------------------------------------------------------------------------
@@ -229,8 +229,8 @@ CONDITIONS = [
          [OTHER_MOMENTUM], environment={"DISABLE_FAST": "1"}),
 ]  # fmt: skip
 
-LOOKS = [
-    Edit(f"looks: {name}", LOOK.format(len(options)), [TWICE], options=options,
+TRIES = [
+    Edit(f"tries: {name}", TRY.format(len(options)), [TWICE], options=options,
          flags=f"{TEXTS} --save_dir runs-{number}")
     for number, (name, *options) in enumerate([
         ("other numbers of pairs", "HEAD --pairs 2", "HEAD --pairs 3", "HEAD --pairs 4"),
@@ -411,7 +411,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="a pattern of names")
     options = parser.parse_args()
-    edits = [*CHEATS, *CONDITIONS, *LOOKS, *SOURCES, *GATES, *HONEST]
+    edits = [*CHEATS, *CONDITIONS, *TRIES, *SOURCES, *GATES, *HONEST]
     edits = [edit for edit in edits if re.search(options.only, edit.name)]
     wrong = count_wrong(edits, bool(options.only))
     print(f"of {len(edits)} edits, {wrong} were called something else than expected")
