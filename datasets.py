@@ -720,8 +720,9 @@ def set_aside(files):
     files = named | files
     held_out = set().union(*named.values(), files.get("valid", ()), files.get("test", ()))
     left_out = [name for real, (_, name) in files["train"].items() if real in held_out]
-    # A user who names the same files for both wants to train on them.
-    if 0 < len(left_out) < len(files["train"]):
+    if len(left_out) == len(files["train"]) > 0:
+        print("Training on text that is for validation or testing: there is no other.")
+    elif left_out:
         print(f"Not training on what is for validation or testing: {first_names(left_out)}")
         for real in held_out:
             files["train"].pop(real, None)

@@ -1139,7 +1139,10 @@ def best_evaluation(evaluations):
 
 @dataclasses.dataclass(kw_only=True, eq=False)  # a checkpoint and its copy are not equal
 class Progress:
-    """A run's progress: recorded in every checkpoint, and restored on resume."""
+    """A run's progress: recorded in every checkpoint, and restored on resume.
+
+    Give a new field a default, as older checkpoints lack it.
+    """
 
     iteration: int = 0  # steps done
     tokens_seen: int = 0
@@ -1184,8 +1187,8 @@ class Run(Progress):
     def state(self):
         """All that training changes: numbers, {name: value}, and a tree of arrays.
 
-        A checkpoint saves it, and ranks receive it. What else a step should remember belongs here
-        and in `restore`.
+        A checkpoint saves it, and ranks receive it. If a step should remember more: a number is a
+        field of Progress, an array belongs here and in `restore`.
         """
         numbers = get_values(self, PROGRESS_FIELDS)
         numbers |= get_values(self.batches, ["epoch", "cursor", "offset"])
@@ -1871,7 +1874,9 @@ def from_untrusted(cls, values):
     """
     types = {field.name: field.type for field in dataclasses.fields(cls)}
     for name, value in values.items():
-        expected = types.get(name)
+        if name not in types:
+            raise ValueError(f"the code that saved it had {name:.50}: use that")
+        expected = types[name]
         if type(value) is not expected and type(value) not in get_args(expected):
             raise ValueError(f"its {name:.50} is of another type")
         least = 0 if type(value) is int else -1e15  # rounding may bring a loss of about 0 below it
@@ -2525,8 +2530,11 @@ class Reporter:
         """Shows and logs the metrics of the validation split, see evaluate; it took `seconds`."""
         run = self.run
         train_text = ""
-        if self.train_loss is not None and run.teacher is None:
-            train_text = f"train {self.train_loss:.4f}, "
+        train_loss = self.train_loss
+        if run.recent_steps:
+            train_loss = run.recent_loss / run.recent_steps
+        if train_loss is not None and run.teacher is None:
+            train_text = f"train {train_loss:.4f}, "
         is_best = run.evaluation and run.evaluation == best_evaluation(run.evaluations)
         mark = " (best)" if is_best else ""
         text = describe_losses("valid", metrics, run.dataset.valid, run.dataset.tokenizer, mark)
@@ -2538,8 +2546,9 @@ class Reporter:
 
     def log_metrics(self, split, metrics):
         """Adds metrics, {name: number}, to the log, and sends them to the dashboards."""
-        row = {"iteration": self.run.iteration, "split": split} | metrics
-        row |= {"tokens_seen": self.run.tokens_seen, "seconds": self.run.seconds}
+        place = {"iteration": self.run.iteration, "split": split}
+        totals = {"tokens_seen": self.run.tokens_seen, "seconds": self.run.seconds}
+        row = place | metrics | totals | place  # a metric of such a name does not replace it
         with self.writing("log.csv"):
             self.log.append(row)
         if self.dashboards:
@@ -2583,7 +2592,7 @@ class Log:
         """Adds a row, {name: value}. Raises OSError."""
         texts = {}
         for name, value in row.items():
-            texts[name] = f"{value:.6g}" if isinstance(value, float) else value
+            texts[name] = value if isinstance(value, (int, str)) else f"{float(value):.6g}"
         if not {*row} <= {*self.columns}:
             self.rewrite(texts)
             return
@@ -2905,6 +2914,8 @@ def arguments_of(values):
 def check_values(values):
     """Raises an exception (of any type) if a value could not have come from a command line."""
     for name, value in values.items():
+        if name not in ALL_FLAGS:
+            raise ValueError(f"the code that saved it had --{name:.50}: use that")
         default, convert, *_ = ALL_FLAGS[name]
         if value == default and type(value) is type(default):  # 32.0 is equal to 32
             continue
@@ -3300,9 +3311,11 @@ def reload_data(flags, checkpoint):
     dataset = load_data(flags, tokenizer)
     if checkpoint.tokens_sha256 != dataset.sha256:
         why = " (what --test_text names is left out of --text)" if flags.test_text else ""
+        remedy = "start a new run with --new_model, or from its weights with --init_from"
+        if flags.evaluate:
+            remedy = "to score another text, --evaluate test --test_text FILE"
         raise UsageError(
-            f"the text or tokenizer of {checkpoint.folder_name} has changed{why}: start a new run "
-            "with --new_model, or from its weights with --init_from"
+            f"the text or tokenizer of {checkpoint.folder_name} has changed{why}: {remedy}"
         )
     return dataset
 

@@ -11,7 +11,7 @@ from extras.common.program import load_checkpoint, make_parser, read_flags, star
 
 import os
 
-from datasets import Flag, end_of_text, explain_errors, path_name
+from datasets import Flag, UsageError, end_of_text, explain_errors, path_name
 from extras.features.decode import BatchDecoder
 from extras.features.quantize import quantize
 from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
@@ -43,9 +43,11 @@ def answer_file(model, tokenizer, checkpoint, flags):
     cannot be resumed (see append_lines).
     """
     settings = {name: getattr(flags, name) for name in SAMPLING_FLAGS}
-    problem = f"{flags.file} must be a UTF-8 file, --output writable"
-    with explain_errors(problem, OSError, ValueError):
+    if flags.output and os.path.realpath(flags.output) == os.path.realpath(flags.file):
+        raise UsageError(f"--output {flags.output} would overwrite the prompts: rename it")
+    with explain_errors(f"{flags.file} must be a UTF-8 file", OSError, ValueError):
         prompts = read_prompt_lines(flags.file)
+    with explain_errors(f"cannot write --output {flags.output}: name another", OSError):
         jobs = []
         for prompt in prompts:
             for _ in range(flags.num_samples):

@@ -78,6 +78,8 @@ def read_cases(files, output):
     for path in files:
         if output and os.path.realpath(path) == os.path.realpath(output):
             raise UsageError(f"--output {output} would overwrite {path}: rename it")
+        if output and not os.path.isdir(os.path.dirname(os.path.abspath(output))):
+            raise UsageError(f"--output {output} lies in no folder: make it first")
         with explain_errors(f"{path} {needed}"):
             # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
             entries = read_yaml(Path(path), "BaseLoader")

@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from datasets import Flag, RunError, UsageError, explain_errors, nonempty, number, one_line
-from datasets import path_name, utf8
+from datasets import Flag, RunError, UsageError, atomic_write, explain_errors, nonempty, number
+from datasets import one_line, path_name, utf8
 from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
 from main import load_data
 
@@ -111,6 +111,9 @@ def collect_answers(teacher, prompts, folder):
     RunError if one of its lines is damaged, or if the server does not answer.
     """
     path = folder / "answers.jsonl"
+    corpus = folder / "corpus.txt"
+    if os.path.lexists(corpus) and not path.exists():
+        raise UsageError(f"{corpus} is not of this program: name another --output")
     heads = [{"prompt": prompt, "model": teacher.model} for prompt in prompts]
     with explain_errors(f"cannot write to --output {folder}: name a folder of yours", OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -124,8 +127,8 @@ def collect_answers(teacher, prompts, folder):
             out.write(json_line(answers[-1]))
             out.flush()  # so that no answer that was paid for is lost
     texts = [f"{answer['prompt']}\n{answer['completion']}\n" for answer in answers]
-    corpus = folder / "corpus.txt"
-    corpus.write_text(utf8("".join(texts)), "utf-8")
+    with atomic_write(corpus) as file:
+        file.write(utf8("".join(texts)).encode())
     print(f"{len(answers):,} answers are in {path}; train on them with --text {corpus}")
 
 

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from datasets import Flag, number, printable
+from datasets import Flag, UsageError, number, printable
 from extras.features.steps import open_run
 from main import find_checkpoint, list_checkpoints, make_step, resolve_flags, token_metrics
 from main import train_step
@@ -30,6 +30,8 @@ def main(arguments):
     flags = read_flags(parser, arguments)
     checkpoints = list_checkpoints(flags.save_dir)
     after = find_checkpoint(flags.save_dir, checkpoints, flags.step)
+    if after.iteration == 0:
+        raise UsageError(f"{flags.step} is before the first step: name a later one")
     run, _, _ = after.folder_name.partition("@")
     before = find_checkpoint(flags.save_dir, checkpoints, f"{run}@{after.iteration - 1}")
     print_step(before, after, flags.rows)

@@ -10,6 +10,8 @@ TOP = 'FLAGS = {"data": TEXT_FLAGS["data"]}'
 MODEL_SECTION = "# ---- Model ---"
 ADAMW = "def make_adamw("
 PLURAL = "def plural("
+RECENT_LOSS = "    recent_loss: float = 0.0  # the sum of their losses\n"
+COUNT_LOSS = '    run.recent_loss += metrics["loss"]\n'
 PRESETS = "PRESETS = {"
 
 # ---- Model --------------------------------------------------------------------------------------

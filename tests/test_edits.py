@@ -2,13 +2,14 @@
 
 import math
 import re
+from operator import itemgetter
 
 import anchors
 import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, begin, copy_program, log_rows, newest, run
+from conftest import TINY, begin, copy_program, log_rows, newest, read_record, run
 from datasets import load_dataset
 
 LOGITS = anchors.LOGITS.strip()
@@ -39,7 +40,7 @@ def test_a_bias_of_the_output_layer_is_trained_and_scored(line, tmp_path):
     with_bias = anchors.HEAD.replace(")", ", bias=True)")
     program = edited(tmp_path, {anchors.HEAD: with_bias})
     out, _ = run(*line, "--untie", "--eval_tokens", 0, **program)
-    assert "\nedited   LanguageModel: " in out
+    assert re.search("^edited .*LanguageModel", out, re.M)
     checkpoint = newest(tmp_path / "lm")
     bias = mx.load(str(checkpoint.weights_path))["lm_head.bias"]
     assert mx.abs(bias).max().item() > 0.1
@@ -64,13 +65,33 @@ def test_a_mistake_in_an_edited_layer_is_no_damage(line, tmp_path):
         assert err.rstrip().endswith("AttributeError: 'Config' object has no attribute 'dims'")
 
 
+def test_a_number_that_steps_remember_is_a_field_of_progress(line, tmp_path):
+    """It is resumed; the code without it names it."""
+    remembered = "    smoothed: float = 0.0\n"
+    step = '    run.smoothed = 0.9 * run.smoothed + 0.1 * metrics["loss"]\n'
+    program = edited(tmp_path, {
+        anchors.RECENT_LOSS: anchors.RECENT_LOSS + remembered,
+        anchors.COUNT_LOSS: anchors.COUNT_LOSS + step,
+    })  # fmt: skip
+    ends = []
+    for legs in ([8], [3, 8]):
+        folder = ["--save_dir", tmp_path / f"{len(legs)} legs"]
+        for end in legs:
+            run(*line[:-2], *folder, "--num_iters", end, "--steps_per_eval", 0, **program)
+        records = map(read_record, folder[1].glob("*/*.metadata"))
+        ends.append(max(records, key=itemgetter("iteration"))["smoothed"])
+        _, err = run("--list", *folder)
+        assert "the code that saved it had smoothed: use that" in err
+    assert ends[0] == ends[1] > 0
+
+
 @pytest.mark.parametrize("untie", ["--untie", "--no-untie"])
 def test_a_softcap_holds_in_training_scores_and_samples(untie, line, text, tmp_path):
     """With logits from -1 to 1, no loss over 257 bytes can be lower than this."""
     program = edited(tmp_path, {LOGITS: "return mx.tanh(output_layer(hidden).astype(mx.float32))"})
     least = math.log(1 + 256 * math.exp(-2))
     out, _ = run(*line, untie, "--eval_tokens", 0, **program)
-    assert "\nedited   LanguageModel: computed by main.py, not by fast.py\n" in out
+    assert re.search("^edited .*LanguageModel.*: computed by main.py, not by fast.py$", out, re.M)
     rows = log_rows(tmp_path / "lm")
     assert {row["split"] for row in rows} == {"train", "valid"}
     assert min(row["loss"] for row in rows) > least - 1e-5

@@ -70,12 +70,16 @@ class BatchDecoder:
     def __init__(self, model, texts):
         self.model = model
         self.texts = texts
-        self.window_starts = np.zeros(len(texts), np.int32)
-        self.num_read = np.zeros(len(texts), np.int32)  # tokens of each window
         self.caches = [BatchCache() for _ in model.model.layers]
+        self.begin_windows()
+
+    def begin_windows(self):
+        """Forgets what was read; the next pass reads the texts from their beginnings."""
+        self.window_starts = np.zeros(len(self.texts), np.int32)
+        self.num_read = np.zeros(len(self.texts), np.int32)  # tokens of each window
 
     def truncate(self, length):
-        """Truncates the texts to `length`."""
+        """Truncates the texts to `length`, which lies within their windows."""
         for text in self.texts:
             del text[length:]
         self.num_read = np.minimum(self.num_read, length - self.window_starts)
@@ -179,7 +183,7 @@ class SpeculativeDecoder:
                     num_final += 1
                     yield token
         finally:
-            self.truncate(num_final)  # drops what was sampled but not consumed
+            self.drop_after(num_final)  # what was sampled but not consumed
 
     def draw(self, max_tokens, flags, seed):
         """Samples between one and `max_tokens` ids and appends them to the text."""
@@ -194,13 +198,20 @@ class SpeculativeDecoder:
             num_accepted += 1
         self.num_proposed += num_wanted
         self.num_accepted += num_accepted
-        self.truncate(num_final + num_accepted)
+        self.drop_after(num_final + num_accepted)
         self.ids.append(ids[num_accepted])  # the model's own token, after the last accepted one
         return ids[: num_accepted + 1]
 
-    def truncate(self, length):
+    def drop_after(self, length):
+        """Drops the newest ids, so that `length` are left."""
         self.decoder.truncate(length)
         self.draft_decoder.truncate(length)
+
+    def truncate(self, length):
+        """Truncates the text to `length` ids, which are read anew, as by main.py's Decoder."""
+        del self.ids[length:]
+        self.decoder.begin_windows()
+        self.draft_decoder.begin_windows()
 
     def describe_draft(self):
         """The draft's acceptance rate, to be appended to the speed."""

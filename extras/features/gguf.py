@@ -9,6 +9,7 @@ byte-level BPE; a byte tokenizer is one without merges. It has no word or charac
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def export_gguf(model, tokenizer, path, bits):
 
         architecture = gguf.MODEL_ARCH[kind.upper()]
     names = gguf.get_tensor_name_map(architecture, model.config.num_blocks)
-    if path.exists():
+    if os.path.lexists(path):
         raise UsageError(f"{path} exists: name another file, or delete it")
     formats = gguf.GGMLQuantizationType
     matrix_format = {None: formats.F32, 16: formats.F16, 8: formats.Q8_0, 4: formats.Q4_0}[bits]

@@ -4,6 +4,7 @@ It is recomputed from the nearest earlier checkpoint, or from the seed. It only 
 own if the same steps, taken further, end in the SHA1 of the run's next checkpoint.
 """
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,7 +25,7 @@ def checkpoint_at(checkpoints, identifier):
     if name == "latest" and checkpoints:
         name = checkpoints[0].folder_name
     run_checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.folder_name == name]
-    if not run_checkpoints or not step.isdecimal():
+    if not run_checkpoints or not re.fullmatch("[0-9]{1,12}", step):
         raise UsageError(f"{identifier} is not a run, @ and a step of it: see --list")
     step = int(step)
     folder = run_checkpoints[0].folder / FOLDER / f"{name}@{step}"

@@ -204,6 +204,16 @@ def test_the_texts_that_a_student_has_begun(tmp_path, collect):
     assert asked == ["the end", "a\n☃"]
 
 
+def test_a_corpus_of_somebody_else_stays(tmp_path, collect):
+    (tmp_path / "out").mkdir()
+    path = tmp_path / "out" / "corpus.txt"
+    path.write_text("mine")
+    with serve() as server:
+        _, err = collect(server.url, status=2)
+    assert "corpus.txt is not of this program: name another --output" in err
+    assert path.read_text() == "mine" and not server.asked
+
+
 @pytest.mark.parametrize("more, said", [
     (["--distill_from", "localhost:8000"], "give an address like http://localhost:8000/v1"),
     (["--distill_from", "http://user:word@x/v1"], "the key comes from TEACHER_API_KEY"),

@@ -5,6 +5,7 @@ The oracle is main.py's Decoder, which continues one text: all else has to give 
 
 import re
 
+import main
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -112,6 +113,23 @@ def test_speculation_changes_no_token(context_size, draft_context, prompt_length
         if context_size == draft_context == 64:
             is_right = decoder.num_accepted == decoder.num_proposed > 0
             assert is_right == (seed == 0), "always, if it is the model itself"
+
+
+@pytest.mark.parametrize("kept", [1, 5, 15, 30])
+def test_a_text_that_was_cut_goes_on_as_without_a_draft(kept):
+    """As --stop cuts a reply, of a conversation that has outgrown the context."""
+    model = make_model(context_size=16)
+    rules = flags(temperature=1.0, top_k=0)
+    texts = []
+    for decode in (main.Decoder, lambda model, ids: SpeculativeDecoder(model, model, ids)):
+        text = [1, 2, 3]
+        decoder = decode(model, text)
+        [*decoder.generate(30, rules, 0)]
+        decoder.truncate(kept)
+        text += [4, 5]
+        [*decoder.generate(30, rules, 0)]
+        texts.append(text)
+    assert texts[0] == texts[1]
 
 
 def test_draft(trained):

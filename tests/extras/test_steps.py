@@ -68,6 +68,7 @@ def test_step_that_cannot_be_proved(text, tmp_path):
     run(*flags)
     assert "no later checkpoint" in id_at(folder, 31, status=2)
     assert "is not a run" in id_at(folder, "x", status=2)
+    assert "is not a run" in id_at(folder, 5000 * "9", status=2)
     name = run_folder(folder).name
     line = ["--identifier", f"{name}@5", "--prompt", "a", "--save_dir", folder]
     _, err = run(*line, env={"DISABLE_FAST": "1"}, status=2)
