@@ -3384,36 +3384,25 @@ def check_early(flags, ranks):
         extra("report").check(flags.report_to)
 
 
-def plan_run(flags, ranks):
-    """What a command trains: (folder, flags, dataset, models, checkpoint).
+def continues_run(flags, checkpoint):
+    """Whether a command goes on with the run of its checkpoint, instead of beginning a branch.
 
-    models: those that a new run begins with, {flag: LoadedModel}; checkpoint: see
-    choose_checkpoint. If it lies in another folder, a branch begins with it.
+    It does if that is its run's newest checkpoint, and no training flag has another value. What
+    RUN@STEP has computed is part of another run's folder.
     """
-    checkpoint = choose_checkpoint(flags)
-    if checkpoint:
-        flags = resolve_flags(flags.explicit, checkpoint.flags)
-        refuse_conflict(flags, checkpoint.flags, checkpoint.folder_name)
-    check_early(flags, ranks)
-    if checkpoint:
-        models = {}
-        dataset = reload_data(flags, checkpoint)
-        parents = checkpoint.parents | {"branched_from": checkpoint.id}
-    else:
-        models, flags, dataset = load_inputs(flags)
-        parents = {name: loaded.id for name, loaded in models.items()}
-    code_sha1 = sha1_of_code(read_code(vars(flags)))  # before that code has run
-    if checkpoint and continues_run(flags, checkpoint):
-        folder = checkpoint.folder
-        if not flags.identifier and checkpoint.segments[-1].code_sha1 != code_sha1:
-            raise code_mismatch_error(checkpoint, flags)
-    else:
-        folder = find_folder(flags, dataset, parents, code_sha1)
-    return folder, flags, dataset, models, checkpoint
+    if not checkpoint.folder.parent.samefile(flags.save_dir):
+        return False
+    newest, *_ = checkpoints_in(checkpoint.folder)
+    is_same = get_values(flags, FLAGS["training"]).items() <= checkpoint.flags.items()
+    return is_same and newest.id == checkpoint.id
 
 
 def open_run(folder, flags, dataset, models, chosen_checkpoint, ranks):
-    """The run of a plan, and the checkpoint that it resumes or None; the folder must be locked."""
+    """The run in a folder, which must be locked, and the checkpoint that it resumes, or None.
+
+    models: those that a new run begins with, {flag: LoadedModel}; chosen_checkpoint: see
+    choose_checkpoint. If it lies in another folder, a branch begins with it.
+    """
     checkpoints = checkpoints_in(folder, warn=True)  # only now can no other process advance it
     if not checkpoints and any(folder.glob("[!.]*.safetensors")):
         line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
@@ -3447,27 +3436,32 @@ def set_up(flags, ranks):
 
     Its folder is locked until the block ends.
     """
-    folder, *plan = plan_run(flags, ranks)
+    chosen_checkpoint = choose_checkpoint(flags)
+    if chosen_checkpoint:
+        flags = resolve_flags(flags.explicit, chosen_checkpoint.flags)
+        refuse_conflict(flags, chosen_checkpoint.flags, chosen_checkpoint.folder_name)
+    check_early(flags, ranks)
+    if chosen_checkpoint:
+        models = {}
+        dataset = reload_data(flags, chosen_checkpoint)
+        parents = chosen_checkpoint.parents | {"branched_from": chosen_checkpoint.id}
+    else:
+        models, flags, dataset = load_inputs(flags)
+        parents = {name: loaded.id for name, loaded in models.items()}
+    code_sha1 = sha1_of_code(read_code(vars(flags)))  # before that code has run
+    if chosen_checkpoint and continues_run(flags, chosen_checkpoint):
+        folder = chosen_checkpoint.folder
+        if not flags.identifier and chosen_checkpoint.segments[-1].code_sha1 != code_sha1:
+            raise code_mismatch_error(chosen_checkpoint, flags)
+    else:
+        folder = find_folder(flags, dataset, parents, code_sha1)
     with locked_folder(folder):
-        run, checkpoint = open_run(folder, *plan, ranks)
+        run, checkpoint = open_run(folder, flags, dataset, models, chosen_checkpoint, ranks)
         with Interrupts() as interrupts:  # from here on there is something to save
             print_start(run, checkpoint)
             if checkpoint and checkpoint.folder != folder:  # a branch then needs no other run
                 save(run, interrupts)
             yield run, interrupts
-
-
-def continues_run(flags, checkpoint):
-    """Whether a command goes on with the run of its checkpoint, instead of beginning a branch.
-
-    It does if that is its run's newest checkpoint, and no training flag has another value. What
-    RUN@STEP has computed is part of another run's folder.
-    """
-    if not checkpoint.folder.parent.samefile(flags.save_dir):
-        return False
-    newest, *_ = checkpoints_in(checkpoint.folder)
-    is_same = get_values(flags, FLAGS["training"]).items() <= checkpoint.flags.items()
-    return is_same and newest.id == checkpoint.id
 
 
 # ---- Commands -----------------------------------------------------------------------------------
