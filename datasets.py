@@ -1452,8 +1452,8 @@ def import_fast(name, path):
 class FastVersions:
     """A decorator that replaces a function of main.py with its faster namesake in fast.py.
 
-    Both agree up to rounding. Without fast.py, the function stays as it is, and so it does once you
-    edit it: then its hash is no longer the one in fast.py, and the start screen says so.
+    Both agree up to rounding. Without fast.py, the function itself runs. So it does once it is
+    edited, as its hash is then no longer the one in fast.py; the start screen says so.
     """
 
     def __init__(self, fast, path):

@@ -6,10 +6,11 @@
     python main.py                           resume the newest run; without any, train on PTB
     python main.py --help                    every flag
 
-Sections: model, loss and optimizer, batches, training, runs, evaluation, sampling; then what keeps
-a run safe and usable: checkpoints, models that a run begins with or learns from, interrupts,
-processes and processors, code, reports, flags, setting up a run, commands. datasets.py turns text
-into token ids; it also has errors, locks and atomic files for both. Everything else is in extras/,
+To change what is trained, read LanguageModel, training_loss, make_step and train: they, and what
+they call, are in the first five sections (model, loss and optimizer, batches, evaluation,
+training). The others sample, and keep a run safe and usable. A function under @fast_version is the
+reference: extras/features/fast.py has a faster copy of it, which runs until you edit ours.
+datasets.py turns text into token ids, and has what both files need. Everything else is in extras/,
 one file per feature; without extras/, these two files work in plain MLX.
 
 Shapes use these letters: B rows of a batch, L positions, D model dimension, H query heads, K key
@@ -45,9 +46,8 @@ sys.path.insert(0, str(HERE))  # the folder of datasets.py
 
 import datasets
 
-# extras/features/fast.py, or None without it; imported before MLX, as the first BLAS is used.
+# extras/features/fast.py, or None. It comes before MLX: the BLAS that is loaded first serves both.
 fast = datasets.import_fast(__name__, __file__)
-# A decorator: fast.py's function of the same name runs instead, unless you edit ours.
 fast_version = datasets.FastVersions(fast, __file__)
 
 import mlx.core as mx
@@ -81,7 +81,7 @@ class Config:
     num_heads: int  # H, query heads
     num_kv_heads: int  # K, key and value heads, each shared by H / K query heads
     mlp: str  # a key of MLPS
-    mlp_dim: int  # hidden units of an MLP; if it is gated, as many gates
+    mlp_dim: int  # width of an MLP's hidden layer, and of its gate
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
     untie: bool = False  # the output layer has its own matrix instead of the embeddings
     rope_theta: float = 10000.0  # of RoPE: wavelengths are 2 pi to nearly 2 pi * theta positions
@@ -94,8 +94,8 @@ class Config:
         resolve_config(self)
 
 
-# Flags of the command line. Those of model, loss, optimizer and batches are beside the code that
-# uses them, the rest in the section Flags.
+# Flags of the command line by group. Each section of what trains adds its own; the rest, and what
+# the groups mean, is in the section Flags.
 FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
 
 FLAGS["model"] = {
@@ -162,7 +162,7 @@ class Embedding(nn.Embedding):
 def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
-    The queries are those of the last L of N positions: in training L is N, in decoding mostly 1.
+    Queries belong to the last L of the N positions: in training L is N, in decoding mostly 1.
     mask: "causal" or, to decode texts of different lengths (extras/features/decode.py), bool
     [B, 1, L, N], true where a query may see a key: never one after its own position.
     """
@@ -410,8 +410,8 @@ class LanguageModel(nn.Module):
     def logits(self, hidden):
         """Logits [B, L, V] float32 of final hidden states [B, L, D].
 
-        To add a softcap, a bias or a scale, edit only this. Sampling calls it; so do training and
-        evaluation, instead of fast.py's copy, once it is edited.
+        The one place for a softcap, a bias or a scale. Sampling always calls it. Training and
+        evaluation use fast.py's copy until this class is edited.
         """
         output_layer = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
         return output_layer(hidden).astype(mx.float32)
@@ -679,7 +679,7 @@ def set_learning_rate(optimizer, learning_rate):
 
 
 def constant_schedule(iteration, flags):
-    """1: the peak rate, from the end of warmup to the last step."""
+    """1, the peak rate, at every step."""
     return 1
 
 
@@ -887,6 +887,102 @@ def draw_dropout(iteration, num_rows, flags):
     return mx.array(dropout_rate), mx.array(keys)
 
 
+# ---- Evaluation ---------------------------------------------------------------------------------
+
+
+@partial(fast_version, dependencies=LOGITS_CODE)
+def token_metrics(model, hidden, targets):
+    """The metrics of a validation text at each position, {name: [B, L]}.
+
+    hidden: final hidden states [B, L, D]; targets: ids [B, L]. The mean of each metric is shown and
+    logged. `loss` is the cross-entropy in nats, whatever training minimizes; it alone decides which
+    checkpoint is best and when --patience ends a run.
+    """
+    logits = model.logits(hidden)  # [B, L, V]
+    return {"loss": nn.losses.cross_entropy(logits, targets)}
+
+
+def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
+    """The means of token_metrics, {name: number}, over all of `tokens` [N] but the first one.
+
+    Each token counts once. Windows start `stride` tokens apart: at most and by default
+    context_size, so that they do not overlap. Returns None on a signal.
+    """
+    ranks = ranks or SingleProcess()
+    context_size = model.config.context_size
+    stride = stride or context_size
+    num_targets = len(tokens) - 1
+
+    def metric_sums(inputs, targets, mask):
+        metrics = token_metrics(model, model.model(inputs), targets)
+        return {name: (values * mask).sum() for name, values in metrics.items()}
+
+    # Traced once, as all batches have the same shape. Without `inputs`, the compiled function
+    # would keep the weights as constants.
+    @partial(mx.compile, inputs=[model.state])
+    def batch_sums(*windows):
+        return sum_over_shards(metric_sums, *windows)
+
+    # The first window that starts at `last_start` or later reaches the end of the text.
+    last_start = max(num_targets - context_size, 0)
+    starts = np.arange(0, last_start + stride, stride)
+    batch_size = min(batch_size, len(starts))
+    # Windows that start at the end, which are all masked, give each rank as many whole batches.
+    num_padding = -len(starts) % (batch_size * ranks.size)
+    starts = np.append(starts, np.full(num_padding, num_targets))
+    start_batches = starts.reshape(-1, batch_size)
+    totals = Counter()  # {name: sum}, in 64 bits, as Python floats
+    stop_signal = None
+    for batch_starts in start_batches[ranks.rank :: ranks.size]:
+        stop_signal = interrupts and interrupts.stop_signal
+        if stop_signal:
+            break
+        sums = batch_sums(*evaluation_windows(tokens, batch_starts, context_size, stride))
+        totals.update({name: array.item() for name, array in sums.items()})
+    stop_signal, _ = ranks.agree(stop_signal)
+    if stop_signal:
+        interrupts.stop_signal = stop_signal  # perhaps by another rank
+        return None
+    return {name: ranks.all_sum(total) / num_targets for name, total in totals.items()}
+
+
+def evaluation_windows(tokens, starts, context_size, stride):
+    """Inputs, targets and mask (1: counts) of the windows at `starts` [B]: [B, L] int32 each."""
+    num_targets = len(tokens) - 1
+    columns = np.arange(context_size)  # [L]
+    positions = starts[:, None] + columns  # [B, L]
+    # Where windows overlap, tokens of the previous window do not count again.
+    is_new = columns >= context_size - stride
+    is_first = starts[:, None] == 0
+    mask = (positions < num_targets) & (is_new | is_first)
+    positions = np.minimum(positions, num_targets - 1)  # the end is masked: any token will do
+    windows = (tokens[positions], tokens[positions + 1], mask)
+    return [mx.array(array, mx.int32) for array in windows]
+
+
+def evaluate_split(name, model, dataset, flags, interrupts=None, ranks=None):
+    """Prints the losses of a whole split, unless a signal arrives."""
+    split = getattr(dataset, name)
+    num_tokens = len(split.tokens)
+    start = time.perf_counter()
+    metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
+    if metrics is not None:
+        seconds = time.perf_counter() - start
+        losses = describe_losses(name, metrics, split, dataset.tokenizer)
+        times = f"{seconds:.1f} s, {1000 * seconds / num_tokens:.4f} ms per token"
+        say(f"{losses}, {num_tokens / seconds:,.0f} tokens/s ({times})")
+
+
+def perplexity(loss):
+    """The perplexity of a mean loss in nats."""
+    return math.exp(min(loss, 99))  # exp(710) would overflow
+
+
+def bits_per_byte(loss, split):
+    """Converts a mean loss in nats/token to bits per byte of the split's text."""
+    return loss / math.log(2) * len(split.tokens) / split.num_bytes
+
+
 # ---- Training -----------------------------------------------------------------------------------
 
 FLAGS["training"] |= {
@@ -895,9 +991,9 @@ FLAGS["training"] |= {
 
 
 def make_step(model, optimizer, flags, ranks=None, teacher=None):
-    """Returns a function that takes a training step: (inputs, targets, dropout_rate, row_keys).
+    """Returns step_fn(dropout_rate, inputs, targets, row_keys), which takes an optimizer step.
 
-    inputs, targets: [N, L]; dropout_rate, row_keys: see draw_dropout. It returns metrics, {name:
+    dropout_rate, row_keys: see draw_dropout; inputs, targets: [N, L]. It returns metrics, {name:
     scalar array}: `loss`, the mean in nats, and `gradient_norm`, before clipping. The N rows, that
     is batch_size * grad_accumulation, are processed batch_size at a time, divided among ranks and
     streams. With --dtype bfloat16, a GPU casts all weights but the embeddings, and a CPU rounds
@@ -943,7 +1039,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return sums
 
     # Trees of arrays that each step reads and replaces. Call make_step after Run.restore, which
-    # replaces the trees themselves.
+    # replaces the optimizer's.
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
@@ -952,7 +1048,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         optimizer.update(model, gradients)
         return {"loss": loss, "gradient_norm": norm}
 
-    def step_fn(inputs, targets, dropout_rate, row_keys):
+    def step_fn(dropout_rate, inputs, targets, row_keys):
         # Turns sums over positions into means; ranks.all_mean divides by the number of ranks.
         scale = ranks.size / targets.size
         shard_gradients = partial(loss_and_gradients, scale, dropout_rate)
@@ -1039,7 +1135,7 @@ def train_step(run, step_fn):
     set_learning_rate(run.optimizer, lr)  # an array in its state: no recompilation
     inputs, targets = run.batches.next()
     dropout_rate, row_keys = draw_dropout(run.iteration, len(inputs), flags)
-    metrics = step_fn(inputs, targets, dropout_rate, row_keys)
+    metrics = step_fn(dropout_rate, inputs, targets, row_keys)
     if flags.average:
         weights = run.model.trainable_parameters()
         run.average = update_average(run.average, weights, run.iteration, flags.average)
@@ -1137,7 +1233,7 @@ def best_evaluation(evaluations):
     return min(evaluations, key=lambda evaluation: evaluation.loss, default=None)
 
 
-@dataclasses.dataclass(kw_only=True, eq=False)  # a checkpoint and its copy are not equal
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Progress:
     """A run's progress: recorded in every checkpoint, and restored on resume.
 
@@ -1179,7 +1275,7 @@ class Run(Progress):
     code: dict  # see read_code
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
 
-    has_stepped: bool = False  # since its start
+    has_stepped: bool = False  # in this process
     checkpoint_id: str | None = None  # of the last checkpoint
     saved_at: float = 0.0  # see Checkpoint
     is_saved: bool = True  # no changes since the last save; a new run has nothing to lose
@@ -1220,7 +1316,7 @@ class Run(Progress):
         self.evaluations = [Evaluation(*evaluation) for evaluation in self.evaluations]
         if self.flags.average:
             self.average = tree.get("average")
-        elif "average" in tree:  # a branch without --average: the average was evaluated
+        elif "average" in tree:  # a branch without --average: the losses are those of the average
             self.evaluations = []
 
     @property
@@ -1268,102 +1364,6 @@ class Run(Progress):
             yield self.model
         finally:
             self.model.update(weights)
-
-
-# ---- Evaluation ---------------------------------------------------------------------------------
-
-
-@partial(fast_version, dependencies=LOGITS_CODE)
-def token_metrics(model, hidden, targets):
-    """The metrics of a validation text at each position, {name: [B, L]}.
-
-    hidden: final hidden states [B, L, D]; targets: ids [B, L]. The mean of each metric is shown and
-    logged. `loss` is the cross-entropy in nats, whatever training minimizes; it alone decides which
-    checkpoint is best and when --patience ends a run.
-    """
-    logits = model.logits(hidden)  # [B, L, V]
-    return {"loss": nn.losses.cross_entropy(logits, targets)}
-
-
-def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
-    """The means of token_metrics, {name: number}, over all of `tokens` [N] but the first.
-
-    Each token counts once. Windows start `stride` tokens apart: at most and by default
-    context_size, so that they do not overlap. Returns None on a signal.
-    """
-    ranks = ranks or SingleProcess()
-    context_size = model.config.context_size
-    stride = stride or context_size
-    num_targets = len(tokens) - 1
-
-    def metric_sums(inputs, targets, mask):
-        metrics = token_metrics(model, model.model(inputs), targets)
-        return {name: (values * mask).sum() for name, values in metrics.items()}
-
-    # Traced once, as all batches have the same shape. Without `inputs`, the compiled function
-    # would keep the weights as constants.
-    @partial(mx.compile, inputs=[model.state])
-    def batch_sums(*windows):
-        return sum_over_shards(metric_sums, *windows)
-
-    # The first window that starts at `last_start` or later reaches the end of the text.
-    last_start = max(num_targets - context_size, 0)
-    starts = np.arange(0, last_start + stride, stride)
-    batch_size = min(batch_size, len(starts))
-    # Windows that start at the end, which are all masked, give each rank as many whole batches.
-    num_padding = -len(starts) % (batch_size * ranks.size)
-    starts = np.append(starts, np.full(num_padding, num_targets))
-    start_batches = starts.reshape(-1, batch_size)
-    totals = Counter()  # {name: sum}, in 64 bits, as Python floats
-    stop_signal = None
-    for batch_starts in start_batches[ranks.rank :: ranks.size]:
-        stop_signal = interrupts and interrupts.stop_signal
-        if stop_signal:
-            break
-        sums = batch_sums(*evaluation_windows(tokens, batch_starts, context_size, stride))
-        totals.update({name: array.item() for name, array in sums.items()})
-    stop_signal, _ = ranks.agree(stop_signal)
-    if stop_signal:
-        interrupts.stop_signal = stop_signal  # perhaps by another rank
-        return None
-    return {name: ranks.all_sum(total) / num_targets for name, total in totals.items()}
-
-
-def evaluation_windows(tokens, starts, context_size, stride):
-    """Inputs, targets and mask (1: counts) of the windows at `starts` [B]: [B, L] int32 each."""
-    num_targets = len(tokens) - 1
-    columns = np.arange(context_size)  # [L]
-    positions = starts[:, None] + columns  # [B, L]
-    # Where windows overlap, tokens of the previous window do not count again.
-    is_new = columns >= context_size - stride
-    is_first = starts[:, None] == 0
-    mask = (positions < num_targets) & (is_new | is_first)
-    positions = np.minimum(positions, num_targets - 1)  # the end is masked: any token will do
-    windows = (tokens[positions], tokens[positions + 1], mask)
-    return [mx.array(array, mx.int32) for array in windows]
-
-
-def evaluate_split(name, model, dataset, flags, interrupts=None, ranks=None):
-    """Prints the losses of a whole split, unless a signal arrives."""
-    split = getattr(dataset, name)
-    num_tokens = len(split.tokens)
-    start = time.perf_counter()
-    metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
-    if metrics is not None:
-        seconds = time.perf_counter() - start
-        losses = describe_losses(name, metrics, split, dataset.tokenizer)
-        times = f"{seconds:.1f} s, {1000 * seconds / num_tokens:.4f} ms per token"
-        say(f"{losses}, {num_tokens / seconds:,.0f} tokens/s ({times})")
-
-
-def perplexity(loss):
-    """The perplexity of a mean loss in nats."""
-    return math.exp(min(loss, 99))  # exp(710) would overflow
-
-
-def bits_per_byte(loss, split):
-    """Converts a mean loss in nats/token to bits per byte of the split's text."""
-    return loss / math.log(2) * len(split.tokens) / split.num_bytes
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -1659,7 +1659,7 @@ SHA1_PATTERN = re.compile("[0-9a-f]{40}")
 NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check --save_dir"
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False)  # one and its copy in another folder are not equal
 class Checkpoint(Progress):
     """A checkpoint as its record describes it; `open` reads and verifies its arrays."""
 
@@ -1974,7 +1974,7 @@ def find_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
         matches = [extra("steps").checkpoint_at(checkpoints, identifier)]
     else:
         candidates = {}
-        # A branch's first checkpoint has its parent's id. The oldest original comes last, and wins.
+        # A branch's first checkpoint has its parent's id: the oldest original comes last, and wins.
         for checkpoint in sorted(checkpoints, key=lambda c: (not c.is_copy, -c.saved_at)):
             if checkpoint.id.startswith(identifier):
                 candidates[checkpoint.id] = checkpoint
@@ -2781,7 +2781,7 @@ def describe_changes(old, new, prefix=""):
 
 
 # ---- Flags --------------------------------------------------------------------------------------
-# {group: {flag: row}}. Most rows are beside the code that uses their flags, the rest here.
+# {group: {flag: row}}, with the rows of what trains beside its code, and some in datasets.py.
 #
 # The flags in `data`, `model`, `init` and `training` identify a run: another value is another run.
 # A branch may change only those in `training`; `session` may change whenever a run is resumed. All
@@ -2887,7 +2887,7 @@ def make_parser():
     """An argparse parser of FLAGS that returns only the flags passed, without defaults."""
     parser = datasets.Parser(
         usage="python main.py [flags]",
-        description=(__doc__ or "").partition("\nSections: ")[0],  # python -OO drops it
+        description=(__doc__ or "").partition("\nTo change what")[0],  # python -OO drops it
         epilog="Exit status: 0 done, 1 failed, 2 usage error; 128 + its number after a signal.",
         argument_default=argparse.SUPPRESS,
     )
@@ -3083,8 +3083,8 @@ def resume_command(flags, identifier):
 #                                        checkpoint, or a training flag has another value
 #     --new_model, or no such run yet    a new run
 #
-# If other code trained that run, only --identifier goes on with it. Otherwise it is an error, but
-# flags whose run is finished begin a new one: there is nothing to resume.
+# If other code trained that run: --identifier goes on with it; flags begin a new run beside it if
+# it is finished; all else is an error.
 #
 # A run's name is its identity: a hash of IDENTITY_FLAGS, of the contents of its texts and models,
 # and of the checkpoint that a branch began from. Its folder is NAME or NAME.2, NAME.3, …
@@ -3403,13 +3403,13 @@ def open_run(folder, flags, dataset, models, chosen_checkpoint, ranks):
     models: those that a new run begins with, {flag: LoadedModel}; chosen_checkpoint: see
     choose_checkpoint. If it lies in another folder, a branch begins with it.
     """
-    checkpoints = checkpoints_in(folder, warn=True)  # only now can no other process advance it
+    checkpoints = checkpoints_in(folder, warn=True)  # under the lock, no other process adds one
     if not checkpoints and any(folder.glob("[!.]*.safetensors")):
         line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
         raise RunError(line)
     checkpoint = contents = None
     if checkpoints or chosen_checkpoint:
-        # A branch that exists resumes from its newest undamaged checkpoint: --identifier only
+        # A branch that exists resumes from its own newest undamaged checkpoint: --identifier only
         # says where it began.
         is_named = flags.identifier and (not checkpoints or folder == chosen_checkpoint.folder)
         contents = open_newest(checkpoints or [chosen_checkpoint], is_named)

@@ -55,7 +55,7 @@ ORDER = "default_rng([self.seed, epoch])"
 
 # ---- Training and evaluation --------------------------------------------------------------------
 
-STEP = "    metrics = step_fn(inputs, targets, dropout_rate, row_keys)\n"
+STEP = "    metrics = step_fn(dropout_rate, inputs, targets, row_keys)\n"
 IS_DONE = "is_time_up or run.iteration >="
 DIVERGENCE = """\
             if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):

@@ -19,12 +19,12 @@ of the same names:
 
 fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
 
-They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each stands
-for the plain function with the hash in PLAIN_HASHES: one that was edited is used itself. Loss and
+They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each
+replaces the plain function with the hash in PLAIN_HASHES; one that was edited runs itself. Loss and
 metrics also stand for what computes logits, main.py's LOGITS_CODE, and parallelize for Muon. On a
 GPU, all but embed, rms_norm, loss, metrics and AdamW's update are MLX's. Without this file, or with
 DISABLE_FAST in the environment, main.py does the same, but up to 30 times as slowly on a CPU; only
---teacher, several ranks, bfloat16 on a CPU and runs that repeat on a GPU need it.
+--teacher, bfloat16 on a CPU and runs that repeat on a GPU need it.
 
 Shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value heads, d
 head dimension, V vocabulary, N any number.

@@ -1,7 +1,7 @@
 """Weights rounded to 4 or 8 bits as in MLX: with a scale and a bias per group.
 
     python main.py --prompt "TEXT" --quantize 4             samples with rounded weights
-    python main.py --evaluate valid --quantize 4            scores the model before and after
+    python main.py --evaluate valid --quantize 4            scores them
     python -m extras.export DIR --quantize 4                writes a smaller model for mlx_lm
 
 16 bits means float16.

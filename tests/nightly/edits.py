@@ -163,7 +163,7 @@ CHEATS = [
         (IS_DONE, "is_time_up or run.iteration >= 2 *")]),
     Edit("200 steps inside step 1", SLOWER, [
         (STEP, "    for _ in range(200 if run.iteration == 1 else 0):\n"
-         f"        step_fn(*run.batches.next(), dropout_rate, row_keys)\n{STEP}")],
+         f"        step_fn(dropout_rate, *run.batches.next(), row_keys)\n{STEP}")],
          flags=f"{TEXTS} --save_dir runs3"),
     Edit("two updates a step; before is there already", SLOWER, [
         (STEP, f"    for _ in range(2):\n    {STEP}")],
