@@ -233,7 +233,7 @@ OF_PROGRAMS = [
     ("attention nowhere/x.png --prompt a", "cannot write nowhere/x.png", "name another file"),
     ("batch latin.txt", "latin.txt", "UTF-8"),
     ("batch prompts.txt --output answers.txt", "holds something other", "name another --output"),
-    ("batch prompts.txt --output nowhere/out.jsonl", "nowhere/out.jsonl", "--output writable"),
+    ("batch prompts.txt --output nowhere/out.jsonl", "nowhere/out.jsonl", "cannot write --output"),
     ("benchmark --prompt a", "--prompt trains nothing", "give the flags of a training"),
     *[(f"cases {name}", name, NO_YAML) for name in NO_CASES],
     ("cases cases.yaml --output ./empty/../cases.yaml", "would overwrite cases.yaml", "rename it"),
