@@ -71,15 +71,15 @@ def main(arguments):
 def read_cases(files, output):
     """The cases in YAML files, [(prompt, expected), ...].
 
-    Raises UsageError if one holds anything else, or if it is the file `output`.
+    Raises UsageError if one holds anything else or is the file `output`, or if that has no folder.
     """
     needed = "is not a YAML list of entries like - {prompt: a, expected: b}"
     cases = []
+    if output and not os.path.isdir(os.path.dirname(os.path.abspath(output))):
+        raise UsageError(f"--output {output} lies in no folder: make it first")
     for path in files:
         if output and os.path.realpath(path) == os.path.realpath(output):
             raise UsageError(f"--output {output} would overwrite {path}: rename it")
-        if output and not os.path.isdir(os.path.dirname(os.path.abspath(output))):
-            raise UsageError(f"--output {output} lies in no folder: make it first")
         with explain_errors(f"{path} {needed}"):
             # BaseLoader keeps every scalar a string: `yes` does not become a bool, nor 1.0 a float.
             entries = read_yaml(Path(path), "BaseLoader")

@@ -30,7 +30,8 @@ try:  # nothing imports main.py here: the current one may be broken
     from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, bounds_of, decide, summarize
     from extras.versus.sequential import unchanged_outcome
     from extras.versus.sides import SideError, copied_sides, is_flags
-    from extras.versus.verdict import describe_numbers, describe_verdict, list_side_differences
+    from extras.versus.verdict import PAIRS_HEADER, describe_numbers, describe_pair
+    from extras.versus.verdict import describe_verdict, list_side_differences
 except Exception as error:
     print(f"extras.versus: cannot run with these files: {error!r}", file=sys.stderr)
     sys.exit(CANNOT_TELL)
@@ -208,11 +209,10 @@ def compare(comparison, entry, first_seed, margin, bounds):
         seeds = []  # nothing is trained
     else:
         print(f"Looks after {', '.join(map(str, bounds))} pairs of runs.")
-        print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}", flush=True)
+        print(PAIRS_HEADER, flush=True)
     for seed, before, after in comparison.train_pairs(seeds):
         pairs.append((before, after))
-        losses = f"{before.score:>10.4f}{after.score:>10.4f}"
-        print(f"{seed:>10}{losses}{after.score - before.score:>+14.4f}", flush=True)
+        print(describe_pair(seed, before.score, after.score), flush=True)
         if len(pairs) == 1:
             ledger.record(comparison.ledger, result)
         fault = before.fault or after.fault

@@ -15,7 +15,7 @@ import numpy as np
 
 from datasets import Parser, UsageError, explain_errors, number, printable, run_program
 from extras.versus.sequential import RunScore, bounds_of, decide, paired_differences, summarize
-from extras.versus.verdict import VERDICTS, describe_numbers
+from extras.versus.verdict import PAIRS_HEADER, VERDICTS, describe_numbers, describe_pair
 
 
 def main(arguments):
@@ -32,9 +32,9 @@ def main(arguments):
     seeds = []
     pairs = []
     outcome = None
-    print(f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}")
+    print(PAIRS_HEADER)
     for seed, before, after in rows:
-        print(f"{printable(seed):>10}{before:>10.4f}{after:>10.4f}{after - before:>+14.4f}")
+        print(describe_pair(printable(seed), before, after))
         seeds.append(seed)
         pairs.append((RunScore("before", before), RunScore("after", after)))
         outcome = decide(bounds, options.margin, pairs)

@@ -27,7 +27,6 @@ from extras.versus.sides import process_error, retry_once
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
 # Flags of runs: one checkpoint is kept, and nothing sampled.
 RUN_FLAGS = ["--keep=1", f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
-ASKED = ["pairs", "tokens", "margin", "gate"]  # options that make it another comparison
 NUM_TUNING_SEEDS = 2  # seeds by which --tune chooses
 # A run is endless if, by the clock, it takes more than GRACE seconds plus ENDLESS times the
 # processor time of the longest run that has ended: machines may be busy.
@@ -157,7 +156,8 @@ class Comparison:
     def describe(self):
         """What was compared, {name: value}, for a result in the ledger."""
         before, after = self.sides
-        asked = {name: getattr(self.options, name) for name in ASKED}
+        options = self.options
+        asked = {name: getattr(options, name) for name in ("pairs", "tokens", "margin", "gate")}
         return {
             # Without the number of cores: with others, it is the same comparison.
             "comparison": f"{before.folder.stem} {after.folder.stem}",

@@ -34,7 +34,7 @@ class Copy(NamedTuple):
     flags: list  # those that were typed
     commit: str  # its short SHA1
     folder: Path
-    linked: list  # see Side
+    linked: list  # this and the next: see Side
     code_words: dict
 
 

@@ -23,7 +23,13 @@ VERDICTS = {
     "diverged": "Diverged: runs of {at_fault}",
     "cannot tell": "Cannot tell: {fault}",
 }
+PAIRS_HEADER = f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}"
 COUNTED = ("helped", "partly", "hurt", "valid only")  # what chance alone yields once in twenty
+
+
+def describe_pair(seed, before, after):
+    """A line on the losses of a pair, under PAIRS_HEADER."""
+    return f"{seed:>10}{before:>10.4f}{after:>10.4f}{after - before:>+14.4f}"
 
 
 def describe_numbers(result):
