@@ -1901,7 +1901,7 @@ def path_name(text):
     return user_path(nonempty(text))
 
 
-path_name.metavar = "FILE"
+path_name.metavar = "PATH"
 
 
 # The flags that choose a text, {group: {name: Flag}}; main.py has these and others.
@@ -1927,7 +1927,7 @@ TEXT_FLAGS = {
     },
     "session": {"test_text": Flag([], nonempty, "test files, beside --text or --dataset")},
     "command": {
-        "save_dir": Flag("runs", nonempty, "folder with a folder for each run"),
+        "save_dir": Flag("runs", path_name, "folder with a folder for each run"),
         "data_dir": Flag(
             None, nonempty, "folder for downloads and tokens (default: save_dir, if given; else a "
             "RAM disk, if mounted; else ~/.cache/transformer-lm)"

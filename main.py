@@ -94,8 +94,8 @@ class Config:
         resolve_config(self)
 
 
-# Flags of the command line by group. Each section of what trains adds its own; the rest, and what
-# the groups mean, is in the section Flags.
+# Flags of the command line by group. Each section adds its own; what the groups mean is in the
+# section Flags.
 FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
 
 FLAGS["model"] = {
@@ -417,7 +417,7 @@ class LanguageModel(nn.Module):
         return output_layer(hidden).astype(mx.float32)
 
     @property
-    def head(self):
+    def output_matrix(self):
         """The output layer's matrix [V, D]: the embeddings, unless untied."""
         if self.config.untie:
             return self.lm_head.weight
@@ -463,6 +463,7 @@ def normal_init(name, shape, seed):
     return mx.array(rng.standard_normal(shape, np.float32))
 
 
+# The ends of names of matrices that begin as 0, see init_weights.
 ZERO_INIT = ("o_proj.weight", "down_proj.weight", "lm_head.weight")
 
 
@@ -577,6 +578,7 @@ class Muon(optim.Optimizer):
         is_tall = stack.shape[1] > stack.shape[2]
         x = stack.swapaxes(1, 2) if is_tall else stack
         x = x / (mx.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
+        # Jordan's coefficients: small values grow fastest, and all end between about 0.7 and 1.2.
         a, b, c = 3.4445, -4.7750, 2.0315
         for _ in range(5):
             # a * x + (b * gram + c * gram @ gram) @ x, in fewer passes over memory
@@ -587,6 +589,7 @@ class Muon(optim.Optimizer):
     def update_matrix(self, direction, matrix):
         """The matrix after a step in an orthogonalized direction."""
         rows, columns = matrix.shape
+        # Outputs of a tall matrix then change as much per step as those of a square one.
         lr = self.learning_rate * max(1, rows / columns) ** 0.5
         # Like AdamW, decays by AdamW's learning rate (not Muon's) times weight_decay.
         decay = self.learning_rate * self.weight_decay / self.lr_scale
@@ -989,6 +992,29 @@ FLAGS["training"] |= {
     "dtype": Flag("float32", one_of(["float32", "bfloat16"]), "bfloat16: with float32 weights"),
 }
 
+FLAGS["session"] = {
+    "num_iters": Flag(100000, SIZE, "total number of training steps"),
+    "patience": Flag(None, SIZE, "stop after this many evaluations without improvement"),
+    "steps_per_report": Flag(10, SIZE, "report interval in steps"),
+    "steps_per_eval": Flag(
+        1000, COUNT, "evaluation interval in steps, besides the end; 0: no evaluation"
+    ),
+    "steps_per_save": Flag(
+        1000, SIZE, "checkpoint interval in steps, besides evaluations and the end"
+    ),
+    "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best"),
+    "eval_tokens": Flag(
+        100000, COUNT, "maximum validation tokens per evaluation in training; 0: all"
+    ),
+    "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
+    "report_to": Flag(None, str, "tensorboard, wandb, or both with a comma; none"),
+    "sample_prompt": Flag(
+        [], str, "what to continue after each save (default: the start of a text)"
+    ),
+    "sample_tokens": Flag(None, COUNT, "tokens of these samples; 0: none (default: max_tokens)"),
+    "grad_checkpoint": Flag(False, bool, "gradient checkpointing: less memory, more compute"),
+} | TEXT_FLAGS["session"]
+
 
 def make_step(model, optimizer, flags, ranks=None, teacher=None):
     """Returns step_fn(dropout_rate, inputs, targets, row_keys), which takes an optimizer step.
@@ -1043,7 +1069,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def update_model(loss, gradients):
+    def apply_gradients(loss, gradients):
         gradients, norm = clip_grad_norm(gradients, flags.grad_clip or math.inf)
         optimizer.update(model, gradients)
         return {"loss": loss, "gradient_norm": norm}
@@ -1064,7 +1090,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
                 if len(inputs) > flags.batch_size:  # or all would be in memory at once
                     mx.eval(total)
             loss, gradients = ranks.all_mean(total)  # ranks exchange gradients only here
-            metrics = update_model(loss, gradients)
+            metrics = apply_gradients(loss, gradients)
             # The code above only builds a graph, which is computed here. What is not evaluated
             # stays a graph, which grows with each step.
             mx.eval(metrics, state)
@@ -1130,6 +1156,9 @@ def train(run, interrupts, ranks):
 def train_step(run, step_fn):
     """Takes the next step of a run; returns its metrics, {name: number}."""
     flags = run.flags
+    if run.iteration % flags.steps_per_report == 0:  # the steps before have been reported
+        run.recent_steps = 0
+        run.recent_loss = 0.0
     start = time.perf_counter()
     lr = learning_rate_at(run.iteration, flags)
     set_learning_rate(run.optimizer, lr)  # an array in its state: no recompilation
@@ -1244,7 +1273,7 @@ class Progress:
     tokens_seen: int = 0
     seconds: float = 0.0  # of training, without the first step after each start, which compiles
     evaluations: list = dataclasses.field(default_factory=list)  # of type Evaluation
-    recent_steps: int = 0  # since the last report
+    recent_steps: int = 0  # of the current report interval
     recent_loss: float = 0.0  # the sum of their losses
 
     @property
@@ -1368,6 +1397,28 @@ class Run(Progress):
 
 # ---- Sampling -----------------------------------------------------------------------------------
 # First functions of logits [B, V], then token-by-token decoding.
+
+
+def bit_width(text):
+    """A flag's type: bits of a quantized weight; "int8" is 8."""
+    return int(one_of(["4", "8", "16"])(text.removeprefix("int")))
+
+
+FLAGS["sampling"] = {
+    "max_tokens": Flag(200, SIZE, "maximum number of new tokens"),
+    "num_samples": Flag(1, number(int, 1, 10**6), "samples of --prompt, with consecutive seeds"),
+    "temperature": Flag(0.5, number(float, 0, 100), "sampling temperature; 0: greedy"),
+    "top_k": Flag(50, COUNT, "sample from the k most likely tokens; 0: all"),
+    "top_p": Flag(1.0, FRACTION, "nucleus sampling threshold"),
+    "min_p": Flag(0.0, FRACTION, "minimum probability relative to the most likely token"),
+    "repetition_penalty": Flag(
+        1.0, number(float, 0.01, 100), "penalty on tokens that have occurred; 1: none"
+    ),
+    "stop": Flag(None, nonempty, "stop before this text"),
+    "stop_at_end": Flag(True, bool, "end a sample at the end token, where texts end with one"),
+    "draft": Flag(None, nonempty, "draft checkpoint for speculative decoding"),
+    "quantize": Flag(None, bit_width, "quantize trained weights to 4, 8 or 16 bits"),
+}
 
 
 def penalize(logits, ids, penalty):
@@ -1786,7 +1837,6 @@ class Contents(NamedTuple):
             run.restore(vars(checkpoint), self.state | weights)
         run.checkpoint_id = checkpoint.id
         run.saved_at = checkpoint.saved_at
-        run.parents = checkpoint.parents
         run.segments = [*checkpoint.segments]
 
 
@@ -2424,10 +2474,9 @@ def save_code(run):
         sync(path)
 
 
-def code_mismatch_error(checkpoint, flags):
+def code_mismatch_error(checkpoint, code, flags):
     """The UsageError for resuming a run with code that did not train it."""
     old = code_folder(checkpoint.folder, checkpoint.segments[-1].code_sha1)
-    code = read_code(vars(flags))
     paths = filter(Path.is_file, old.rglob("[!.]*"))
     old_code = {str(path.relative_to(old)): path.read_text("utf-8", "replace") for path in paths}
     names = sorted(dict(hash_files(code).items() ^ hash_files(old_code).items()))
@@ -2466,7 +2515,6 @@ class Reporter:
 
     def __init__(self, run):
         self.run = run
-        self.train_loss = None  # of the last report
         self.timed_from = None  # (iteration, seconds) at the last report or after the first step
         self.failed_files = set()  # names of files that could not be written
         total = max(run.flags.num_iters, run.iteration)
@@ -2509,9 +2557,6 @@ class Reporter:
         if train_split.num_bytes is not None and run.teacher is None:  # else its loss is mixed in
             stats["bits_per_byte"] = bits_per_byte(metrics["loss"], train_split)
         self.log_metrics("train", metrics | stats)
-        self.train_loss = metrics["loss"]
-        run.recent_steps = 0
-        run.recent_loss = 0.0
         self.timed_from = (run.iteration, run.seconds)
 
     def show(self, metrics):
@@ -2530,11 +2575,8 @@ class Reporter:
         """Shows and logs the metrics of the validation split, see evaluate; it took `seconds`."""
         run = self.run
         train_text = ""
-        train_loss = self.train_loss
-        if run.recent_steps:
-            train_loss = run.recent_loss / run.recent_steps
-        if train_loss is not None and run.teacher is None:
-            train_text = f"train {train_loss:.4f}, "
+        if run.recent_steps and run.teacher is None:
+            train_text = f"train {run.recent_loss / run.recent_steps:.4f}, "
         is_best = run.evaluation and run.evaluation == best_evaluation(run.evaluations)
         mark = " (best)" if is_best else ""
         text = describe_losses("valid", metrics, run.dataset.valid, run.dataset.tokenizer, mark)
@@ -2781,7 +2823,7 @@ def describe_changes(old, new, prefix=""):
 
 
 # ---- Flags --------------------------------------------------------------------------------------
-# {group: {flag: row}}, with the rows of what trains beside its code, and some in datasets.py.
+# {group: {flag: row}}; most rows stand beside their code, and some in datasets.py.
 #
 # The flags in `data`, `model`, `init` and `training` identify a run: another value is another run.
 # A branch may change only those in `training`; `session` may change whenever a run is resumed. All
@@ -2795,11 +2837,6 @@ def split_name(text):
     return one_of(datasets.SPLITS)(others.get(text, text))
 
 
-def bit_width(text):
-    """A flag's type: bits of a quantized weight; "int8" is 8."""
-    return int(one_of(["4", "8", "16"])(text.removeprefix("int")))
-
-
 PRESETS = {
     "tiny": dict(dim=128, num_heads=4, num_blocks=4, context_size=128),
     "small": dict(dim=256, num_heads=8, num_blocks=6, context_size=256),
@@ -2808,45 +2845,6 @@ PRESETS = {
     "gpt2": dict(dim=768, num_heads=12, num_blocks=12, context_size=1024),
     # Smaller than its name: 152M with GPT-2's vocabulary.
     "350m": dict(dim=768, num_heads=12, num_blocks=16, context_size=2048),
-}
-
-FLAGS["session"] = {
-    "num_iters": Flag(100000, SIZE, "total number of training steps"),
-    "patience": Flag(None, SIZE, "stop after this many evaluations without improvement"),
-    "steps_per_report": Flag(10, SIZE, "report interval in steps"),
-    "steps_per_eval": Flag(
-        1000, COUNT, "evaluation interval in steps, besides the end; 0: no evaluation"
-    ),
-    "steps_per_save": Flag(
-        1000, SIZE, "checkpoint interval in steps, besides evaluations and the end"
-    ),
-    "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best"),
-    "eval_tokens": Flag(
-        100000, COUNT, "maximum validation tokens per evaluation in training; 0: all"
-    ),
-    "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
-    "report_to": Flag(None, str, "tensorboard, wandb, or both with a comma; none"),
-    "sample_prompt": Flag(
-        [], str, "what to continue after each save (default: the start of a text)"
-    ),
-    "sample_tokens": Flag(None, COUNT, "tokens of these samples; 0: none (default: max_tokens)"),
-    "grad_checkpoint": Flag(False, bool, "gradient checkpointing: less memory, more compute"),
-} | TEXT_FLAGS["session"]
-
-FLAGS["sampling"] = {
-    "max_tokens": Flag(200, SIZE, "maximum number of new tokens"),
-    "num_samples": Flag(1, number(int, 1, 10**6), "samples of --prompt, with consecutive seeds"),
-    "temperature": Flag(0.5, number(float, 0, 100), "sampling temperature; 0: greedy"),
-    "top_k": Flag(50, COUNT, "sample from the k most likely tokens; 0: all"),
-    "top_p": Flag(1.0, FRACTION, "nucleus sampling threshold"),
-    "min_p": Flag(0.0, FRACTION, "minimum probability relative to the most likely token"),
-    "repetition_penalty": Flag(
-        1.0, number(float, 0.01, 100), "penalty on tokens that have occurred; 1: none"
-    ),
-    "stop": Flag(None, nonempty, "stop before this text"),
-    "stop_at_end": Flag(True, bool, "end a sample at the end token, where texts end with one"),
-    "draft": Flag(None, nonempty, "draft checkpoint for speculative decoding"),
-    "quantize": Flag(None, bit_width, "quantize trained weights to 4, 8 or 16 bits"),
 }
 
 FLAGS["mode"] = {  # a command has at most one of them
@@ -3007,7 +3005,7 @@ def resolve_flags(explicit, recorded=None):
         explicit = {"dataset": "text"} | explicit  # load_dataset refuses another dataset
     flags = argparse.Namespace(**DEFAULTS | (recorded or {}) | explicit)
     flags.explicit = explicit
-    flags.save_dir = Path(user_path(flags.save_dir))
+    flags.save_dir = Path(flags.save_dir)
     flags.data_dir = flags.data_dir or explicit.get("save_dir")
     for name in {"text", "valid_text", "test_text"} & {*explicit}:  # recorded ones are absolute
         setattr(flags, name, [absolute(path) for path in explicit[name]])
@@ -3149,14 +3147,20 @@ def choose_checkpoint(flags):
     return checkpoints[0]
 
 
-def find_folder(flags, dataset, parents, code_sha1):
-    """The folder of the run that these determine, which may be a new one.
+def find_folder(inputs, chosen_checkpoint):
+    """The folder of the run that a command trains, which may be a new one; see load_inputs.
 
-    Of NAME, NAME.2, …, it is the run saved last that was trained by the code of this SHA1 (with
+    Of NAME, NAME.2, …, it is the run saved last that was trained by the same code (with
     --identifier, by any), else the first that is free or has no checkpoint.
     Raises UsageError if other code trained all such runs, and the one saved last is unfinished.
     """
-    identity = run_identity(vars(flags), dataset.sha256, parents)
+    flags = inputs.flags
+    code_sha1 = sha1_of_code(inputs.code)
+    if chosen_checkpoint and continues_run(flags, chosen_checkpoint):
+        if not flags.identifier and chosen_checkpoint.segments[-1].code_sha1 != code_sha1:
+            raise code_mismatch_error(chosen_checkpoint, inputs.code, flags)
+        return chosen_checkpoint.folder
+    identity = run_identity(vars(flags), inputs.dataset.sha256, inputs.parents)
     name = run_name(flags.dataset, identity)
     runs = {}  # {folder: its checkpoints, newest first}
     for folder in [] if flags.new_model else list_run_folders(flags.save_dir):
@@ -3172,7 +3176,7 @@ def find_folder(flags, dataset, parents, code_sha1):
         else:
             other = other or checkpoint
     if other and other.iteration < flags.explicit.get("num_iters", other.flags["num_iters"]):
-        raise code_mismatch_error(other, flags)
+        raise code_mismatch_error(other, inputs.code, flags)
     folder = flags.save_dir / name
     for count in itertools.count(2):
         # In a folder without a checkpoint, the same command was perhaps stopped before it saved.
@@ -3268,17 +3272,34 @@ def make_model(flags, dataset, checkpoint, models):
     return model
 
 
-def load_inputs(flags):
-    """What a new run begins with: its models, {flag: LoadedModel}, its flags and its dataset."""
+class Inputs(NamedTuple):
+    """What a run is made of; together, they tell it from other runs."""
+
+    flags: argparse.Namespace
+    dataset: datasets.Dataset
+    models: dict  # those that it reads at this start, {flag: LoadedModel}
+    parents: dict  # ids of the models that it began with, see Checkpoint
+    code: dict  # see read_code
+
+
+def load_inputs(flags, checkpoint=None):
+    """The Inputs of a new run or, with the checkpoint that it begins with, of a branch."""
     models = {}
-    for flag_name in PRETRAINED_FLAGS:
-        name = getattr(flags, flag_name)
-        if name:
-            models[flag_name] = open_model(flags.save_dir, name, flag_name)
-    if not models:
-        return models, flags, load_data(flags)
-    flags = resolve_flags(flags.explicit, flags_from_pretrained(models, flags))
-    return models, flags, load_data(flags, next(iter(models.values())).tokenizer)
+    tokenizer = None
+    if checkpoint:
+        dataset = reload_data(flags, checkpoint)
+        parents = checkpoint.parents | {"branched_from": checkpoint.id}
+    else:
+        for flag_name in PRETRAINED_FLAGS:
+            name = getattr(flags, flag_name)
+            if name:
+                models[flag_name] = open_model(flags.save_dir, name, flag_name)
+        if models:
+            flags = resolve_flags(flags.explicit, flags_from_pretrained(models, flags))
+            tokenizer = next(iter(models.values())).tokenizer
+        dataset = load_data(flags, tokenizer)
+        parents = {name: loaded.id for name, loaded in models.items()}
+    return Inputs(flags, dataset, models, parents, read_code(vars(flags)))
 
 
 def load_data(flags, tokenizer=None):
@@ -3320,16 +3341,14 @@ def reload_data(flags, checkpoint):
     return dataset
 
 
-def make_run(folder, flags, contents, models, dataset, ranks):
-    """The run whose state is in `contents`, or a new run if that is None.
-
-    models: those that the run reads at this start, {flag: LoadedModel}.
-    """
+def make_run(folder, inputs, contents=None, ranks=None):
+    """The run whose state is in `contents`, or a new run if that is None."""
+    ranks = ranks or SingleProcess()
+    flags, dataset, models, parents, code = inputs
     checkpoint = contents and contents.checkpoint
     if checkpoint and checkpoint.config.vocab_size < dataset.tokenizer.vocab_size:
         # MLX does not check indices: it would read and write beyond the embeddings.
         raise DamagedError(f"{checkpoint} has fewer embeddings than the text has tokens")
-    code = read_code(vars(flags))
     model = make_model(flags, dataset, checkpoint, models)
     optimizer = make_optimizer(model, flags)
     rows_per_step = flags.batch_size * flags.grad_accumulation
@@ -3343,7 +3362,7 @@ def make_run(folder, flags, contents, models, dataset, ranks):
         optimizer=optimizer,
         batches=batches,
         teacher=teacher,
-        parents={name: loaded.id for name, loaded in models.items()},
+        parents=parents,
         segments=[],
         code=code,
     )
@@ -3397,20 +3416,20 @@ def continues_run(flags, checkpoint):
     return is_same and newest.id == checkpoint.id
 
 
-def open_run(folder, flags, dataset, models, chosen_checkpoint, ranks):
+def open_run(folder, inputs, chosen_checkpoint, ranks):
     """The run in a folder, which must be locked, and the checkpoint that it resumes, or None.
 
-    models: those that a new run begins with, {flag: LoadedModel}; chosen_checkpoint: see
-    choose_checkpoint. If it lies in another folder, a branch begins with it.
+    chosen_checkpoint: see choose_checkpoint. If it lies in another folder, a branch begins with it.
     """
     checkpoints = checkpoints_in(folder, warn=True)  # under the lock, no other process adds one
     if not checkpoints and any(folder.glob("[!.]*.safetensors")):
         line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
         raise RunError(line)
-    checkpoint = contents = None
+    contents = None
     if checkpoints or chosen_checkpoint:
         # A branch that exists resumes from its own newest undamaged checkpoint: --identifier only
         # says where it began.
+        flags = inputs.flags
         is_named = flags.identifier and (not checkpoints or folder == chosen_checkpoint.folder)
         contents = open_newest(checkpoints or [chosen_checkpoint], is_named)
         checkpoint = contents.checkpoint
@@ -3421,13 +3440,13 @@ def open_run(folder, flags, dataset, models, chosen_checkpoint, ranks):
         models = {}
         for name in needed_model_flags(flags):
             models[name] = extra("kept_models").open_kept_model(checkpoint, name)
-    run = make_run(folder, flags, contents, models, dataset, ranks)
+        parents = checkpoint.parents if checkpoints else inputs.parents
+        inputs = inputs._replace(flags=flags, models=models, parents=parents)
+    run = make_run(folder, inputs, contents, ranks)
     if not checkpoints:
-        if checkpoint:
-            run.parents = checkpoint.parents | {"branched_from": checkpoint.id}
-        for name in needed_model_flags(flags):
-            extra("kept_models").keep_model(folder / name, models[name].files)
-    return run, checkpoint
+        for name in needed_model_flags(run.flags):
+            extra("kept_models").keep_model(folder / name, inputs.models[name].files)
+    return run, contents and contents.checkpoint
 
 
 @contextlib.contextmanager
@@ -3441,22 +3460,10 @@ def set_up(flags, ranks):
         flags = resolve_flags(flags.explicit, chosen_checkpoint.flags)
         refuse_conflict(flags, chosen_checkpoint.flags, chosen_checkpoint.folder_name)
     check_early(flags, ranks)
-    if chosen_checkpoint:
-        models = {}
-        dataset = reload_data(flags, chosen_checkpoint)
-        parents = chosen_checkpoint.parents | {"branched_from": chosen_checkpoint.id}
-    else:
-        models, flags, dataset = load_inputs(flags)
-        parents = {name: loaded.id for name, loaded in models.items()}
-    code_sha1 = sha1_of_code(read_code(vars(flags)))  # before that code has run
-    if chosen_checkpoint and continues_run(flags, chosen_checkpoint):
-        folder = chosen_checkpoint.folder
-        if not flags.identifier and chosen_checkpoint.segments[-1].code_sha1 != code_sha1:
-            raise code_mismatch_error(chosen_checkpoint, flags)
-    else:
-        folder = find_folder(flags, dataset, parents, code_sha1)
+    inputs = load_inputs(flags, chosen_checkpoint)
+    folder = find_folder(inputs, chosen_checkpoint)
     with locked_folder(folder):
-        run, checkpoint = open_run(folder, flags, dataset, models, chosen_checkpoint, ranks)
+        run, checkpoint = open_run(folder, inputs, chosen_checkpoint, ranks)
         with Interrupts() as interrupts:  # from here on there is something to save
             print_start(run, checkpoint)
             if checkpoint and checkpoint.folder != folder:  # a branch then needs no other run

@@ -50,8 +50,9 @@ def main(arguments):
         flags = resolve_flags(flags.explicit, checkpoint.flags)
         run = open_run(checkpoint.folder, flags, checkpoint, checkpoint)
     else:
-        models, flags, dataset = load_inputs(flags)
-        run = make_run(flags.save_dir, flags, None, models, dataset, SingleProcess())
+        inputs = load_inputs(flags)
+        flags = inputs.flags
+        run = make_run(flags.save_dir, inputs)
     for line in ineffective_flag_notices(flags):
         print(line)
     parameters = count_parameters(run.model)

@@ -206,11 +206,11 @@ def test_a_name_of_an_array_takes_no_memory(part, folder):
     array = {"weights.model.layers.1000000.x": mx.array([1.0])}
     forged = contents._replace(**{part: getattr(contents, part) | array})
     flags = main.resolve_flags({}, contents.checkpoint.flags)
-    dataset = main.reload_data(flags, contents.checkpoint)
+    inputs = main.load_inputs(flags, contents.checkpoint)
     tracemalloc.start()
     try:
         with pytest.raises(main.DamagedError, match="those of another model"):
-            main.make_run(folder, flags, forged, {}, dataset, main.SingleProcess())
+            main.make_run(folder, inputs, forged)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -33,12 +33,12 @@ def make_loss(teacher, flags):
     temperature = mx.array(flags.teacher_temperature)
 
     def loss(model, hidden, targets, scale, tokens):
-        head = model.head.astype(hidden.dtype)
+        head = model.output_matrix.astype(hidden.dtype)
         loss_weights = mx.full(targets.size, scale)
         teacher_hidden = teacher.model(tokens).flatten(0, 1)  # [N, D'], without dropout
         return distilled_loss_and_gradients(
             hidden.flatten(0, 1), head, targets.flatten(), loss_weights,
-            teacher_hidden, teacher.head, teacher_weight, temperature,
+            teacher_hidden, teacher.output_matrix, teacher_weight, temperature,
         )[0]
 
     return loss

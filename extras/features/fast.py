@@ -69,7 +69,7 @@ PLAIN_HASHES = {
     "checkpoint_block": "6f062f86dd0f89a76181da54a6f8c6b822cbaec3cca451f0ecb7ab0a058ca74b",
     "Linear": "9ac3e77dda5b83003da82d9c083998253026def289de2d7cbd3c3b16293ec464",
     "Embedding": "fd9cade784f9931b192e419aa37b537d45f135b0816bd5840f4b3eb101f7860d",
-    "LanguageModel": "2d4bab84b2dd8c3f5c40abb88864e22d3dc538e5b95b7d7a091ba4ecea11e56e",
+    "LanguageModel": "14cbb526dad3df06603b3328cb3ca20a52cd93c0a755d66c17341e11e13f09ce",
     "training_loss": "44bf382c1e0634217dbec41c185768a15026600dbb0f0ffbf2ce301b062bb096",
     "token_metrics": "48da6d80c4bb1173052efbe5335bfc55643c403d6cbd6788fe9cdab3870f9040",
     "sum_over_shards": "c1c958baf78c81fdd29b5d875b6e001a39add730bf8470a9a79e92badf4c1b8d",
@@ -580,14 +580,14 @@ def training_loss(model, hidden, targets, scale):
     """
     loss_weights = mx.full(targets.size, scale)
     flat_hidden = hidden.flatten(0, 1)
-    head = model.head.astype(hidden.dtype)
+    head = model.output_matrix.astype(hidden.dtype)
     return cross_entropy_and_gradients(flat_hidden, head, targets.flatten(), loss_weights)[0]
 
 
 def token_metrics(model, hidden, targets):
     """The cross-entropy of each position in nats, {"loss": [B, L]}: main.py's `token_metrics`."""
     flat_hidden = hidden.flatten(0, 1)
-    head = model.head.astype(hidden.dtype)
+    head = model.output_matrix.astype(hidden.dtype)
     losses = []
     for rows in chunks(len(flat_hidden), len(head)):
         inputs = flat_hidden[rows]
@@ -817,8 +817,8 @@ def use_cpu():
     # next ones: at dim 128, 2 interruptions a step instead of 235.
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or a container forbids it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    use_precompiled_header()
     set_blas_threads(count_cores())  # a shard of a batch gets one, see use_streams
+    use_precompiled_header()
 
 
 def count_streams(rows, context_size):

@@ -214,7 +214,8 @@ class Group(contextlib.AbstractContextManager):
         for name, config in record["configs"].items():
             model = main.LanguageModel(main.Config(**config))
             models[name] = main.LoadedModel(model, tokenizer, id="", files={})
-        run = main.make_run(Path(record["folder"]), flags, None, models, dataset, self)
+        inputs = main.Inputs(flags, dataset, models, parents={}, code={})
+        run = main.make_run(Path(record["folder"]), inputs, ranks=self)
         for name, source in models.items():
             source.model.update(tree["models"][name])
         state = tree["state"] | {"weights": run.model.trainable_parameters()}

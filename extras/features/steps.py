@@ -11,8 +11,8 @@ from pathlib import Path
 
 from datasets import UsageError, progress_bar, sync
 from extras.features.kept_models import open_kept_model
-from main import SingleProcess, checkpoints_in, describe_changes, list_versions, make_run, make_step
-from main import needed_model_flags, open_newest, read_code, reload_data, resolve_flags
+from main import Inputs, SingleProcess, checkpoints_in, describe_changes, list_versions, make_run
+from main import make_step, needed_model_flags, open_newest, read_code, reload_data, resolve_flags
 from main import sha1_of_code, train_step, write_checkpoint
 
 FOLDER = "steps"  # in that of a run
@@ -110,4 +110,5 @@ def open_run(folder, flags, checkpoint, kin):
         contents = open_newest([checkpoint], is_named=True)
     dataset = reload_data(flags, kin)
     models = {name: open_kept_model(kin, name) for name in needed_model_flags(flags)}
-    return make_run(folder, flags, contents, models, dataset, SingleProcess())
+    inputs = Inputs(flags, dataset, models, kin.parents, read_code(vars(flags)))
+    return make_run(folder, inputs, contents)

@@ -12,6 +12,7 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 PROJECT = Path(__file__).parents[2]
 FOLDER = Path(sys.argv[1])
@@ -50,9 +51,10 @@ def describe(*words):
     """Prepares the text, takes a step, and answers with the fields of Side in sides.py and more."""
     flags = MAIN.resolve_flags(MAIN.read_command_line([*map(in_copy, words)]))
     MAIN.use_device(flags.gpu)
-    models, flags, dataset = MAIN.load_inputs(flags)
-    run = MAIN.make_run(flags.save_dir, flags, None, models, dataset, MAIN.SingleProcess())
-    check_seed(run, flags, dataset)
+    inputs = load_inputs(flags)
+    flags, dataset, models = inputs.flags, inputs.dataset, inputs.models
+    run = make_run(inputs)
+    check_seed(run, inputs)
     # A step compiles what the first run would have to.
     MAIN.train_step(run, MAIN.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
     values = {}
@@ -101,10 +103,33 @@ def in_copy(word):
     return word
 
 
-def check_seed(run, flags, dataset):
+class OldInputs(NamedTuple):
+    """What main.Inputs replaced."""
+
+    models: dict
+    flags: Namespace
+    dataset: object
+
+
+def load_inputs(flags):
+    """The inputs of a new run, of this or an older commit."""
+    inputs = MAIN.load_inputs(flags)
+    return inputs if type(inputs) is not tuple else OldInputs(*inputs)
+
+
+def make_run(inputs):
+    """A new run, of this or an older commit."""
+    folder = inputs.flags.save_dir
+    if type(inputs) is not OldInputs:
+        return MAIN.make_run(folder, inputs)
+    models, flags, dataset = inputs
+    return MAIN.make_run(folder, flags, None, models, dataset, MAIN.SingleProcess())
+
+
+def check_seed(run, inputs):
     """Raises RunError unless another seed gives other first weights and batches than this run's."""
-    other = Namespace(**vars(flags) | {"seed": flags.seed + 1})
-    other = MAIN.make_run(flags.save_dir, other, None, {}, dataset, MAIN.SingleProcess())
+    flags = Namespace(**vars(inputs.flags) | {"seed": inputs.flags.seed + 1})
+    other = make_run(inputs._replace(flags=flags, models={}))
     drawn = {"order of batches": [side.batches.next() for side in (run, other)]}
     if not todays_names(vars(run)).parents:  # else, the first weights are a model's
         models = (run.model, other.model)
