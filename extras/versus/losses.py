@@ -54,7 +54,7 @@ def main(arguments):
     print(*describe_numbers(result), sep="\n")
     if len(pairs) < len(rows):
         print(f"Rows after the {len(pairs)} pairs of this verdict do not count.")
-    print(f"{VERDICTS[outcome].format(**result, pairs=len(pairs))}, by losses that nobody checked.")
+    print(f"{VERDICTS[outcome].format(**result, pairs=len(pairs))}, if these losses are right.")
 
 
 def read_rows(path):

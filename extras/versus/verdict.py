@@ -37,16 +37,16 @@ def describe_numbers(result):
     if "difference" not in result:
         return
     pairs = len(result["seeds"])
-    line = (
+    yield (
         f"mean difference {result['difference']:+.4f} {result['unit']}, 95 % interval "
-        f"{result['low']:+.4f} to {result['high']:+.4f}; {result['agree']} of {pairs} pairs agree "
-        "in sign"
+        f"{result['low']:+.4f} to {result['high']:+.4f}"
     )
+    line = f"{result['agree']} of {pairs} pairs agree in sign"
     if pairs > 3 and "correlation" in result:  # of two, it is 1 or -1
         line += f"; correlation of the sides {result['correlation']:.2f}"
     yield line
     if result["outcome"] in COUNTED and not result["asked"]["pairs"] and pairs < max(RACE_BOUNDS):
-        yield "It ended early: the estimate is likely too large."
+        yield "It ended once the difference was clear: the true one is likely smaller."
     if result["outlier"] is not None:
         seed = result["seeds"][result["outlier"]]
         yield f"Seed {seed} is an outlier: without it, differences scatter less than half as far."

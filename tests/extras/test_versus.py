@@ -632,7 +632,7 @@ def test_an_outlier_is_named(tmp_path, capsys):
     versus.run_comparison(Drawn(tmp_path / "other", noisy(-0.05)))
     out = capsys.readouterr().out
     assert "outlier" not in out
-    assert "\nIt ended early: the estimate is likely too large.\n" in out
+    assert "\nIt ended once the difference was clear: the true one is likely smaller.\n" in out
 
 
 class Doubling:
