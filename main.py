@@ -3,15 +3,16 @@
     python main.py --config first            train on Python's own library, in two minutes
     python main.py --config ptb-5-minutes    on Penn Treebank; rerun after Ctrl+C to resume
     python main.py --inference               sample interactively from the newest checkpoint
-    python main.py                           resume the newest run; without any, train on PTB
+    python main.py                           resume the newest run; without any, train a large
+                                             model on PTB (for GPUs)
     python main.py --help                    every flag
 
-To change what is trained, read LanguageModel, training_loss, make_step and train: they, and what
-they call, are in the first five sections (model, loss and optimizer, batches, evaluation,
-training). The others sample, and keep a run safe and usable. A function under @fast_version is the
-reference: extras/features/fast.py has a faster copy of it, which runs until you edit ours.
-datasets.py turns text into token ids, and has what both files need. Everything else is in extras/,
-one file per feature; without extras/, these two files work in plain MLX.
+What you may want to change is above the section Runs: model, loss and optimizer, batches,
+evaluation, training. What is below samples, and keeps a run safe and usable; a command begins at
+`execute`, near the end. A function under @fast_version has a faster copy in
+extras/features/fast.py, which is used as long as the function here is unedited. datasets.py turns
+text into token ids, and has what both files need. Everything else is in extras/, one file per
+feature; without extras/, these two files work in plain MLX.
 
 Shapes use these letters: B rows of a batch, L positions, D model dimension, H query heads, K key
 and value heads, d dimension of a head, V vocabulary, N any number. A linear layer from I
@@ -94,8 +95,8 @@ class Config:
         resolve_config(self)
 
 
-# Flags of the command line by group. Each section adds its own; what the groups mean is in the
-# section Flags.
+# Flags of the command line by group; docs/flags.md lists all. Most stand beside their code; what
+# the groups mean is in the section Flags.
 FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
 
 FLAGS["model"] = {
@@ -334,6 +335,51 @@ class MLP(nn.Module):
         return self.down_proj(inner)
 
 
+def hash32(bits):
+    """A hash of 32-bit numbers: each of its high bits depends on all bits of the argument.
+
+    The constants are from "lowbias32" (Wellons 2018). These operations are vectorized, so a
+    mask takes a tenth of the time that MLX's generator needs.
+    """
+    bits = bits * mx.array(0x7FEB352D, mx.uint32)
+    return (bits ^ (bits >> 15)) * mx.array(0x846CA68B, mx.uint32)
+
+
+class DropoutMasks:
+    """The masks of dropout (Srivastava et al. 2014) for the rows of one batch.
+
+    dropout_rate: [] float32; row_keys: [B, 2] uint32, see draw_dropout; L, D: the shape of a row's
+    hidden states. A row's masks depend only on its own key: splitting a batch does not change them.
+    """
+
+    def __init__(self, dropout_rate, row_keys, L, D):
+        self.keep_prob = 1 - dropout_rate
+        positions = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
+        bits = hash32(positions + row_keys[:, None, None, 0]) ^ row_keys[:, None, None, 1]
+        self.bits = bits ^ (bits >> 16)  # [B, L, D]
+
+    def apply(self, hidden, mask_index):
+        """Applies the mask of this index to hidden states [B, L, D]."""
+        # Multiples of 2^32 / golden ratio, modulo 2^32, lie far apart.
+        salt = mx.array(mask_index * 0x9E3779B9 % 2**32, mx.uint32)
+        bits = hash32(self.bits ^ salt)
+        # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the
+        # same, but compilers do not vectorize it.
+        threshold = (self.keep_prob * 2**31).astype(mx.uint32)
+        mask = ((bits >> 1) + threshold) >> 31
+        return hidden * (mask.astype(hidden.dtype) / self.keep_prob.astype(hidden.dtype))
+
+
+def dropout(hidden, dropout_masks, mask_index):
+    """Applies dropout to hidden states [B, L, D]; dropout_masks: None for no dropout.
+
+    mask_index: 0 is the mask of the embeddings; then come two for each block.
+    """
+    if dropout_masks is None:
+        return hidden
+    return dropout_masks.apply(hidden, mask_index)
+
+
 class Block(nn.Module):
     """Attention, then an MLP: each reads normalized hidden states [B, L, D] and adds to them."""
 
@@ -349,8 +395,8 @@ class Block(nn.Module):
         mask_index = 2 * self.index + 1  # 0 is the mask of the embeddings
         attended = self.self_attn(self.input_layernorm(hidden), cache)
         hidden = hidden + dropout(attended, dropout_masks, mask_index)
-        transformed = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + dropout(transformed, dropout_masks, mask_index + 1)
+        mlp_output = self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + dropout(mlp_output, dropout_masks, mask_index + 1)
 
 
 @fast_version
@@ -363,7 +409,7 @@ def checkpoint_block(block, run_block):
 
 
 class Transformer(nn.Module):
-    """Token ids [B, L] to final hidden states [B, L, D]; any head can go on top."""
+    """Token ids [B, L] to final hidden states [B, L, D]; any output layer can go on top."""
 
     def __init__(self, config):
         super().__init__()
@@ -401,7 +447,10 @@ class LanguageModel(nn.Module):
             self.lm_head = Linear(config.dim, config.vocab_size)
 
     def __call__(self, tokens, caches=None, dropout_masks=None, logits_to_keep=None):
-        """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all."""
+        """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all.
+
+        Only sampling calls it: training and evaluation call `model` and `logits` themselves.
+        """
         hidden = self.model(tokens, caches, dropout_masks)  # [B, L, D]
         if logits_to_keep is not None:
             hidden = hidden[:, -logits_to_keep:]
@@ -410,8 +459,8 @@ class LanguageModel(nn.Module):
     def logits(self, hidden):
         """Logits [B, L, V] float32 of final hidden states [B, L, D].
 
-        The one place for a softcap, a bias or a scale. Sampling always calls it. Training and
-        evaluation use fast.py's copy until this class is edited.
+        The one place for a softcap, a bias or a scale. Until this class is edited, training and
+        evaluation compute the same in fast.py.
         """
         output_layer = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
         return output_layer(hidden).astype(mx.float32)
@@ -529,7 +578,7 @@ def sum_over_shards(function, *arrays):
 
 @fast_version
 def clip_grad_norm(gradients, max_norm):
-    """Scales a tree of gradients to a norm of at most max_norm; returns it and the norm before."""
+    """Scales a tree of gradients to a norm of at most max_norm; returns it and its old norm."""
     return optim.clip_grad_norm(gradients, max_norm)
 
 
@@ -682,19 +731,19 @@ def set_learning_rate(optimizer, learning_rate):
 
 
 def constant_schedule(iteration, flags):
-    """1, the peak rate, at every step."""
+    """The factor 1, which is the peak rate, at every step."""
     return 1
 
 
 def cosine_schedule(iteration, flags):
-    """1, the peak rate, until the cooldown; then half a cosine down to `min_lr`."""
+    """The factor 1 until the cooldown; then half a cosine down to `min_lr`."""
     progress, min_factor = cooldown_progress(iteration, flags)
     cosine = (1 + math.cos(math.pi * progress)) / 2  # 1 to 0
     return 1 - (1 - min_factor) * (1 - cosine)  # exactly 1 before cooldown
 
 
 def linear_schedule(iteration, flags):
-    """1, the peak rate, until the cooldown; then a straight line down to `min_lr`."""
+    """The factor 1 until the cooldown; then a straight line down to `min_lr`."""
     progress, min_factor = cooldown_progress(iteration, flags)
     return 1 - (1 - min_factor) * progress
 
@@ -739,9 +788,9 @@ def update_average(average, weights, iteration, fraction):
     """The average of the weights over about the last `fraction` of the steps taken.
 
     average: the average before step `iteration`, counted from 0, a tree of arrays; None if it
-    starts here. weights: those after the step. Each step's weight is about proportional to
-    (number / steps) ^ (1 / fraction - 1) (Shamir & Zhang 2013; Karras et al. 2024), so the average
-    depends neither on where the run will end nor on where it was interrupted.
+    starts here. weights: those after the step. Step s of n enters with a coefficient about
+    proportional to (s / n) ^ (1 / fraction - 1) (Shamir & Zhang 2013; Karras et al. 2024), so the
+    average depends neither on where the run will end nor on where it was interrupted.
     """
     if average is None:
         return weights
@@ -831,51 +880,6 @@ class Batches:
         return mx.array(rows[:, :-1], mx.int32), mx.array(rows[:, 1:], mx.int32)
 
 
-def hash32(bits):
-    """A hash of 32-bit numbers: each of its high bits depends on all bits of the argument.
-
-    The constants are from "lowbias32" (Wellons 2018). These operations are vectorized, so a
-    mask takes a tenth of the time that MLX's generator needs.
-    """
-    bits = bits * mx.array(0x7FEB352D, mx.uint32)
-    return (bits ^ (bits >> 15)) * mx.array(0x846CA68B, mx.uint32)
-
-
-class DropoutMasks:
-    """The masks of dropout (Srivastava et al. 2014) for the rows of one batch.
-
-    dropout_rate: [] float32; row_keys: [B, 2] uint32, see draw_dropout; L, D: the shape of a row's
-    hidden states. A row's masks depend only on its own key: splitting a batch does not change them.
-    """
-
-    def __init__(self, dropout_rate, row_keys, L, D):
-        self.keep_prob = 1 - dropout_rate
-        positions = mx.arange(L * D, dtype=mx.uint32).reshape(1, L, D)
-        bits = hash32(positions + row_keys[:, None, None, 0]) ^ row_keys[:, None, None, 1]
-        self.bits = bits ^ (bits >> 16)  # [B, L, D]
-
-    def apply(self, hidden, mask_index):
-        """Applies the mask of this index to hidden states [B, L, D]."""
-        # Multiples of 2^32 / golden ratio, modulo 2^32, lie far apart.
-        salt = mx.array(mask_index * 0x9E3779B9 % 2**32, mx.uint32)
-        bits = hash32(self.bits ^ salt)
-        # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the
-        # same, but compilers do not vectorize it.
-        threshold = (self.keep_prob * 2**31).astype(mx.uint32)
-        mask = ((bits >> 1) + threshold) >> 31
-        return hidden * (mask.astype(hidden.dtype) / self.keep_prob.astype(hidden.dtype))
-
-
-def dropout(hidden, dropout_masks, mask_index):
-    """Applies dropout to hidden states [B, L, D]; dropout_masks: None for no dropout.
-
-    mask_index: 0 is the mask of the embeddings; then come two for each block.
-    """
-    if dropout_masks is None:
-        return hidden
-    return dropout_masks.apply(hidden, mask_index)
-
-
 def draw_dropout(iteration, num_rows, flags):
     """The dropout rate of a step, [] float32, and a key for each row, [num_rows, 2] uint32.
 
@@ -908,8 +912,8 @@ def token_metrics(model, hidden, targets):
 def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
     """The means of token_metrics, {name: number}, over all of `tokens` [N] but the first one.
 
-    Each token counts once. Windows start `stride` tokens apart: at most and by default
-    context_size, so that they do not overlap. Returns None on a signal.
+    Each token counts once. Windows start `stride` tokens apart: by default context_size, so that
+    they do not overlap; with less, each token has more context. Returns None on a signal.
     """
     ranks = ranks or SingleProcess()
     context_size = model.config.context_size
@@ -930,7 +934,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     last_start = max(num_targets - context_size, 0)
     starts = np.arange(0, last_start + stride, stride)
     batch_size = min(batch_size, len(starts))
-    # Windows that start at the end, which are all masked, give each rank as many whole batches.
+    # Windows that start at the end, all masked, fill up each rank's last batch.
     num_padding = -len(starts) % (batch_size * ranks.size)
     starts = np.append(starts, np.full(num_padding, num_targets))
     start_batches = starts.reshape(-1, batch_size)
@@ -1038,8 +1042,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         # frequent token.
         return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
 
-    # It must return a sum over rows, because it is called for parts of a batch, and the results are
-    # added. A term that is none, like a weight penalty, would count once per part.
+    # It returns a sum over rows, as parts of a batch are added up. A term that is not one of rows,
+    # like a weight penalty, would count once for each part.
     def loss_fn(scale, dropout_rate, inputs, targets, row_keys):
         if casts_weights:
             model.update(tree_map_with_path(to_bfloat16, model.parameters()))  # LoRA's base, too
@@ -1065,11 +1069,11 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return sums
 
     # Trees of arrays that each step reads and replaces. Call make_step after Run.restore, which
-    # replaces the optimizer's.
+    # replaces optimizer.state.
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
-    def apply_gradients(loss, gradients):
+    def optimizer_step(loss, gradients):
         gradients, norm = clip_grad_norm(gradients, flags.grad_clip or math.inf)
         optimizer.update(model, gradients)
         return {"loss": loss, "gradient_norm": norm}
@@ -1090,7 +1094,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
                 if len(inputs) > flags.batch_size:  # or all would be in memory at once
                     mx.eval(total)
             loss, gradients = ranks.all_mean(total)  # ranks exchange gradients only here
-            metrics = apply_gradients(loss, gradients)
+            metrics = optimizer_step(loss, gradients)
             # The code above only builds a graph, which is computed here. What is not evaluated
             # stays a graph, which grows with each step.
             mx.eval(metrics, state)
@@ -1445,9 +1449,10 @@ def keep_top_k(logits, k):
 
 
 def keep_top_p(logits, p):
-    """Nucleus sampling (Holtzman et al. 2020): logits with all but the most likely set to -inf.
+    """Nucleus sampling (Holtzman et al. 2020): logits with all but the nucleus set to -inf.
 
-    Keeps the fewest tokens whose total probability reaches `p`, at least one, and ties with them.
+    The nucleus is the fewest tokens whose total probability reaches `p`, at least one, and ties
+    with them.
     """
     if p >= 1:
         return logits
@@ -1498,7 +1503,7 @@ def is_greedy(flags):
 class Decoder:
     """A model that continues a text.
 
-    ids: the text so far, a list of at least one id; callers may append to it, too.
+    ids: the text so far, a list; callers may append to it, too, and begin before `generate`.
     Keys and values of what it has read are cached. When the text outgrows the context, its last
     context_size // 2 tokens are read again. So logits are those of a pass without a cache over
     the text from `window_start` on.
@@ -1602,8 +1607,8 @@ class Conversation:
         """Adds `prompt` to the text, and yields the model's continuation in pieces.
 
         Except at the start of a text, the prompt goes on a new line. A piece is yielded once no
-        later token can change it. The last piece ends at the end of the text or before --stop,
-        which is then removed from the text, too.
+        later token can change it. The reply ends at the end of the text, or before --stop, whose
+        text is then removed from the conversation, too.
         """
         pieces = self.generate_pieces(prompt, flags, seed, interrupts)
         if flags.stop:
@@ -2792,14 +2797,11 @@ def start_notices(run):
             "Computing in float32: bfloat16 is not faster here. It would be with --gpu, or on an "
             "AMD CPU with AVX-512 BF16 or an Intel CPU with AMX, after pip install onednn-cpu-gomp."
         )
-    unnamed = {"dataset", "mlp", "lr_schedule"} - {*flags.explicit}
-    if flags.config and unnamed and Path(flags.config).suffix:  # a file, not a recipe
-        yield f"{flags.config} names no {', '.join(sorted(unnamed))}: see data, model, rate above."
     yield from ineffective_flag_notices(flags)
 
 
 def describe_resume(checkpoint, run):
-    """Yields a line for each change in a resumed run since its checkpoint."""
+    """Yields lines on what has changed in a resumed run since its checkpoint."""
     flags = run.flags
     changes = describe_changes(checkpoint.flags, vars(flags), "--")
     yield f"resumed  with {changes or 'unchanged flags'}"
@@ -2823,7 +2825,7 @@ def describe_changes(old, new, prefix=""):
 
 
 # ---- Flags --------------------------------------------------------------------------------------
-# {group: {flag: row}}; most rows stand beside their code, and some in datasets.py.
+# {group: {flag: row}}; most rows stand beside their code, some in datasets.py, the rest here.
 #
 # The flags in `data`, `model`, `init` and `training` identify a run: another value is another run.
 # A branch may change only those in `training`; `session` may change whenever a run is resumed. All
@@ -3148,7 +3150,7 @@ def choose_checkpoint(flags):
 
 
 def find_folder(inputs, chosen_checkpoint):
-    """The folder of the run that a command trains, which may be a new one; see load_inputs.
+    """The folder of the run that a command trains, which may be a new one.
 
     Of NAME, NAME.2, …, it is the run saved last that was trained by the same code (with
     --identifier, by any), else the first that is free or has no checkpoint.
@@ -3156,7 +3158,7 @@ def find_folder(inputs, chosen_checkpoint):
     """
     flags = inputs.flags
     code_sha1 = sha1_of_code(inputs.code)
-    if chosen_checkpoint and continues_run(flags, chosen_checkpoint):
+    if chosen_checkpoint and inputs.parents == chosen_checkpoint.parents:  # it is no branch
         if not flags.identifier and chosen_checkpoint.segments[-1].code_sha1 != code_sha1:
             raise code_mismatch_error(chosen_checkpoint, inputs.code, flags)
         return chosen_checkpoint.folder
@@ -3221,6 +3223,14 @@ def needed_model_flags(flags):
     return needed
 
 
+def open_kept_models(flags, checkpoint):
+    """The models that a checkpoint's run keeps, {flag: LoadedModel}; see needed_model_flags."""
+    models = {}
+    for name in needed_model_flags(flags):
+        models[name] = extra("kept_models").open_kept_model(checkpoint, name)
+    return models
+
+
 MAX_IMPORTED_CONTEXT = 1024  # maximum for Hugging Face models, without --context_size
 
 
@@ -3273,22 +3283,25 @@ def make_model(flags, dataset, checkpoint, models):
 
 
 class Inputs(NamedTuple):
-    """What a run is made of; together, they tell it from other runs."""
+    """What a run is made of."""
 
     flags: argparse.Namespace
     dataset: datasets.Dataset
     models: dict  # those that it reads at this start, {flag: LoadedModel}
-    parents: dict  # ids of the models that it began with, see Checkpoint
+    parents: dict  # ids of what it began with, see Checkpoint
     code: dict  # see read_code
 
 
 def load_inputs(flags, checkpoint=None):
-    """The Inputs of a new run or, with the checkpoint that it begins with, of a branch."""
+    """The Inputs of a new run or, with a checkpoint, of its run or of a branch from it."""
     models = {}
     tokenizer = None
     if checkpoint:
+        models = open_kept_models(flags, checkpoint)
         dataset = reload_data(flags, checkpoint)
-        parents = checkpoint.parents | {"branched_from": checkpoint.id}
+        parents = checkpoint.parents
+        if not continues_run(flags, checkpoint):
+            parents = parents | {"branched_from": checkpoint.id}
     else:
         for flag_name in PRETRAINED_FLAGS:
             name = getattr(flags, flag_name)
@@ -3383,7 +3396,7 @@ def make_run(folder, inputs, contents=None, ranks=None):
 
 
 def check_early(flags, ranks):
-    """Early checks, before anything is downloaded."""
+    """Raises UsageError for what can be refused before anything is downloaded."""
     if flags.batch_size < ranks.size:
         raise UsageError(
             f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
@@ -3406,8 +3419,8 @@ def check_early(flags, ranks):
 def continues_run(flags, checkpoint):
     """Whether a command goes on with the run of its checkpoint, instead of beginning a branch.
 
-    It does if that is its run's newest checkpoint, and no training flag has another value. What
-    RUN@STEP has computed is part of another run's folder.
+    It does if that is its run's newest checkpoint, and no training flag has another value. One in
+    steps/, which RUN@STEP has computed, never is.
     """
     if not checkpoint.folder.parent.samefile(flags.save_dir):
         return False
@@ -3437,11 +3450,10 @@ def open_run(folder, inputs, chosen_checkpoint, ranks):
         # text, which is loaded by now.
         test_flags = get_values(flags, ["test_text", "eval_test"])
         flags = resolve_flags(flags.explicit, checkpoint.flags | test_flags)
-        models = {}
-        for name in needed_model_flags(flags):
-            models[name] = extra("kept_models").open_kept_model(checkpoint, name)
-        parents = checkpoint.parents if checkpoints else inputs.parents
-        inputs = inputs._replace(flags=flags, models=models, parents=parents)
+        inputs = inputs._replace(flags=flags)
+        if not chosen_checkpoint:  # by now, "latest" may be this run itself
+            models = open_kept_models(flags, checkpoint)
+            inputs = inputs._replace(models=models, parents=checkpoint.parents)
     run = make_run(folder, inputs, contents, ranks)
     if not checkpoints:
         for name in needed_model_flags(run.flags):

@@ -10,10 +10,9 @@ import tempfile
 from pathlib import Path
 
 from datasets import UsageError, progress_bar, sync
-from extras.features.kept_models import open_kept_model
 from main import Inputs, SingleProcess, checkpoints_in, describe_changes, list_versions, make_run
-from main import make_step, needed_model_flags, open_newest, read_code, reload_data, resolve_flags
-from main import sha1_of_code, train_step, write_checkpoint
+from main import make_step, needed_model_flags, open_kept_models, open_newest, read_code
+from main import reload_data, resolve_flags, sha1_of_code, train_step, write_checkpoint
 
 FOLDER = "steps"  # in that of a run
 
@@ -109,6 +108,6 @@ def open_run(folder, flags, checkpoint, kin):
     if checkpoint:
         contents = open_newest([checkpoint], is_named=True)
     dataset = reload_data(flags, kin)
-    models = {name: open_kept_model(kin, name) for name in needed_model_flags(flags)}
+    models = open_kept_models(flags, kin)
     inputs = Inputs(flags, dataset, models, kin.parents, read_code(vars(flags)))
     return make_run(folder, inputs, contents)
