@@ -1426,9 +1426,10 @@ def alias_running_module(path):
 
 
 def import_fast(name, path):
-    """Imports extras/features/fast.py, or returns None without that file; name, path: main.py's.
+    """Imports extras/features/fast.py; returns it, or None without that file, and its FastVersions.
 
-    It has to choose a BLAS before MLX loads one, so call this before MLX is imported.
+    It has to choose a BLAS before MLX loads one, so call this before MLX is imported. name, path:
+    main.py's.
     """
     home = os.path.dirname(os.path.realpath(path))
     if name == "__main__":
@@ -1446,7 +1447,7 @@ def import_fast(name, path):
 
         if tuple(map(int, re.findall(r"\d+", mx.__version__)[:3])) < (0, 32, 4):
             raise ImportError(f"MLX>=0.32.4 is needed, not {mx.__version__}")
-    return fast
+    return fast, FastVersions(fast, path)
 
 
 class FastVersions:

@@ -47,9 +47,9 @@ sys.path.insert(0, str(HERE))  # the folder of datasets.py
 
 import datasets
 
-# extras/features/fast.py, or None. It comes before MLX: the BLAS that is loaded first serves both.
-fast = datasets.import_fast(__name__, __file__)
-fast_version = datasets.FastVersions(fast, __file__)
+# extras/features/fast.py, or None, and a decorator. They come before MLX, which takes the BLAS that
+# is loaded first.
+fast, fast_version = datasets.import_fast(__name__, __file__)
 
 import mlx.core as mx
 import mlx.nn as nn
