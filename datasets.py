@@ -676,6 +676,13 @@ SPLIT_NAME = re.compile(
     r"(?:^|[/.])(train|valid|validation|val|dev|test)(?=(?:-\d+-of-\d+)?(?:\.[^/]*)?$|/)"
 )
 
+
+def named_split(name):
+    """The split that the name of a file tells, see find_files; None if it tells none."""
+    for split in SPLIT_NAME.findall(name.lower())[-1:]:
+        return split if split in SPLITS else "valid"  # or val, dev, validation
+
+
 LFS = b"version https://git-lfs"  # the first bytes of what git leaves in place of a large file
 # The first bytes of files that are not plain text -> what they are, and the remedy.
 NO_TEXT = {
@@ -719,13 +726,13 @@ def set_aside(files):
     named = split_by_names(files["train"])
     files = named | files
     held_out = set().union(*named.values(), files.get("valid", ()), files.get("test", ()))
-    left_out = [name for real, (_, name) in files["train"].items() if real in held_out]
+    left_out = [name for key, (_, name) in files["train"].items() if key in held_out]
     if len(left_out) == len(files["train"]) > 0:
         print("Training on text that is for validation or testing: there is no other.")
     elif left_out:
         print(f"Not training on what is for validation or testing: {first_names(left_out)}")
-        for real in held_out:
-            files["train"].pop(real, None)
+        for key in held_out:
+            files["train"].pop(key, None)
     say_what_is_read(files["train"])
     return files
 
@@ -733,7 +740,7 @@ def set_aside(files):
 def first_names(names):
     """The first five names of a list, and how many more there are."""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return ", ".join(name.lstrip("/") for name in names[:5]) + more
+    return printable(" ".join(", ".join(name.lstrip("/") for name in names[:5]).split())) + more
 
 
 def say_what_is_read(files):
@@ -752,15 +759,19 @@ def say_what_is_read(files):
 
 
 def find_files(paths, program_folders):
-    """{real path: (path, name)} of the texts that `paths` (files, folders, globs) match.
+    """{(device, inode): (path, name)} of the texts that `paths` (files, folders, globs) match.
 
-    The name is the path below a folder in `paths`, or from the name of a file or match on.
+    The name is what follows the parent folder of a path, or of the first wildcard in it. Of a
+    file's several names, by links, one that tells a split counts.
     """
     found = {}
     for path in paths:
         for file, name in find_text_files(path, program_folders):
-            if os.path.getsize(file) > 0:
-                found.setdefault(file.resolve(), (file, name))
+            status = os.stat(file)
+            key = (status.st_dev, status.st_ino)
+            is_used = status.st_size > 0 or named_split(name) == "train"
+            if is_used and (key not in found or named_split(name)):
+                found[key] = (file, name)
     if not found:
         raise UsageError(
             f"there is no text in {', '.join(paths)}: give other files "
@@ -774,31 +785,33 @@ def find_text_files(path, program_folders):
 
     Files that are no text, or cannot be read, are left out with a message. Hidden files do not
     count, nor do those in `program_folders` (resolved paths, where this program keeps its files)
-    unless `path` itself lies there. Links to folders are followed, but each folder is read once.
-    Raises UsageError if nothing matches, or if no match is text (of the last one then).
+    unless `path` itself lies there. Links to folders are followed, but not to one above.
+    Raises UsageError if nothing matches, or if no match is text, or none of those named for
+    training (of the last one then).
     """
     program_folders = set(program_folders).difference(Path(os.path.realpath(path)).parents)
-    queue = [(Path(path), "")]  # a folder's own name tells no split
+    queue = [(Path(path), Path(path).name, ())]  # path, name, real paths of the folders above
     if not os.path.exists(path):
+        base = os.path.dirname(re.split("[*?[]", path)[0])
         matches = map(Path, sorted(glob.glob(path, recursive=True)))
-        queue = [(match, match.name) for match in matches]
+        queue = [(match, os.path.relpath(match, base or "."), ()) for match in matches]
     if not queue:
         raise UsageError(
             f"{path}: no such file, folder or pattern; "
             "give a text's path (if a run needs this one, put it back)"
         )
     files = {}  # path -> name
-    seen = set()  # real paths of folders
-    for entry, name in queue:  # which grows by what the folders in it hold
+    for entry, name, above in queue:  # which grows by what the folders in it hold
         real = Path(os.path.realpath(entry))
-        if real in seen or program_folders.intersection([real, *real.parents]):
+        if real in above or program_folders.intersection([real, *real.parents]):
             continue
         if entry.is_dir() and os.access(entry, os.R_OK | os.X_OK):
-            seen.add(real)
-            if not any(entry.glob("*.metadata")):  # a run's files are not text
-                queue += [(below, f"{name}/{below.name}") for below in sorted(entry.glob("[!.]*"))]
+            if not any(entry.glob("[0-9a-f]" * 40 + ".metadata")):  # a run's files are not text
+                for below in sorted(entry.glob("[!.]*")):
+                    queue.append((below, f"{name}/{below.name}", (*above, real)))
         elif entry.exists():
-            files[entry] = name or entry.name
+            files[entry] = name
+    splits = {*map(named_split, files.values())}
     left_out = Counter()  # suffix -> bytes
     for file in sorted(files):
         try:
@@ -807,7 +820,8 @@ def find_text_files(path, program_folders):
             reason = error
             del files[file]
             left_out[file.suffix or file.name] += file.stat().st_size
-    if left_out and not files:
+    is_train_left = "train" not in splits or "train" in map(named_split, files.values())
+    if left_out and not (files and is_train_left):
         raise reason
     if left_out:
         what = f"{left_out.total():,} bytes in files that are no readable UTF-8 text"
@@ -863,11 +877,9 @@ def split_by_names(files):
     files: see find_files.
     """
     found = {}
-    for real, (path, name) in files.items():
-        for split in SPLIT_NAME.findall(name.lower())[-1:]:
-            if split not in SPLITS:
-                split = "valid"  # or val, dev, validation
-            found.setdefault(split, {})[real] = (path, name)
+    for key, (path, name) in files.items():
+        found.setdefault(named_split(name), {})[key] = (path, name)
+    found.pop(None, None)
     return found if found.pop("train", None) else {}
 
 
@@ -921,14 +933,15 @@ def hold_out(sources, valid_fraction):
 # The blocks of a text must give the same tokens as the whole. Cut after a line end, else before a
 # single space: GPT-2's BPE joins a space to the next word (a few imported tokenizers differ). If
 # there is neither, as in Chinese with blank lines, cut before the last of several spaces, which
-# GPT-2's BPE encodes separately. Do not cut before "<", with which END begins.
+# GPT-2's BPE encodes separately. Do not cut before "<", with which END begins, nor before four
+# controls that only Python takes for spaces.
 #
 # The pattern matches up to the last such cut. (Its first line seeks a \n and only then looks around
 # it. This is quick even in Penn Treebank, where no \n matches, as all have spaces around them.)
 UP_TO_A_CUT = re.compile(
     r".*\n(?<=\S\n)(?=\S)"  # after a line end
-    r"|.*\S(?=\s[^\s<])"  # else before a single space
-    r"|.*\s(?=\s[^\s<])",  # else before the last of several
+    r"|.*\S(?=[^\S\x1c-\x1f][^\s<])"  # else before a single space
+    r"|.*\s(?=[^\S\x1c-\x1f][^\s<])",  # else before the last of several
     re.DOTALL,
 )
 
@@ -995,7 +1008,7 @@ def cut_into_blocks(pieces):
         if found:
             end = found.end()
         elif len(rest) > 16 * BLOCK_SIZE:  # memory must stay bounded even if the text is one word
-            end = len(rest)
+            end = rest.rfind("\n") + 1 or len(rest)
         if end > 0:
             yield rest[:end], previous
             previous = rest[end - 1]

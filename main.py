@@ -2835,8 +2835,7 @@ def describe_changes(old, new, prefix=""):
 
 def split_name(text):
     """A flag's type: a split, by our name or another program's."""
-    others = {"validation": "valid", "val": "valid", "dev": "valid"}
-    return one_of(datasets.SPLITS)(others.get(text, text))
+    return one_of(datasets.SPLITS)(datasets.named_split(text) or text)
 
 
 PRESETS = {
@@ -3256,6 +3255,11 @@ def flags_from_pretrained(models, flags):
         elif is_foreign(flags.init_from):
             values["context_size"] = min(config.context_size, MAX_IMPORTED_CONTEXT)
     refuse_conflict(flags, values, "--init_from" if flags.init_from else "--teacher")
+    context_size = values.get("context_size", flags.context_size)
+    for name, loaded in models.items():
+        limit = loaded.model.config.context_size  # perhaps that of a sliding window
+        if is_foreign(getattr(flags, name)) and context_size > limit:
+            raise UsageError(f"--{name} reads at most {limit} tokens: give --context_size {limit}")
     return values
 
 
@@ -3401,11 +3405,6 @@ def check_early(flags, ranks):
         raise UsageError(
             f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
             "row: give a larger one"
-        )
-    if flags.max_tokens > 10**5 and flags.sample_tokens is None:
-        raise UsageError(
-            f"--max_tokens {flags.max_tokens} is the length of a sample here: --train_tokens "
-            "limits the text, and --num_iters counts steps"
         )
     with contextlib.suppress(OSError):
         if Path(__file__).read_text("utf-8") != LOADED_SOURCES["main.py"]:

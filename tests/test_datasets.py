@@ -575,6 +575,61 @@ def test_files_that_are_splits_by_their_names(names, tmp_path):
     assert "test" not in texts_of(tmp_path, folder), "no file is for training by its name"
 
 
+PATHS = ["c", "c/*", "c/train c/valid", "c/*/*", "c/**/*.txt", "c/valid c"]
+
+
+@pytest.mark.parametrize("paths", PATHS)
+def test_splits_however_they_are_named(paths, tmp_path):
+    """By their folder, by a pattern, or by the paths that a shell makes of one."""
+    for split in ("train", "valid"):
+        folder = tmp_path / "c" / split
+        folder.mkdir(parents=True)
+        (folder / "a.txt").write_text(split)
+    found = [tmp_path / path for path in paths.split()]
+    assert texts_of(tmp_path, *found) == {"train": "train", "valid": "valid"}
+
+
+def link_to_file(folder):
+    (folder / "latest.txt").symlink_to("valid/a.txt")
+
+
+def link_to_folder(folder):
+    (folder / "current").symlink_to("valid")
+
+
+def hard_link(folder):
+    (folder / "all.txt").hardlink_to(folder / "valid" / "a.txt")
+
+
+def links_of_a_hub(folder):
+    for path in folder.glob("*/a.txt"):
+        blob = folder / "blobs" / path.parent.name[::-1]
+        blob.parent.mkdir(exist_ok=True)
+        path.rename(blob)
+        path.symlink_to(blob)
+
+
+@pytest.mark.parametrize("link", [link_to_file, link_to_folder, hard_link, links_of_a_hub])
+def test_no_link_takes_a_text_into_training(link, tmp_path):
+    folder = tmp_path / "c"
+    for split in ("train", "valid"):
+        (folder / split).mkdir(parents=True)
+        (folder / split / "a.txt").write_text(split)
+    link(folder)
+    assert texts_of(tmp_path, folder) == {"train": "train", "valid": "valid"}
+
+
+@pytest.mark.parametrize("content", [b"", b"na\xefve", b"\x1f\x8b"])
+def test_no_split_stands_for_one_that_cannot_be_used(content, tmp_path):
+    folder = tmp_path / "c"
+    folder.mkdir()
+    (folder / "train.txt").write_bytes(content)
+    for split in ("valid", "test"):
+        (folder / f"{split}.txt").write_text(f"{split}\n" * 9)
+    with pytest.raises(UsageError, match="train.txt is |no text is left for training"):
+        texts_of(tmp_path, folder)
+
+
 def test_files_held_out_by_their_names_beside_others(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()

@@ -160,7 +160,6 @@ MISTAKES = [
     # Values that do not fit each other
     ("--text text.txt --dim 30 --num_heads 2", "--dim 30 is not a multiple", "try 32"),
     ("--text text.txt --lora_rank 4", "--lora_rank trains adapters", "name it by --init_from"),
-    ("--text text.txt --max_tokens 2000000", "is the length of a sample", "--train_tokens limits"),
     ("--valid_text text.txt", "--dataset text and --valid_text go with --text", "your files"),
     ("--list --inference", "--inference", "not allowed with argument --list"),
     ("--identifier latest --new_model", "--identifier resumes a run", "use only one"),
