@@ -143,16 +143,18 @@ class Teacher:
         self.url = url
         self.model = model
         self.retry_after = 0  # seconds that the server has asked to wait
-        if not ADDRESS.fullmatch(url):
-            raise UsageError(
-                "--distill_from: give an address like http://localhost:8000/v1; the key comes from "
-                "TEACHER_API_KEY"
-            )
+        remedy = "an address like http://localhost:8000/v1; the key comes from TEACHER_API_KEY"
+        with explain_errors(f"--distill_from: give {remedy}", ValueError):
+            parts = urlsplit(url)
+            if not ADDRESS.fullmatch(url) or parts.port == 0:  # `port` raises ValueError, too
+                raise ValueError("it is no such address")
         key = os.environ.get("TEACHER_API_KEY", "")
-        if urlsplit(url).hostname == "api.groq.com":
+        if parts.hostname == "api.groq.com":
             key = key or os.environ.get("GROQ_API_KEY", "")
         # No header can hold a line end, with which a file of a key may end.
         self.key = "".join(key.split())
+        if not self.key.isascii():
+            raise UsageError("TEACHER_API_KEY has characters that no key has: copy it again")
 
     def answer(self, prompt):
         """The answer to a prompt, in three tries."""
@@ -193,7 +195,8 @@ class Teacher:
                 f"{self.url} {fault} (status {response.status_code}): set TEACHER_API_KEY"
             )
         if response.status_code != 200:
-            raise ValueError(f"status {response.status_code}: {response.text}")
+            reason = response.content.decode("utf-8", "replace")
+            raise ValueError(f"status {response.status_code}: {reason}")
         text = response.json()["choices"][0]["message"]["content"]
         if not isinstance(text, str) or not text.strip():  # one may think up to its limit
             raise ValueError("the answer has no text: ask another model, or leave the prompt out")

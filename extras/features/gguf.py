@@ -105,7 +105,11 @@ def tokenizer_content(tokenizer):
     cut = content["pre_tokenizer"] or {}
     wanted = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     is_cut_so = wanted.items() <= cut.items()
-    is_like_gpt2 = is_cut_so and content["model"]["type"] == "BPE" and not content["normalizer"]
+    model = content["model"]
+    is_plain = not content["normalizer"] and len(tokenizer.bos) < 2
+    for name in ("ignore_merges", "end_of_word_suffix"):  # which GGUF has no fields for
+        is_plain = is_plain and not model.get(name)
+    is_like_gpt2 = is_cut_so and model["type"] == "BPE" and is_plain
     if not is_like_gpt2 and tokenizer.kind != "byte":
         raise UsageError(
             f"llama.cpp has no {tokenizer.kind} tokenizer that splits text like this one: train "

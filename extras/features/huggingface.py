@@ -219,6 +219,8 @@ def read_config(folder):
 
     for ours, theirs in THEIR_NAMES.items():
         fields[ours] = settings.get(theirs)
+        if fields[ours] is None and ours not in ("num_kv_heads", "head_dim"):
+            raise UsageError(f"its config.json lacks {theirs}: add it")
     fields["untie"] = not entries.get("tie_word_embeddings")
     if fields["num_kv_heads"] is None:
         fields["num_kv_heads"] = fields["num_heads"]
@@ -227,6 +229,8 @@ def read_config(folder):
         # Within its window, it computes what a Llama does.
         fields["context_size"] = min(fields["context_size"], window)
     fields["rope_theta"] = float(fields["rope_theta"])  # JSON may have an int
+    if fields["rope_theta"] < 1:
+        raise UsageError(f"it has rope_theta {fields['rope_theta']:g}, which is below 1")
     if rope_type == "llama3":
         context = {"original_max_position_embeddings": entries["max_position_embeddings"]}
         # That one counts where it stands next to RoPE's settings, too.
@@ -234,6 +238,8 @@ def read_config(folder):
         fields["rope_scaling"] = [scaling.get(name) for name in THEIR_ROPE_SCALING]
         if None in fields["rope_scaling"]:
             raise UsageError(f"it has RoPE of type llama3 without all of {THEIR_ROPE_SCALING}")
+        if min(fields["rope_scaling"]) <= 0:
+            raise UsageError(f"it has RoPE with {fields['rope_scaling']}, not all above 0")
     return from_untrusted(Config, fields)
 
 
@@ -319,6 +325,8 @@ def model_files(folder):
     if (folder / INDEX_FILE).exists() and not (folder / weights[0]).exists():
         index = json.loads(read_whole(folder / INDEX_FILE))
         weights = sorted(set(index["weight_map"].values()))
+        if any("/" in name for name in weights):
+            raise UsageError("its index names weights in other folders: put all files into one")
     texts = [name for name in TEXT_FILES if (folder / name).exists()]
     return [find_file(folder, name) for name in weights + texts]
 

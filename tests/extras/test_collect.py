@@ -130,6 +130,12 @@ def test_a_refused_key_is_not_sent_again(collect, status, key, fault):
     assert len(server.asked) == 1
 
 
+def test_a_key_that_no_header_can_hold(collect):
+    with serve() as server:
+        _, err = collect(server.url, key="kéy", status=2)
+    assert "TEACHER_API_KEY has characters that no key has" in err and not server.asked
+
+
 def test_prompts_from_a_text(tmp_path, text):
     """Beginnings of its lines, whole words, without a file of prompts."""
     with serve() as server:
@@ -217,6 +223,8 @@ def test_a_corpus_of_somebody_else_stays(tmp_path, collect):
 @pytest.mark.parametrize("more, said", [
     (["--distill_from", "localhost:8000"], "give an address like http://localhost:8000/v1"),
     (["--distill_from", "http://user:word@x/v1"], "the key comes from TEACHER_API_KEY"),
+    (["--distill_from", "http://[::1/v1"], "give an address like http://localhost:8000/v1"),
+    (["--distill_from", "http://127.0.0.1:99999/v1"], "Port out of range"),
     (["--teacher_prompts", "none.txt"], "none.txt must be a UTF-8 file"),
     (["--teacher_prompts", "bad.jsonl"], "bad.jsonl must be a UTF-8 file or, if it is named"),
     (["--output", "prompts.txt"], "cannot write to --output prompts.txt"),

@@ -16,6 +16,7 @@ gguf = pytest.importorskip("gguf")
 TEXT = "the cat <unk> sat\non the  mat — né 😀\n\nx\ty\u3000z\r\n1234\n"
 BPE = PackageTokenizer.train([TEXT] * 20, 300)
 CONTENT = json.loads(BPE.vocabulary)
+WHOLE_WORDS = CONTENT["model"] | {"ignore_merges": True}  # as Llama 3's
 # Some names as files for llama.cpp have them, beside the package's own map.
 NAMES = {
     "model.embed_tokens.weight": "token_embd",
@@ -139,6 +140,8 @@ def test_added_tokens_that_are_not_special(tmp_path):
 @pytest.mark.parametrize("tokenizer, words", [
     (WordTokenizer.train([TEXT]), "llama.cpp has no word tokenizer that .* --tokenizer bpe"),
     (PackageTokenizer(json.dumps(CONTENT | {"pre_tokenizer": None})), "convert_hf_to_gguf.py"),
+    (PackageTokenizer(json.dumps(CONTENT | {"model": WHOLE_WORDS})), "convert_hf_to_gguf.py"),
+    (PackageTokenizer(BPE.vocabulary, bos=[0, 1]), "convert_hf_to_gguf.py"),
 ])  # fmt: skip
 def test_tokenizers_that_llama_cpp_lacks(tokenizer, words, tmp_path):
     with pytest.raises(UsageError, match=words):

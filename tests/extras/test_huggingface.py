@@ -262,6 +262,9 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4665d63f\nsiz
     ("config.json", dict(rope_parameters={"rope_type": "yarn"}), "rope_type yarn"),
     ("config.json", dict(rope_parameters={"full_attention": DEFAULT}), "full_attention"),
     ("config.json", dict(rope_scaling={"type": "llama3"}), "without all of ['factor', "),
+    ("config.json", dict(rope_scaling=LLAMA3 | {"factor": 0}), "not all above 0"),
+    ("config.json", dict(rope_parameters=dict(DEFAULT, rope_theta=0)), "which is below 1"),
+    ("config.json", dict(rms_norm_eps=None), "its config.json lacks rms_norm_eps"),
     ("config.json", dict(quantization_config={"bits": 4}), "quantization_config"),
     ("config.json", dict(hidden_act="gelu"), "hidden_act gelu"),
     ("config.json", dict(num_hidden_layers=3), "Missing 9 parameters: model.layers.2."),
@@ -291,6 +294,22 @@ def test_folders_that_cannot_be_imported(hf, file, content, words):
     assert words in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 350
+
+
+def test_weights_in_other_folders(hf):
+    """A run that keeps them side by side could not open them again."""
+    (hf / "model.safetensors").unlink()
+    (hf / "model.safetensors.index.json").write_text('{"weight_map": {"a": "w/a.safetensors"}}')
+    with pytest.raises(UsageError, match="put all files into one"):
+        import_model(hf)
+
+
+@pytest.mark.parametrize("flag", ["--teacher", "--init_from"])
+def test_no_run_reads_more_than_a_window(hf, tmp_path, text, flag):
+    change(hf, model_type="mistral", sliding_window=20)
+    line = ["--text", text, "--num_iters", 1, "--context_size", 21, flag, hf]
+    _, err = run(*line, "--save_dir", tmp_path, status=2)
+    assert f"{flag} reads at most 20 tokens: give --context_size 20" in err
 
 
 def test_tokens_beyond_the_embeddings(hf):
