@@ -19,10 +19,10 @@ sys.path.insert(0, str(ROOT))
 
 from extras.versus.ledger import NAME, read_results  # noqa: E402
 
-# The README's edit of main.py, and its comparison.
-EDIT = ("return self.momentum * v + (1 - self.momentum) * gradient", "return v")
-COMPARED = "HEAD --tune learning_rate=2e-3,3e-3,4.5e-3,6.5e-3 -- --config first --num_iters 300"
-# Of the text, and of the edited side: GitHub's.
+# The README's comparison.
+SIDES = ["HEAD", "--qk_norm"]
+TUNED = "--tune learning_rate=2e-3,3e-3,4.5e-3,6.5e-3,9e-3 -- --config first --num_iters 300"
+# Of the text, and of the side "after": GitHub's.
 COLORS = {
     "light": ("#1f2328", "#0969da"),
     "dark": ("#e6edf3", "#4493f8"),
@@ -30,15 +30,10 @@ COLORS = {
 
 
 def make(folder):
-    """Compares the edit with the last commit, and writes `folder`/versus/."""
+    """Makes the comparison, and writes `folder`/versus/."""
     folder.mkdir()
-    edited = folder / "edited"
-    subprocess.run(["git", "clone", "-q", str(ROOT), str(edited)], check=True)
-    source = (edited / "main.py").read_text("utf-8")
-    assert source.count(EDIT[0]) == 1
-    (edited / "main.py").write_text(source.replace(*EDIT), "utf-8")
-    line = [sys.executable, "-m", "extras.versus", *COMPARED.split()]
-    subprocess.run([*line, "--save_dir", str(folder)], cwd=edited, check=True)
+    line = [sys.executable, "-m", "extras.versus", *SIDES, *TUNED.split()]
+    subprocess.run([*line, "--save_dir", str(folder)], cwd=ROOT, check=True)
 
 
 def draw(folder):
@@ -63,13 +58,13 @@ def style_of(text):
 
 
 def draw_comparison(axis, result, text, blue):
-    """The losses of each seed without and with the edit, and the verdict."""
+    """The losses of each seed without and with the flag, and the verdict."""
     before = result["scores_before"]
     after = result["scores_after"]
     seeds = range(len(before))
     axis.vlines(seeds, before, after, color=blue, alpha=0.5)
-    axis.plot(seeds, before, "o", color=text, ms=8, label="before: with it")
-    axis.plot(seeds, after, "o", color=blue, ms=8, label="after: without it")
+    axis.plot(seeds, before, "o", color=text, ms=8, label="before: without it")
+    axis.plot(seeds, after, "o", color=blue, ms=8, label="after: with it")
     verdict, _, _ = result["verdict"].partition(",")
     title = (
         f"mean difference {result['difference']:+.3f}\n"
@@ -80,7 +75,8 @@ def draw_comparison(axis, result, text, blue):
     axis.set_xticks(seeds, result["seeds"])
     axis.set(xlabel="random seed", ylabel="validation loss in nats\n(lower is better)")
     axis.margins(x=0.15)
-    axis.set_title("Does Muon need Nesterov's momentum?", loc="left", weight="bold")
+    question = "Does it help to normalize queries and keys (--qk_norm)?"
+    axis.set_title(question, loc="left", weight="bold")
 
 
 if __name__ == "__main__":

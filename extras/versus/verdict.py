@@ -12,7 +12,7 @@ VERDICTS = {
     "equal": "Equal within {asked[margin]:g}",
     "not worse": "Not worse by more than {asked[margin]:g}",
     "none": (
-        "No difference seen: {pairs} pairs show a difference of {detectable:.2g} four times in five"
+        "No difference seen: {pairs} pairs would detect one of {detectable:.2g} four times in five"
     ),
     "promising": "Promising, on seeds that were used before",
     "not better": "Not better, on seeds that were used before",

@@ -717,7 +717,7 @@ VERDICTS = [
     (noisy(-0.05), [], "Helped.", 4),
     (noisy(0.05), [], "Hurt.", 4),
     (noisy(-0.012), [], "Helped.", 8),
-    (noisy(0), [], "No difference seen: 6 pairs show a difference of ", 6),
+    (noisy(0), [], "No difference seen: 6 pairs would detect one of ", 6),
     (noisy(-0.05), ["--pairs", 3], "Helped.", 3),
     (noisy(0), ["--margin", 0.02], "Equal within 0.02.", 6),
     (noisy(-0.004), ["--margin", 0.008], "Not worse by more than 0.008.", 12),
