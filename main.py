@@ -3119,9 +3119,9 @@ def refuse_conflict(flags, values, owner):
     """
     for name, value in values.items():
         flag_value = getattr(flags, name)
-        is_path = name in PATH_FLAGS and name not in PRETRAINED_FLAGS
-        is_path = is_path and str(value) not in datasets.TOKENIZERS
-        if name in INIT_FLAGS and name in flags.explicit and flag_value != value and not is_path:
+        is_file = name in ("text", "valid_text", "tokenizer")
+        is_file = is_file and str(value) not in datasets.TOKENIZERS
+        if name in INIT_FLAGS and name in flags.explicit and flag_value != value and not is_file:
             state = "was made without it" if value is None else f"has {value}"
             raise UsageError(
                 f"--{name} {flag_value} contradicts {owner}, which {state}: "
@@ -3246,7 +3246,7 @@ def flags_from_pretrained(models, flags):
             raise UsageError(
                 "--teacher has another tokenizer than --init_from: use a teacher with the same"
             )
-    values = {"tokenizer": tokenizer.kind}
+    values = {"tokenizer": tokenizer.kind, "context_size": flags.context_size}
     if "init_from" in models:
         config = models["init_from"].model.config
         values |= get_values(config, FLAGS["model"])
@@ -3255,10 +3255,9 @@ def flags_from_pretrained(models, flags):
         elif is_foreign(flags.init_from):
             values["context_size"] = min(config.context_size, MAX_IMPORTED_CONTEXT)
     refuse_conflict(flags, values, "--init_from" if flags.init_from else "--teacher")
-    context_size = values.get("context_size", flags.context_size)
     for name, loaded in models.items():
         limit = loaded.model.config.context_size  # perhaps that of a sliding window
-        if is_foreign(getattr(flags, name)) and context_size > limit:
+        if is_foreign(getattr(flags, name)) and values["context_size"] > limit:
             raise UsageError(f"--{name} reads at most {limit} tokens: give --context_size {limit}")
     return values
 
@@ -3435,8 +3434,7 @@ def open_run(folder, inputs, chosen_checkpoint, ranks):
     """
     checkpoints = checkpoints_in(folder, warn=True)  # under the lock, no other process adds one
     if not checkpoints and any(folder.glob("[!.]*.safetensors")):
-        line = f"no checkpoint of {folder.name} can be read: --new_model starts a new run"
-        raise RunError(line)
+        raise RunError(f"no checkpoint of {folder.name} can be read: --new_model starts a new run")
     contents = None
     if checkpoints or chosen_checkpoint:
         # A branch that exists resumes from its own newest undamaged checkpoint: --identifier only
