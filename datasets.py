@@ -3,7 +3,7 @@
     dataset = load_dataset("ptb", "/tmp/lm")  # downloaded once, verified, encoded, memory-mapped
     dataset.tokenizer.decode(dataset.train.tokens[:20])
 
-Everything is streamed, so memory use does not grow with the corpus. Sections: data types,
+Texts are streamed, so memory use hardly grows with the corpus. Sections: data types,
 tokenizers, corpora, the user's own text, streaming encoding, datasets and their cache, downloads.
 
 The last two sections are what main.py and extras/ need, too: errors, hashes of code, files that

@@ -47,8 +47,8 @@ sys.path.insert(0, str(HERE))  # the folder of datasets.py
 
 import datasets
 
-# extras/features/fast.py, or None, and a decorator. They come before MLX, which takes the BLAS that
-# is loaded first.
+# extras/features/fast.py, or None, and a decorator. This must precede the import of MLX, which uses
+# whichever BLAS is loaded by then.
 fast, fast_version = datasets.import_fast(__name__, __file__)
 
 import mlx.core as mx
@@ -449,7 +449,7 @@ class LanguageModel(nn.Module):
     def __call__(self, tokens, caches=None, dropout_masks=None, logits_to_keep=None):
         """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all.
 
-        Only sampling calls it: training and evaluation call `model` and `logits` themselves.
+        Training and evaluation do not call it, but `model` and `logits`: edit these.
         """
         hidden = self.model(tokens, caches, dropout_masks)  # [B, L, D]
         if logits_to_keep is not None:
@@ -459,8 +459,8 @@ class LanguageModel(nn.Module):
     def logits(self, hidden):
         """Logits [B, L, V] float32 of final hidden states [B, L, D].
 
-        The one place for a softcap, a bias or a scale. Until this class is edited, training and
-        evaluation compute the same in fast.py.
+        The one place for a softcap, a bias or a scale. While this class is unedited, fast.py
+        computes the same for training and evaluation, without calling it.
         """
         output_layer = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
         return output_layer(hidden).astype(mx.float32)
@@ -550,8 +550,8 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
-# fast.py computes logits without calling these. Once you edit one of them, the plain loss and
-# metrics run.
+# fast.py computes logits without these. An edit of any of them makes the plain loss and metrics
+# run.
 LOGITS_CODE = [Embedding, LanguageModel, Linear, linear_product]
 
 
@@ -640,7 +640,7 @@ class Muon(optim.Optimizer):
         rows, columns = matrix.shape
         # Outputs of a tall matrix then change as much per step as those of a square one.
         lr = self.learning_rate * max(1, rows / columns) ** 0.5
-        # Like AdamW, decays by AdamW's learning rate (not Muon's) times weight_decay.
+        # As in AdamW, by its learning rate; self.learning_rate is lr_scale times that.
         decay = self.learning_rate * self.weight_decay / self.lr_scale
         return matrix * (1 - decay) - lr * direction
 
@@ -1042,8 +1042,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         # frequent token.
         return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
 
-    # It returns a sum over rows, as parts of a batch are added up. A term that is not one of rows,
-    # like a weight penalty, would count once for each part.
+    # It must return a sum over rows: it is called for parts of a batch, whose results are added up.
+    # A weight penalty here would count once for each part.
     def loss_fn(scale, dropout_rate, inputs, targets, row_keys):
         if casts_weights:
             model.update(tree_map_with_path(to_bfloat16, model.parameters()))  # LoRA's base, too
@@ -1142,8 +1142,8 @@ def train(run, interrupts, ranks):
                 if is_first_after_save:
                     prune_checkpoints(run)
                 reporter.report_step(metrics)
-    # No step follows the last checkpoint. Its validation loss shows that it is good: evaluate_run
-    # raises RunError unless it is finite.
+    # No step follows the last checkpoint to show that it is good, but its validation loss does:
+    # evaluate_run raises RunError unless it is finite.
     if reporter and run.evaluation:
         prune_checkpoints(run)
     if run.is_out_of_patience():
@@ -1189,8 +1189,8 @@ def train_step(run, step_fn):
 def evaluate_run(run, interrupts, ranks, reporter):
     """Evaluates the validation split, unless a signal arrives.
 
-    It scores the first --eval_tokens, but no more than the run trains on between two evaluations,
-    so that short trials need not wait; with 0, all.
+    It scores the first --eval_tokens (0: all), and at most as many as the run trains on between
+    two evaluations, so that short trials need not wait.
 
     The evaluation at the end of --max_minutes is shown and logged, but not recorded: an
     uninterrupted run would have none there. Raises RunError if the loss is not finite.
@@ -1296,7 +1296,7 @@ PROGRESS_FIELDS = [field.name for field in dataclasses.fields(Progress)]
 class Run(Progress):
     """A training run: its model, its data and its progress."""
 
-    folder: Path  # where it is saved, see run_name
+    folder: Path  # where it is saved, see find_folder
     flags: argparse.Namespace
     dataset: datasets.Dataset
     model: LanguageModel
@@ -1376,8 +1376,8 @@ class Run(Progress):
     def is_out_of_patience(self):
         """Whether --patience ends the run, as that many evaluations in a row brought no new best.
 
-        Only evaluations at multiples of `steps_per_eval` count: an extended run has one more, at
-        its old end, and has to stop where a run that was longer from the start would.
+        Only evaluations at multiples of `steps_per_eval` count. An extended run has one more, at
+        its old end, which a run that was longer from the start has not.
         """
         interval = self.flags.steps_per_eval or math.inf
         losses = []
@@ -1505,8 +1505,8 @@ class Decoder:
 
     ids: the text so far, a list; callers may append to it, too, and begin before `generate`.
     Keys and values of what it has read are cached. When the text outgrows the context, its last
-    context_size // 2 tokens are read again. So logits are those of a pass without a cache over
-    the text from `window_start` on.
+    context_size // 2 tokens are read again. So logits equal those of a pass without a cache over
+    ids[window_start:].
     """
 
     def __init__(self, model, ids):
@@ -2886,7 +2886,7 @@ def make_parser():
     """An argparse parser of FLAGS that returns only the flags passed, without defaults."""
     parser = datasets.Parser(
         usage="python main.py [flags]",
-        description=(__doc__ or "").partition("\nTo change what")[0],  # python -OO drops it
+        description="\n\n".join((__doc__ or "").split("\n\n")[:2]),  # python -OO drops it
         epilog="Exit status: 0 done, 1 failed, 2 usage error; 128 + its number after a signal.",
         argument_default=argparse.SUPPRESS,
     )
@@ -3082,22 +3082,22 @@ def resume_command(flags, identifier):
 #                                        checkpoint, or a training flag has another value
 #     --new_model, or no such run yet    a new run
 #
-# If other code trained that run: --identifier goes on with it; flags begin a new run beside it if
-# it is finished; all else is an error.
+# If other code trained that run: --identifier goes on with it. Flags begin a new run beside it if
+# it is finished, else they are an error, as is a command without either.
 #
-# A run's name is its identity: a hash of IDENTITY_FLAGS, of the contents of its texts and models,
-# and of the checkpoint that a branch began from. Its folder is NAME or NAME.2, NAME.3, …
+# A run's name is a hash of IDENTITY_FLAGS, of the contents of its texts and models, and of the
+# checkpoint that a branch began from. Its folder is NAME or NAME.2, NAME.3, …
 
 
 def run_identity(flag_values, sha256, parents):
-    """What tells runs apart, {name: value}: texts and models count by content, not by path.
+    """What a run's name is made of, {name: value}: texts and models by content, not by path.
 
     flag_values: {name: value}; sha256: see datasets.Dataset; parents: see Checkpoint.
     """
     identity = {name: flag_values[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
     identity |= sha256 | parents
     for name in PRETRAINED_FLAGS:
-        # These words will soon name this run's own checkpoints, so the word itself counts.
+        # These words name this run's own checkpoints once it has saved: so the word counts.
         if flag_values[name] in ("latest", "best"):
             identity[name] = flag_values[name]
     return identity
