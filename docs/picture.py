@@ -1,12 +1,13 @@
-"""Makes the README's picture: runs the comparison, and draws it for light and dark pages.
+"""Makes the README's picture: runs two comparisons, and draws them for light and dark pages.
 
-    python docs/picture.py make FOLDER      some 12 minutes on two cores
+    python docs/picture.py make FOLDER      some 20 minutes on two cores
     python docs/picture.py draw FOLDER
 
 All that is drawn comes from the record in FOLDER, as extras.versus has written it.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +20,10 @@ sys.path.insert(0, str(ROOT))
 
 from extras.versus.ledger import NAME, read_results  # noqa: E402
 
-# The README's comparison.
+# The README's comparisons: a flag at the recipe's learning rate, and each side at its best one.
 SIDES = ["HEAD", "--qk_norm"]
-TUNED = "--tune learning_rate=2e-3,3e-3,4.5e-3,6.5e-3,9e-3 -- --config first --num_iters 300"
+TUNE = ["--tune", "learning_rate=3e-3,4.5e-3,6.5e-3,9e-3"]
+RECIPE = ["--", "--config", "first", "--num_iters", "300"]
 # Of the text, and of the side "after": GitHub's.
 COLORS = {
     "light": ("#1f2328", "#0969da"),
@@ -30,19 +32,26 @@ COLORS = {
 
 
 def make(folder):
-    """Makes the comparison, and writes `folder`/versus/."""
+    """Makes the comparisons, and writes `folder`/versus/."""
     folder.mkdir()
-    line = [sys.executable, "-m", "extras.versus", *SIDES, *TUNED.split()]
-    subprocess.run([*line, "--save_dir", str(folder)], cwd=ROOT, check=True)
+    for tune in ([], TUNE):
+        line = [sys.executable, "-m", "extras.versus", *SIDES, *tune, *RECIPE]
+        subprocess.run([*line, "--save_dir", str(folder)], cwd=ROOT, check=True)
 
 
 def draw(folder):
     """Writes verdict-light.svg and verdict-dark.svg beside this file."""
-    [result] = read_results(folder / "versus" / NAME)
+    plain, tuned = read_results(folder / "versus" / NAME)
+    question = "Does it help to normalize queries and keys (--qk_norm)?"
     for mode, (text, blue) in COLORS.items():
         with matplotlib.rc_context(style_of(text)):
-            figure = Figure(figsize=(7, 3.2), layout="constrained")
-            draw_comparison(figure.subplots(), result, text, blue)
+            figure = Figure(figsize=(7.5, 3.9), layout="constrained")
+            figure.suptitle(question, weight="bold")
+            left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+            draw_comparison(left, plain, "both at a learning rate of 3e-3", text, blue)
+            draw_comparison(right, tuned, "each at its best of four", text, blue)
+            left.set_ylabel("validation loss in nats\n(lower is better)")
+            figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
             path = Path(__file__).with_name(f"verdict-{mode}.svg")
             # Without the date, an unchanged picture is an unchanged file.
             figure.savefig(path, transparent=True, metadata={"Date": None})
@@ -57,26 +66,21 @@ def style_of(text):
     return style
 
 
-def draw_comparison(axis, result, text, blue):
+def draw_comparison(axis, result, rates, text, blue):
     """The losses of each seed without and with the flag, and the verdict."""
     before = result["scores_before"]
     after = result["scores_after"]
     seeds = range(len(before))
     axis.vlines(seeds, before, after, color=blue, alpha=0.5)
-    axis.plot(seeds, before, "o", color=text, ms=8, label="before: without it")
-    axis.plot(seeds, after, "o", color=blue, ms=8, label="after: with it")
-    verdict, _, _ = result["verdict"].partition(",")
-    title = (
-        f"mean difference {result['difference']:+.3f}\n"
-        f"95 % interval {result['low']:+.3f} to {result['high']:+.3f}\n"
-        f"verdict: {verdict}\n"
-    )
-    axis.legend(title=title, fontsize=11, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.plot(seeds, before, "o", color=text, ms=7, label="before: without it")
+    axis.plot(seeds, after, "o", color=blue, ms=7, label="after: with it")
+    verdict = re.split("[,:]", result["verdict"])[0]
+    interval = f"95 % interval {result['low']:+.3f} to {result['high']:+.3f}"
+    title = f"{rates}:\n{verdict}, {result['difference']:+.3f}\n{interval}"
+    axis.set_title(title, fontsize=11)
     axis.set_xticks(seeds, result["seeds"])
-    axis.set(xlabel="random seed", ylabel="validation loss in nats\n(lower is better)")
+    axis.set(xlabel="random seed")
     axis.margins(x=0.15)
-    question = "Does it help to normalize queries and keys (--qk_norm)?"
-    axis.set_title(question, loc="left", weight="bold")
 
 
 if __name__ == "__main__":

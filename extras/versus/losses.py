@@ -54,7 +54,8 @@ def main(arguments):
     print(*describe_numbers(result), sep="\n")
     if len(pairs) < len(rows):
         print(f"Rows after the {len(pairs)} pairs of this verdict do not count.")
-    print(f"{VERDICTS[outcome].format(**result, pairs=len(pairs))}, if these losses are right.")
+    verdict = VERDICTS[outcome].format(**result, pairs=len(pairs))
+    print(f"{verdict}, if these losses are right and both sides are tuned.")
 
 
 def read_rows(path):

@@ -5,6 +5,7 @@ import pytest
 from datasets import UsageError
 from extras.versus import losses
 
+CONDITIONS = "if these losses are right and both sides are tuned."
 ROWS = ["1,3.0,2.9", "2,3.1,2.8", "3,3.2,3.0", "4,3.0,2.8"]  # differences of -0.1, -0.3, -0.2, -0.2
 
 
@@ -21,22 +22,23 @@ def file(tmp_path):
 def test_the_interval_with_a_number_of_pairs_is_students(file, capsys):
     judge(file, ROWS, "--pairs", "4")
     # A mean of -0.2 with a standard error of 0.0816 / 2; t is 3.182 with three degrees of freedom.
-    *_, numbers, verdict = capsys.readouterr().out.splitlines()
-    assert numbers.startswith("mean difference -0.2000 in loss, 95 % interval -0.3299 to -0.0701;")
-    assert verdict == "Helped, if these losses are right."
+    *_, numbers, signs, verdict = capsys.readouterr().out.splitlines()
+    assert numbers == "mean difference -0.2000 in loss, 95 % interval -0.3299 to -0.0701"
+    assert signs.startswith("4 of 4 pairs agree in sign; correlation of the sides ")
+    assert verdict == f"Helped, {CONDITIONS}"
 
 
 def test_a_race_is_wider_and_ends_with_its_first_outcome(file, capsys):
     judge(file, [*ROWS, "5,3.0,9.0"])
-    *_, numbers, _, rest, verdict = capsys.readouterr().out.splitlines()
-    assert "interval -0.3980 to -0.0020;" in numbers  # 4.85 standard errors
+    *_, numbers, _, _, rest, verdict = capsys.readouterr().out.splitlines()
+    assert numbers.endswith("interval -0.3980 to -0.0020")  # 4.85 standard errors
     assert rest == "Rows after the 4 pairs of this verdict do not count."
-    assert verdict == "Helped, if these losses are right."
+    assert verdict == f"Helped, {CONDITIONS}"
 
 
 def test_the_other_sign_hurts(file, capsys):
     judge(file, ["1,2.9,3.0", "2,2.8,3.1", "3,3.0,3.2", "4,2.8,3.0"])
-    assert capsys.readouterr().out.endswith("Hurt, if these losses are right.\n")
+    assert capsys.readouterr().out.endswith(f"Hurt, {CONDITIONS}\n")
 
 
 def test_a_race_that_goes_on(file, capsys):
