@@ -13,7 +13,7 @@ from conftest import ROOT, TEXT, TINY, run, run_extra, run_folder
 README = (ROOT / "README.md").read_text()
 OF_EXTRAS = (ROOT / "extras" / "README.md").read_text()
 TUTORIAL = (ROOT / "docs" / "tutorial.md").read_text()
-PAGES = README + OF_EXTRAS + TUTORIAL
+PAGES = README + OF_EXTRAS + TUTORIAL + (ROOT / "docs" / "training.md").read_text()
 
 
 def read_commands():

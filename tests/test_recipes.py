@@ -5,7 +5,8 @@ import re
 import pytest
 from conftest import ROOT, TINY, newest, run
 
-README = (ROOT / "README.md").read_text() + (ROOT / "extras" / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "extras" / "README.md"]
+README = "".join(page.read_text() for page in PAGES)
 RECIPES = {path.stem: path.read_text() for path in (ROOT / "extras" / "recipes").glob("*.yaml")}
 
 
