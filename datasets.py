@@ -679,8 +679,10 @@ SPLIT_NAME = re.compile(
 
 def named_split(name):
     """The split that the name of a file tells, see find_files; None if it tells none."""
-    for split in SPLIT_NAME.findall(name.lower())[-1:]:
-        return split if split in SPLITS else "valid"  # or val, dev, validation
+    found = SPLIT_NAME.findall(name.lower())
+    if not found:
+        return None
+    return found[-1] if found[-1] in SPLITS else "valid"  # or val, dev, validation
 
 
 LFS = b"version https://git-lfs"  # the first bytes of what git leaves in place of a large file
@@ -786,8 +788,8 @@ def find_text_files(path, program_folders):
     Files that are no text, or cannot be read, are left out with a message. Hidden files do not
     count, nor do those in `program_folders` (resolved paths, where this program keeps its files)
     unless `path` itself lies there. Links to folders are followed, but not to one above.
-    Raises UsageError if nothing matches, or if no match is text, or none of those named for
-    training (of the last one then).
+    Raises UsageError if nothing matches, if no match is text, or if none of those named for
+    training is, and others are named for validation or testing (of the last one then).
     """
     program_folders = set(program_folders).difference(Path(os.path.realpath(path)).parents)
     queue = [(Path(path), Path(path).name, ())]  # path, name, real paths of the folders above
@@ -820,8 +822,10 @@ def find_text_files(path, program_folders):
             reason = error
             del files[file]
             left_out[file.suffix or file.name] += file.stat().st_size
-    is_train_left = "train" not in splits or "train" in map(named_split, files.values())
-    if left_out and not (files and is_train_left):
+    splits_left = {*map(named_split, files.values())}
+    # Otherwise, text for validation or testing would be trained on.
+    is_train_lost = "train" in splits - splits_left and splits_left & {"valid", "test"}
+    if left_out and (not files or is_train_lost):
         raise reason
     if left_out:
         what = f"{left_out.total():,} bytes in files that are no readable UTF-8 text"

@@ -2835,7 +2835,8 @@ def describe_changes(old, new, prefix=""):
 
 def split_name(text):
     """A flag's type: a split, by our name or another program's."""
-    return one_of(datasets.SPLITS)(datasets.named_split(text) or text)
+    others = {"validation": "valid", "val": "valid", "dev": "valid"}
+    return one_of(datasets.SPLITS)(others.get(text, text))
 
 
 PRESETS = {
@@ -3250,7 +3251,7 @@ def flags_from_pretrained(models, flags):
     if "init_from" in models:
         config = models["init_from"].model.config
         values |= get_values(config, FLAGS["model"])
-        if "context_size" in flags.explicit:  # RoPE works with any
+        if "context_size" in flags.explicit:
             values["context_size"] = flags.context_size
         elif is_foreign(flags.init_from):
             values["context_size"] = min(config.context_size, MAX_IMPORTED_CONTEXT)

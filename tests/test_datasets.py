@@ -630,6 +630,15 @@ def test_no_split_stands_for_one_that_cannot_be_used(content, tmp_path):
         texts_of(tmp_path, folder)
 
 
+def test_a_picture_of_a_train_is_no_split(tmp_path):
+    """Where nothing is named for validation or testing, it is left out as any other."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "train.png").write_bytes(b"\x89PNG\r\n\0")
+    (folder / "a.txt").write_text("notes\n" * 20)
+    assert "notes" in texts_of(tmp_path, folder)["train"]
+
+
 def test_files_held_out_by_their_names_beside_others(tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()

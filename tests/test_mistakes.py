@@ -153,6 +153,7 @@ MISTAKES = [
     ("--dim 1000000", "--dim: must be at least 1 and at most 65536", "not 1000000"),
     ("--dropout 1", "--dropout: must be at least 0 and at most 0.9", "not 1"),
     ("--mlp nonsense", "--mlp: must be one of relu2, gelu, swiglu", "not nonsense"),
+    ("--evaluate test.txt", "--evaluate: must be one of train, valid, test", "not test.txt"),
     ("--quantize int3", "--quantize: must be one of 4, 8, 16", "not 3"),
     ("--report_to board", "--report_to: must be one of tensorboard, wandb", "not board"),
     ("--identifier ''", "--identifier: is empty", "leave it out"),
