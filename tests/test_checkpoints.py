@@ -205,7 +205,7 @@ def test_a_name_of_an_array_takes_no_memory(part, folder):
     contents = newest(folder).open()
     array = {"weights.model.layers.1000000.x": mx.array([1.0])}
     forged = contents._replace(**{part: getattr(contents, part) | array})
-    flags = main.resolve_flags({}, contents.checkpoint.flags)
+    flags = main.resolve_flags({"save_dir": folder.parent}, contents.checkpoint.flags)
     inputs = main.load_inputs(flags, contents.checkpoint)
     tracemalloc.start()
     try:
