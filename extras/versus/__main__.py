@@ -5,7 +5,7 @@
     python -m extras.versus "--dropout 0.1" -- --config first  flags against none
     python -m extras.versus HEAD --tune dropout=0,0.1 -- --config first   each at its best
     python -m extras.versus --list                             what was compared so far
-    python -m extras.versus.losses pairs.csv                   losses of any other program
+    python -m extras.versus.losses runs.csv                    losses of any other program
 
 After -- come main.py's flags for both sides. With the same seed, both read the same batches and
 begin with the same weights, so that much of the noise of a single run cancels. A judge (judge.py)

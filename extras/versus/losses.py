@@ -1,10 +1,12 @@
 """Did it help? The test of extras.versus, on losses of any other program.
 
-    python -m extras.versus.losses pairs.csv              a race: looks after 4 to 12 pairs
-    python -m extras.versus.losses pairs.csv --pairs 8    exactly eight, chosen before
+    python -m extras.versus.losses runs.csv              a race: looks after 4 to 12 pairs
+    python -m extras.versus.losses runs.csv --pairs 8    exactly eight, chosen before
 
-The file has a line "seed,before,after", and such a line for each seed, in the order in which they
-were trained. Nothing about the losses is checked.
+The file has a line for each run: its side (before or after), its seed, its loss and, if sides were
+tuned, the value of a setting, such as learning_rate. Where a side has several values, the seeds
+that have a loss for each of them choose the best one. All other seeds are compared, in the order of
+their lines. Nothing about the losses is checked.
 """
 
 import csv
@@ -15,28 +17,51 @@ import numpy as np
 
 from datasets import Parser, UsageError, explain_errors, number, printable, run_program
 from extras.versus.sequential import RunScore, bounds_of, decide, paired_differences, summarize
-from extras.versus.verdict import PAIRS_HEADER, VERDICTS, describe_numbers, describe_pair
+from extras.versus.verdict import PAIRS_HEADER, SIDES, VERDICTS
+from extras.versus.verdict import describe_best, describe_numbers, describe_pair
 
 
 def main(arguments):
     """Prints the verdict on a file. Pairs count in its order, until there is an outcome."""
     parser = Parser(prog="python -m extras.versus.losses", description=__doc__)
-    parser.add_argument("file", metavar="FILE", help="CSV with the columns seed, before, after")
+    file_help = "CSV with the columns side, seed, loss and, if sides were tuned, a setting"
+    parser.add_argument("file", metavar="FILE", help=file_help)
     pairs_help = "exactly this number (without it, a race)"
     parser.add_argument("--pairs", type=number(int, 2), help=pairs_help)
     margin_help = "a difference that is smaller than this does not matter"
     parser.add_argument("--margin", type=number(float, 0), help=margin_help)
     options = parser.parse_args(arguments)
+    setting, losses = read_losses(options.file)
+    best_values = []
+    tuning_seeds = set()
+    for side in SIDES:
+        value, seeds = choose_value(side, setting, losses[side])
+        best_values.append(value)
+        tuning_seeds |= seeds
+    before, after = (losses[side][value] for side, value in zip(SIDES, best_values))
+    seeds = [seed for seed in before if seed in after and seed not in tuning_seeds]
+    condition = "if these losses are right and both sides are tuned"
+    if tuning_seeds:
+        best = describe_best(setting, best_values, [losses[side] for side in SIDES])
+        condition = f"{best}, if these losses are right"
+        if not seeds:
+            print(f"Next: train both sides on other seeds, {best}.")
+            return
+    judge(seeds, before, after, options, condition)
+
+
+def judge(seeds, before, after, options, condition):
+    """Prints the pairs that count and the verdict; before, after: {seed: loss}."""
     bounds = bounds_of(options.pairs)
-    rows = read_rows(options.file)
-    seeds = []
     pairs = []
     outcome = None
     print(PAIRS_HEADER)
-    for seed, before, after in rows:
-        print(describe_pair(printable(seed), before, after))
-        seeds.append(seed)
-        pairs.append((RunScore("before", before), RunScore("after", after)))
+    for seed in seeds:
+        print(describe_pair(printable(seed), before[seed], after[seed]))
+        pairs.append((RunScore("before", before[seed]), RunScore("after", after[seed])))
+        if not math.isfinite(before[seed] + after[seed]):
+            print("Cannot tell: a run of this pair has diverged.")
+            return
         outcome = decide(bounds, options.margin, pairs)
         if outcome:
             break
@@ -52,37 +77,64 @@ def main(arguments):
     result = {"seeds": seeds, "outcome": outcome, "unit": "in loss", "asked": asked}
     result |= summarize(pairs, bounds[len(pairs)])
     print(*describe_numbers(result), sep="\n")
-    if len(pairs) < len(rows):
-        print(f"Rows after the {len(pairs)} pairs of this verdict do not count.")
-    verdict = VERDICTS[outcome].format(**result, pairs=len(pairs))
-    print(f"{verdict}, if these losses are right and both sides are tuned.")
+    if len(pairs) < len(seeds):
+        print(f"Pairs after the first {len(pairs)} do not count.")
+    print(f"{VERDICTS[outcome].format(**result, pairs=len(pairs))}, {condition}.")
 
 
-def read_rows(path):
-    """The rows of a CSV file: (seed, loss before, loss after), the first one a text.
+def choose_value(side, setting, losses):
+    """A side's value with the lowest mean loss, and the set of seeds that have chosen it.
 
-    Raises UsageError if it is malformed, or a seed is there twice.
+    losses: {value: {seed: loss}}. With one value, there is nothing to choose: no seeds.
+    """
+    if len(losses) == 1:
+        return next(iter(losses)), set()
+    seeds = set.intersection(*map(set, losses.values()))
+    if not seeds:
+        raise UsageError(f"no seed of {side!r} has a loss for each {setting}, to choose the best")
+    means = {}
+    for value in sorted(losses, key=float):
+        means[value] = np.mean([losses[value][seed] for seed in seeds])
+    listed = ", ".join(f"{mean:.4f} with {value}" for value, mean in means.items())
+    print(f"{side}, by {setting}, on seeds {printable(', '.join(sorted(seeds)))}: {listed}")
+    return min(means, key=means.get), seeds
+
+
+def read_losses(path):
+    """The tuned setting's name (None without one), and the losses, {side: {value: {seed: loss}}}.
+
+    The loss of a run that has diverged (nan, inf) is infinite. Raises UsageError if the file is
+    malformed, has only one side, or has a run twice.
     """
     with explain_errors(f"{path} is no CSV file in UTF-8", OSError, ValueError, csv.Error):
         text = Path(path).read_text("utf-8-sig")  # with a byte-order mark or without
-        header, *lines = csv.reader([*text.splitlines(), ""])
-    if [cell.strip() for cell in header] != ["seed", "before", "after"]:
-        raise UsageError(f"{path}: its first line is not seed,before,after")
-    rows = []
+        lines = [[cell.strip() for cell in line] for line in csv.reader(text.splitlines())]
+    header, *lines = lines or [[]]
+    settings = [name for name in header if name not in ("side", "seed", "loss")]
+    if len(header) != 3 + len(settings[:1]) or len({*header} - {*settings}) != 3:
+        raise UsageError(
+            f"{path}: its first line is not side,seed,loss (or side,seed,learning_rate,loss, or "
+            "with another setting that was tuned)"
+        )
+    losses = {side: {} for side in SIDES}
     for line_number, cells in enumerate(lines, 2):
-        cells = [cell.strip() for cell in cells]
         if not any(cells):
             continue
-        problem = f"{path}, line {line_number} is not a seed and two finite losses"
-        with explain_errors(problem, ValueError):
-            seed, *losses = cells
-            before, after = map(float, losses)
-            if not math.isfinite(before + after):
-                raise ValueError("not finite")
-        rows.append((seed, before, after))
-    if len({seed for seed, *_ in rows}) < len(rows):
-        raise UsageError(f"{path} has a seed twice: such pairs are not independent")
-    return rows
+        problem = f"{path}, line {line_number}: not like {','.join(header)} with before or after"
+        with explain_errors(problem, ValueError, KeyError):
+            run = dict(zip(header, cells, strict=True))
+            value = float(run[settings[0]]) if settings else 0
+            if not math.isfinite(value):
+                raise ValueError("it has no place among the others")
+            loss = float(run["loss"])
+            of_value = losses[run["side"]].setdefault(f"{value:g}", {})
+        if run["seed"] in of_value:
+            raise UsageError(f"{path}, line {line_number}: this run is there twice")
+        of_value[run["seed"]] = loss if math.isfinite(loss) else math.inf
+    for side in SIDES:
+        if not losses[side]:
+            raise UsageError(f"{path} has no run of the side {side!r}")
+    return (settings or [None])[0], losses
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from extras.versus.judge import DIVERGED, Judge, read_texts
 from extras.versus.sequential import RunScore
 from extras.versus.sides import HERE, WORKER, SideError, git, identify, install, make_side
 from extras.versus.sides import process_error, retry_once
+from extras.versus.verdict import describe_best
 
 OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
 # Flags of runs: one checkpoint is kept, and nothing sampled.
@@ -267,11 +268,7 @@ def tune(options, common, copies):
     options.seeds = end
     chosen = [values[i] for i in np.argmin(means, axis=0)]
     comparison = Comparison(options, common, copies, [[f"--{flag}={value}"] for value in chosen])
-    texts = []
-    for value, name in zip(chosen, ("before", "after")):
-        edge = " (at the edge of the list: give more)" if value in (values[0], values[-1]) else ""
-        texts.append(f"{value} {name}{edge}")
-    comparison.tuning_note = f"each at its best {flag}: {', '.join(texts)}"
+    comparison.tuning_note = describe_best(flag, chosen, [values] * 2)
     return comparison
 
 

@@ -2,6 +2,7 @@
 
 from extras.versus.sequential import RACE_BOUNDS
 
+SIDES = ("before", "after")
 SLOWER = 1.05  # a verdict names a ratio of times that is above it
 
 VERDICTS = {
@@ -84,6 +85,16 @@ def list_conditions(result):
         yield f"in {result['time']:.2g} times the time"
     if result["tuned"]:
         yield result["tuned"]
+
+
+def describe_best(setting, best_values, lists):
+    """The condition that each side has its best value of a setting; lists: the values tried."""
+    texts = []
+    for side, best, values in zip(SIDES, best_values, lists):
+        is_edge = best in (min(values, key=float), max(values, key=float))
+        edge = " (at the edge of the list: give more)" if is_edge else ""
+        texts.append(f"{best} {side}{edge}")
+    return f"each at its best {setting}: {', '.join(texts)}"
 
 
 def list_side_differences(sides, pairs):

@@ -6,21 +6,44 @@ from datasets import UsageError
 from extras.versus import losses
 
 CONDITIONS = "if these losses are right and both sides are tuned."
-ROWS = ["1,3.0,2.9", "2,3.1,2.8", "3,3.2,3.0", "4,3.0,2.8"]  # differences of -0.1, -0.3, -0.2, -0.2
+# Pairs of losses; differences of -0.1, -0.3, -0.2, -0.2
+PAIRS = [(3.0, 2.9), (3.1, 2.8), (3.2, 3.0), (3.0, 2.8)]
+TUNED = "side,seed,learning_rate,loss"
+# Seeds 1 and 2 choose 2 before and 3 after: there, means are 3.1 and 2.9.
+TUNING = [
+    *("before,1,1,3.5", "before,2,1,3.1", "before,1,2,3.0", "before,2,2,3.2"),
+    *("before,1,3,3.4", "before,2,3,3.0", "after,1,2,3.0", "after,2,2,3.0"),
+    *("after,1,3,2.8", "after,2,3,3.0"),
+]
 
 
-def judge(path, rows, *options, header="seed,before,after"):
-    path.write_text("\n".join([header, *rows]))
+def lines_of(pairs):
+    """A line for each run of pairs of losses, with seeds from 1 on."""
+    lines = []
+    for seed, (before, after) in enumerate(pairs, 1):
+        lines += [f"before,{seed},{before}", f"after,{seed},{after}"]
+    return lines
+
+
+def at(lines, before, after):
+    """The same lines with a learning rate for each side."""
+    rates = {"before": before, "after": after}
+    cells = [line.split(",") for line in lines]
+    return [f"{side},{int(seed) + 2},{rates[side]},{loss}" for side, seed, loss in cells]
+
+
+def judge(path, lines, *options, header="side,seed,loss"):
+    path.write_text("\n".join([header, *lines]))
     losses.main([str(path), *options])
 
 
 @pytest.fixture
 def file(tmp_path):
-    return tmp_path / "pairs.csv"
+    return tmp_path / "runs.csv"
 
 
 def test_the_interval_with_a_number_of_pairs_is_students(file, capsys):
-    judge(file, ROWS, "--pairs", "4")
+    judge(file, lines_of(PAIRS), "--pairs", "4")
     # A mean of -0.2 with a standard error of 0.0816 / 2; t is 3.182 with three degrees of freedom.
     *_, numbers, signs, verdict = capsys.readouterr().out.splitlines()
     assert numbers == "mean difference -0.2000 in loss, 95 % interval -0.3299 to -0.0701"
@@ -29,54 +52,107 @@ def test_the_interval_with_a_number_of_pairs_is_students(file, capsys):
 
 
 def test_a_race_is_wider_and_ends_with_its_first_outcome(file, capsys):
-    judge(file, [*ROWS, "5,3.0,9.0"])
+    judge(file, lines_of([*PAIRS, (3.0, 9.0)]))
     *_, numbers, _, _, rest, verdict = capsys.readouterr().out.splitlines()
     assert numbers.endswith("interval -0.3980 to -0.0020")  # 4.85 standard errors
-    assert rest == "Rows after the 4 pairs of this verdict do not count."
+    assert rest == "Pairs after the first 4 do not count."
     assert verdict == f"Helped, {CONDITIONS}"
 
 
 def test_the_other_sign_hurts(file, capsys):
-    judge(file, ["1,2.9,3.0", "2,2.8,3.1", "3,3.0,3.2", "4,2.8,3.0"])
+    judge(file, lines_of([(after, before) for before, after in PAIRS]))
     assert capsys.readouterr().out.endswith(f"Hurt, {CONDITIONS}\n")
 
 
 def test_a_race_that_goes_on(file, capsys):
-    judge(file, ROWS[:3])
+    judge(file, lines_of(PAIRS[:3]))
     assert capsys.readouterr().out.endswith("No verdict yet: the next look is after 4 pairs.\n")
 
 
-def test_rows_without_an_effect_at_first(file, capsys):
-    judge(file, ["1,3.0,3.0", "2,3.1,3.1", "3,3.2,3.2", "4,3.3,3.3", "5,3.0,2.9"])
+def test_a_seed_with_one_side_is_no_pair(file, capsys):
+    judge(file, [*lines_of(PAIRS), "before,5,1.0", "after,6,9.0"], "--pairs", "5")
+    assert capsys.readouterr().out.endswith("No verdict yet: the next look is after 5 pairs.\n")
+
+
+def test_pairs_without_an_effect_at_first(file, capsys):
+    judge(file, lines_of([(3.0, 3.0), (3.1, 3.1), (3.2, 3.2), (3.3, 3.3), (3.0, 2.9)]))
     assert "all differences are the same" in capsys.readouterr().out
 
 
 def test_seeds_that_change_nothing(file, capsys):
-    judge(file, [f"{seed},3.0,2.9" for seed in range(4)])
+    judge(file, lines_of([(3.0, 2.9)] * 4))
     assert "\nCannot tell: all differences are the same" in capsys.readouterr().out
 
 
+def test_a_pair_that_has_diverged(file, capsys):
+    judge(file, lines_of([*PAIRS[:3], (3.0, "nan")]))
+    assert capsys.readouterr().out.endswith("\nCannot tell: a run of this pair has diverged.\n")
+
+
 def test_a_table_of_a_spreadsheet(file, capsys):
-    rows = [row.replace(",", " , ") for row in ROWS]
-    judge(file, [rows[0], ",,", "", *rows[1:]], header="\ufeffseed, before, after")
+    first, *lines = lines_of(PAIRS)
+    first = first.replace(",", " , ")
+    judge(file, [first, ",,", "", *lines], header="\ufeffside, seed, loss")
     assert "Helped" in capsys.readouterr().out
 
 
+def test_tuned_sides_are_compared_at_their_best_values(file, capsys):
+    others = at(lines_of([(1.0, 9.0)] * 4), "3.0", 2)[::2]  # of "before", at a value that lost
+    lines = [*TUNING, *at(lines_of(PAIRS), 2, 3), *others]
+    judge(file, lines, header=TUNED)
+    before, after, _, first_pair, *_, numbers, _, _, verdict = capsys.readouterr().out.splitlines()
+    listed = "3.3000 with 1, 3.1000 with 2, 3.2000 with 3"
+    assert before == f"before, by learning_rate, on seeds 1, 2: {listed}"
+    assert after.endswith(": 3.0000 with 2, 2.9000 with 3")
+    assert first_pair.split() == ["3", "3.0000", "2.9000", "-0.1000"]
+    assert numbers.endswith("interval -0.3980 to -0.0020")
+    best = "2 before, 3 after (at the edge of the list: give more)"
+    assert verdict == f"Helped, each at its best learning_rate: {best}, if these losses are right."
+
+
+def test_a_diverged_value_is_not_the_best(file, capsys):
+    judge(file, ["after,1,9,nan", "after,2,9,-inf", *TUNING], header=TUNED)
+    out = capsys.readouterr().out
+    assert "inf with 9" in out
+    best = "each at its best learning_rate: 2 before, 3 after"  # now within the list
+    assert out.endswith(f"\nNext: train both sides on other seeds, {best}.\n")
+
+
+def test_a_seed_that_has_chosen_for_one_side_is_not_compared(file, capsys):
+    lines = at(lines_of(PAIRS), 2, 3)
+    judge(file, [*TUNING[:6], "after,1,3,9.0", "after,2,3,9.0", *lines], header=TUNED)
+    assert "9.0000" not in capsys.readouterr().out
+
+
+def test_values_without_a_common_seed(file):
+    with pytest.raises(UsageError, match="no seed of 'before' has a loss for each learning_rate"):
+        judge(file, ["before,1,1,3.0", "before,2,2,3.0", "after,1,1,3.0"], header=TUNED)
+
+
 MISTAKES = [
-    (["1,3.0"], "line 2 is not a seed and two finite losses"),
-    (["", "1,3.0,x"], "line 3 is not a seed and two finite losses"),
-    (["1,3.0,nan"], "line 2 is not a seed and two finite losses"),
-    (["1,3.0,2.9", "1,3.0,2.8"], "has a seed twice"),
+    (["before,1"], "line 2: not like side,seed,loss with before or after"),
+    (["", "before,1,x"], "line 3: not like"),
+    (["control,1,3.0"], "line 2: not like"),
+    (["before,1,3.0", "before,1,3.1"], "line 3: this run is there twice"),
+    (["before,1,3.0"], "has no run of the side 'after'"),
 ]
 
 
-@pytest.mark.parametrize("rows, reason", MISTAKES)
-def test_mistakes(rows, reason, file):
+@pytest.mark.parametrize("lines, reason", MISTAKES)
+def test_mistakes(lines, reason, file):
     with pytest.raises(UsageError, match=reason):
-        judge(file, rows)
+        judge(file, lines)
 
 
-@pytest.mark.parametrize("header", ["seed,loss", "seed;before;after", ""])
+HEADERS = ["seed,before,after", "side,seed", "side,seed,loss,a,b", "side,side,loss", ""]
+
+
+@pytest.mark.parametrize("header", HEADERS)
 def test_other_columns(header, file):
-    with pytest.raises(UsageError, match="first line is not seed,before,after"):
+    with pytest.raises(UsageError, match="first line is not side,seed,loss"):
         judge(file, [], header=header)
+
+
+def test_a_value_that_is_no_number(file):
+    with pytest.raises(UsageError, match="line 2: not like"):
+        judge(file, ["before,1,nan,3.0"], header=TUNED)
