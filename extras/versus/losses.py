@@ -92,11 +92,11 @@ def choose_value(side, setting, losses):
     seeds = set.intersection(*map(set, losses.values()))
     if not seeds:
         raise UsageError(f"no seed of {side!r} has a loss for each {setting}, to choose the best")
+    print(f"{side}: mean loss by {setting}, seeds {printable(', '.join(sorted(seeds)))}")
     means = {}
     for value in sorted(losses, key=float):
         means[value] = np.mean([losses[value][seed] for seed in seeds])
-    listed = ", ".join(f"{mean:.4f} with {value}" for value, mean in means.items())
-    print(f"{side}, by {setting}, on seeds {printable(', '.join(sorted(seeds)))}: {listed}")
+        print(f"{value:>10}{means[value]:>10.4f}")
     return min(means, key=means.get), seeds
 
 
@@ -134,7 +134,7 @@ def read_losses(path):
     for side in SIDES:
         if not losses[side]:
             raise UsageError(f"{path} has no run of the side {side!r}")
-    return (settings or [None])[0], losses
+    return printable(*settings) if settings else None, losses
 
 
 if __name__ == "__main__":

@@ -100,10 +100,12 @@ def test_tuned_sides_are_compared_at_their_best_values(file, capsys):
     others = at(lines_of([(1.0, 9.0)] * 4), "3.0", 2)[::2]  # of "before", at a value that lost
     lines = [*TUNING, *at(lines_of(PAIRS), 2, 3), *others]
     judge(file, lines, header=TUNED)
-    before, after, _, first_pair, *_, numbers, _, _, verdict = capsys.readouterr().out.splitlines()
-    listed = "3.3000 with 1, 3.1000 with 2, 3.2000 with 3"
-    assert before == f"before, by learning_rate, on seeds 1, 2: {listed}"
-    assert after.endswith(": 3.0000 with 2, 2.9000 with 3")
+    before, *rest, numbers, _, _, verdict = capsys.readouterr().out.splitlines()
+    assert before == "before: mean loss by learning_rate, seeds 1, 2"
+    means = [line.split() for line in rest if line.startswith("   ")]
+    assert means[:3] == [["1", "3.3000"], ["2", "3.1000"], ["3", "3.2000"]]
+    assert means[3:5] == [["2", "3.0000"], ["3", "2.9000"]]
+    first_pair = rest[7]
     assert first_pair.split() == ["3", "3.0000", "2.9000", "-0.1000"]
     assert numbers.endswith("interval -0.3980 to -0.0020")
     best = "2 before, 3 after (at the edge of the list: give more)"
@@ -113,7 +115,7 @@ def test_tuned_sides_are_compared_at_their_best_values(file, capsys):
 def test_a_diverged_value_is_not_the_best(file, capsys):
     judge(file, ["after,1,9,nan", "after,2,9,-inf", *TUNING], header=TUNED)
     out = capsys.readouterr().out
-    assert "inf with 9" in out
+    assert "\n         9       inf\n" in out
     best = "each at its best learning_rate: 2 before, 3 after"  # now within the list
     assert out.endswith(f"\nNext: train both sides on other seeds, {best}.\n")
 
