@@ -4,13 +4,15 @@
     python -m extras.versus.losses runs.csv --pairs 8    exactly eight, chosen before
 
 The file has a line for each run: its side (before or after), its seed, its loss and, if sides were
-tuned, the value of a setting, such as learning_rate. Where a side has several values, the seeds
-that have a loss for each of them choose the best one. All other seeds are compared, in the order of
-their lines. Nothing about the losses is checked.
+tuned, the value of a setting, such as learning_rate. A seed that a side has with several values
+needs a loss for each that was tried: such seeds choose the side's best value. All other seeds are
+compared, in the order of their lines. Nothing about the losses is checked.
 """
 
 import csv
+import itertools
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,8 @@ def main(arguments):
     before, after = (losses[side][value] for side, value in zip(SIDES, best_values))
     seeds = [seed for seed in before if seed in after and seed not in tuning_seeds]
     condition = "if these losses are right and both sides are tuned"
+    if setting:
+        condition += f" ({setting}: {best_values[0]} before, {best_values[1]} after)"
     if tuning_seeds:
         best = describe_best(setting, best_values, [losses[side] for side in SIDES])
         condition = f"{best}, if these losses are right"
@@ -57,7 +61,7 @@ def judge(seeds, before, after, options, condition):
     outcome = None
     print(PAIRS_HEADER)
     for seed in seeds:
-        print(describe_pair(printable(seed), before[seed], after[seed]))
+        print(describe_pair(seed, before[seed], after[seed]))
         pairs.append((RunScore("before", before[seed]), RunScore("after", after[seed])))
         if not math.isfinite(before[seed] + after[seed]):
             print("Cannot tell: a run of this pair has diverged.")
@@ -69,12 +73,12 @@ def judge(seeds, before, after, options, condition):
         next_look = min(look for look in bounds if look > len(pairs))
         print(f"No verdict yet: the next look is after {next_look} pairs.")
         return
-    if np.ptp(paired_differences(pairs)) < 1e-9:
+    if np.ptp(paired_differences(pairs)) < 1e-9 * abs(before[seeds[0]]):
         why = "without effect, or the losses have too few digits"
         print(f"Cannot tell: all differences are the same, so seeds are {why}.")
         return
     asked = {"pairs": options.pairs, "margin": options.margin}
-    result = {"seeds": seeds, "outcome": outcome, "unit": "in loss", "asked": asked}
+    result = {"seeds": seeds[: len(pairs)], "outcome": outcome, "unit": "in loss", "asked": asked}
     result |= summarize(pairs, bounds[len(pairs)])
     print(*describe_numbers(result), sep="\n")
     if len(pairs) < len(seeds):
@@ -85,19 +89,28 @@ def judge(seeds, before, after, options, condition):
 def choose_value(side, setting, losses):
     """A side's value with the lowest mean loss, and the set of seeds that have chosen it.
 
-    losses: {value: {seed: loss}}. With one value, there is nothing to choose: no seeds.
+    losses: {value: {seed: loss}}. With one value, there is nothing to choose: no seeds. Raises
+    UsageError if a seed has several values, but not all, or if no value can be chosen.
     """
     if len(losses) == 1:
         return next(iter(losses)), set()
-    seeds = set.intersection(*map(set, losses.values()))
-    if not seeds:
-        raise UsageError(f"no seed of {side!r} has a loss for each {setting}, to choose the best")
-    print(f"{side}: mean loss by {setting}, seeds {printable(', '.join(sorted(seeds)))}")
+    counts = Counter(itertools.chain(*losses.values()))
+    seeds = [seed for seed, count in counts.items() if count > 1]
+    for seed, value in itertools.product(seeds, losses):
+        if seed not in losses[value]:
+            raise UsageError(
+                f"seed {seed} of {side!r} has several values of {setting}, but not {value}: add "
+                "that run, or leave out all but one"
+            )
+    print(f"{side}: mean loss by {setting}, seeds {', '.join(seeds)}")
     means = {}
     for value in sorted(losses, key=float):
-        means[value] = np.mean([losses[value][seed] for seed in seeds])
+        means[value] = np.mean([losses[value][seed] for seed in seeds]) if seeds else math.inf
         print(f"{value:>10}{means[value]:>10.4f}")
-    return min(means, key=means.get), seeds
+    best = min(means, key=means.get)
+    if means[best] == math.inf:
+        raise UsageError(f"no {setting} of {side!r} has a finite loss with each of these seeds")
+    return best, {*seeds}
 
 
 def read_losses(path):
@@ -108,7 +121,8 @@ def read_losses(path):
     """
     with explain_errors(f"{path} is no CSV file in UTF-8", OSError, ValueError, csv.Error):
         text = Path(path).read_text("utf-8-sig")  # with a byte-order mark or without
-        lines = [[cell.strip() for cell in line] for line in csv.reader(text.splitlines())]
+        table = csv.reader(text.splitlines())
+        lines = [[printable(cell.strip()) for cell in cells] for cells in table]
     header, *lines = lines or [[]]
     settings = [name for name in header if name not in ("side", "seed", "loss")]
     if len(header) != 3 + len(settings[:1]) or len({*header} - {*settings}) != 3:
@@ -127,14 +141,14 @@ def read_losses(path):
             if not math.isfinite(value):
                 raise ValueError("it has no place among the others")
             loss = float(run["loss"])
-            of_value = losses[run["side"]].setdefault(f"{value:g}", {})
+            of_value = losses[run["side"]].setdefault(f"{value:.15g}", {})
         if run["seed"] in of_value:
             raise UsageError(f"{path}, line {line_number}: this run is there twice")
         of_value[run["seed"]] = loss if math.isfinite(loss) else math.inf
     for side in SIDES:
         if not losses[side]:
             raise UsageError(f"{path} has no run of the side {side!r}")
-    return printable(*settings) if settings else None, losses
+    return (settings or [None])[0], losses
 
 
 if __name__ == "__main__":

@@ -53,8 +53,10 @@ def test_the_interval_with_a_number_of_pairs_is_students(file, capsys):
 
 def test_a_race_is_wider_and_ends_with_its_first_outcome(file, capsys):
     judge(file, lines_of([*PAIRS, (3.0, 9.0)]))
-    *_, numbers, _, _, rest, verdict = capsys.readouterr().out.splitlines()
+    *_, numbers, signs, early, rest, verdict = capsys.readouterr().out.splitlines()
     assert numbers.endswith("interval -0.3980 to -0.0020")  # 4.85 standard errors
+    assert signs.startswith("4 of 4 pairs agree in sign")
+    assert early.startswith("It ended once the difference was clear")
     assert rest == "Pairs after the first 4 do not count."
     assert verdict == f"Helped, {CONDITIONS}"
 
@@ -84,6 +86,17 @@ def test_seeds_that_change_nothing(file, capsys):
     assert "\nCannot tell: all differences are the same" in capsys.readouterr().out
 
 
+def test_small_losses(file, capsys):
+    judge(file, lines_of([(before * 1e-10, after * 1e-10) for before, after in PAIRS]))
+    assert capsys.readouterr().out.endswith(f"Helped, {CONDITIONS}\n")
+
+
+def test_a_seed_that_controls_the_terminal(file, capsys):
+    lines = [line.replace(",1,", ",\x1b[31m1,") for line in lines_of(PAIRS)]
+    judge(file, lines)
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_a_pair_that_has_diverged(file, capsys):
     judge(file, lines_of([*PAIRS[:3], (3.0, "nan")]))
     assert capsys.readouterr().out.endswith("\nCannot tell: a run of this pair has diverged.\n")
@@ -97,8 +110,8 @@ def test_a_table_of_a_spreadsheet(file, capsys):
 
 
 def test_tuned_sides_are_compared_at_their_best_values(file, capsys):
-    others = at(lines_of([(1.0, 9.0)] * 4), "3.0", 2)[::2]  # of "before", at a value that lost
-    lines = [*TUNING, *at(lines_of(PAIRS), 2, 3), *others]
+    others = ["before,7,3,9.0", "after,7,2,1.0"]  # at values that lost
+    lines = [*TUNING, *at(lines_of(PAIRS), 2.0, 3), *others]
     judge(file, lines, header=TUNED)
     before, *rest, numbers, _, _, verdict = capsys.readouterr().out.splitlines()
     assert before == "before: mean loss by learning_rate, seeds 1, 2"
@@ -126,9 +139,24 @@ def test_a_seed_that_has_chosen_for_one_side_is_not_compared(file, capsys):
     assert "9.0000" not in capsys.readouterr().out
 
 
-def test_values_without_a_common_seed(file):
-    with pytest.raises(UsageError, match="no seed of 'before' has a loss for each learning_rate"):
-        judge(file, ["before,1,1,3.0", "before,2,2,3.0", "after,1,1,3.0"], header=TUNED)
+def test_untuned_sides_are_named_with_their_values(file, capsys):
+    judge(file, at(lines_of(PAIRS), 1e-3, 1234567.5), header=TUNED)
+    values = "(learning_rate: 0.001 before, 1234567.5 after)."
+    assert capsys.readouterr().out.endswith(f"Helped, {CONDITIONS[:-1]} {values}\n")
+
+
+NO_CHOICE = [
+    # With one more value for seed 1 alone, seed 2 would be compared although it has chosen before.
+    ([*TUNING, "before,1,9,8.0"], "seed 2 of 'before' has several values of learning_rate"),
+    (["before,1,1,3.0", "before,2,2,3.0", "after,1,1,3.0"], "no learning_rate of 'before' has a"),
+    (["before,1,1,nan", "before,1,2,inf", "after,1,1,3.0"], "no learning_rate of 'before' has a"),
+]
+
+
+@pytest.mark.parametrize("lines, reason", NO_CHOICE)
+def test_values_that_cannot_be_chosen(lines, reason, file):
+    with pytest.raises(UsageError, match=reason):
+        judge(file, lines, header=TUNED)
 
 
 MISTAKES = [

@@ -4,8 +4,9 @@
     python tests/nightly/simulate_verdicts.py --tries 2000 --nights 40
 
 The differences of pairs are drawn from a distribution, and decided by the functions that
-extras.versus itself uses. First the race; then --gate, and nights in which a program tries a
-hundred edits one after the other, as most such edits are: 60 do nothing, 30 harm, 10 help.
+extras.versus itself uses. First the race, also of tuned sides; then --gate, and nights in which a
+program tries a hundred edits one after the other, as most such edits are: 60 do nothing, 30 harm,
+10 help.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, RunScore, decid
 SPREAD = 0.008  # of the differences of pairs, in nats/token, as measured for the recipe `first`
 # How many edits of a night have which effect, in nats/token: below zero is better.
 NIGHT = {0.0: 60, 0.01: 30, -0.005: 4, -0.01: 4, -0.02: 2}
-
+# Mean losses of a model at six learning rates: of "before" in extras/versus/nanogpt.csv.
+LOSSES_BY_RATE = np.array([1.9004, 1.7961, 1.7747, 1.7697, 1.7677, 1.7744])
 
 # Differences of pairs, with a mean of 0 and a standard deviation of 1.
 DRAWN = {
@@ -67,6 +69,23 @@ def show_races(kind, draw, tries):
         print(f"{kind}: race, effect {effect:+} spreads: {shown}", flush=True)
 
 
+def show_tuned_races(kind, draw, tries):
+    """Prints how often a race of two equal sides, each at its best rate, is called a difference.
+
+    By chance, one side chooses a worse rate.
+    """
+    for num_seeds in (2, 4):
+        outcomes = []
+        for _ in range(tries):
+            noise = draw(2 * len(LOSSES_BY_RATE) * num_seeds) * SPREAD / 2**0.5
+            means = LOSSES_BY_RATE + noise.reshape(2, -1, num_seeds).mean(axis=2)
+            before, after = LOSSES_BY_RATE[means.argmin(axis=1)]
+            outcome, _ = decided(RACE_BOUNDS, (after - before) / SPREAD, draw)
+            outcomes.append(outcome in ("helped", "hurt"))
+        shown = f"{np.mean(outcomes):.1%} helped or hurt"
+        print(f"{kind}: equal sides, tuned by {num_seeds} seeds: {shown}", flush=True)
+
+
 def show_nights(kind, draw, nights):
     """Prints what --gate keeps in nights of a hundred edits."""
     false = np.zeros(nights)  # useless or harmful edits that are kept, by night
@@ -93,4 +112,5 @@ if __name__ == "__main__":
     for kind, draw in DRAWN.items():
         draw = partial(draw, np.random.default_rng(options.seed))
         show_races(kind, draw, options.tries)
+        show_tuned_races(kind, draw, options.tries)
         show_nights(kind, draw, options.nights)
