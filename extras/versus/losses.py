@@ -73,7 +73,7 @@ def judge(seeds, before, after, options, condition):
         next_look = min(look for look in bounds if look > len(pairs))
         print(f"No verdict yet: the next look is after {next_look} pairs.")
         return
-    if np.ptp(paired_differences(pairs)) < 1e-9 * abs(before[seeds[0]]):
+    if np.ptp(paired_differences(pairs)) <= 1e-9 * abs(before[seeds[0]]):
         why = "without effect, or the losses have too few digits"
         print(f"Cannot tell: all differences are the same, so seeds are {why}.")
         return
@@ -96,6 +96,8 @@ def choose_value(side, setting, losses):
         return next(iter(losses)), set()
     counts = Counter(itertools.chain(*losses.values()))
     seeds = [seed for seed, count in counts.items() if count > 1]
+    if not seeds:
+        raise UsageError(f"{side!r} has several values of {setting}, but no seed has all of them")
     for seed, value in itertools.product(seeds, losses):
         if seed not in losses[value]:
             raise UsageError(
@@ -105,11 +107,11 @@ def choose_value(side, setting, losses):
     print(f"{side}: mean loss by {setting}, seeds {', '.join(seeds)}")
     means = {}
     for value in sorted(losses, key=float):
-        means[value] = np.mean([losses[value][seed] for seed in seeds]) if seeds else math.inf
+        means[value] = np.mean([losses[value][seed] for seed in seeds])
         print(f"{value:>10}{means[value]:>10.4f}")
     best = min(means, key=means.get)
     if means[best] == math.inf:
-        raise UsageError(f"no {setting} of {side!r} has a finite loss with each of these seeds")
+        raise UsageError(f"no {setting} of {side!r} has a finite loss for each of these seeds")
     return best, {*seeds}
 
 
