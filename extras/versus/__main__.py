@@ -30,7 +30,7 @@ try:  # nothing imports main.py here: the current one may be broken
     from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, bounds_of, decide, summarize
     from extras.versus.sequential import unchanged_outcome
     from extras.versus.sides import SideError, copied_sides, is_flags
-    from extras.versus.verdict import PAIRS_HEADER, describe_numbers, describe_pair
+    from extras.versus.verdict import PAIRS_HEADER, SIDES, describe_numbers, describe_pair
     from extras.versus.verdict import describe_verdict, list_side_differences
 except Exception as error:
     print(f"extras.versus: cannot run with these files: {error!r}", file=sys.stderr)
@@ -247,7 +247,7 @@ def record_and_print(comparison, result, *lines):
 
 def print_start(comparison):
     """Prints what is compared."""
-    for name, side in zip(("before", "after"), comparison.sides):
+    for name, side in zip(SIDES, comparison.sides):
         size = f"{side.flags['num_iters']:,} steps, {side.num_parameters:,} parameters"
         print(f"{name:<9}{side.name}: {size}")
         if side.linked:
