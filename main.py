@@ -1,30 +1,27 @@
 """Train a transformer language model with MLX, resume it bit-exactly, and sample from it.
 
-    python main.py --config first            train on Python's own library, in two minutes
-    python main.py --config ptb-5-minutes    on Penn Treebank; rerun after Ctrl+C to resume
-    python main.py --inference               sample interactively from the newest checkpoint
-    python main.py                           resume the newest run; without any, train a large
-                                             model on PTB (for GPUs)
-    python main.py --help                    every flag
+    python main.py --config first    train on Python's own library, two minutes; rerun to resume
+    python main.py --inference       sample interactively from the newest checkpoint
+    python main.py                   resume the newest run; without any, train a large one (GPUs)
+    python main.py --help            list all flags
 
-What you may want to change is above the section Runs: model, loss and optimizer, batches,
-evaluation, training. What is below samples, and keeps a run safe and usable; a command begins at
-`execute`, near the end. A function under @fast_version has a faster copy in
-extras/features/fast.py, which is used as long as the function here is unedited. datasets.py turns
-text into token ids, and has what both files need. Everything else is in extras/, one file per
-feature; without extras/, these two files work in plain MLX.
+The sections before Runs train, and are there to be edited: model, loss and optimizer, batches,
+evaluation, training. The rest samples, saves and resumes runs, and reads flags; a command begins
+in `execute`, near the end. datasets.py turns text into token ids. These two files work alone;
+every other feature is a file in extras/.
 
-Shapes use these letters: B rows of a batch, L positions, D model dimension, H query heads, K key
-and value heads, d dimension of a head, V vocabulary, N any number. A linear layer from I
-to O features has a matrix [O, I], as in PyTorch. MLX is lazy: operations build a graph, which
-mx.eval computes.
+A function under @fast_version has a faster copy in extras/features/fast.py, which runs in its place
+until you edit the function here. MLX is lazy: operations build a graph, which mx.eval computes.
+
+Letters in shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value
+heads, d dimension of a head, V vocabulary, N any number. A linear layer from I to O features has a
+matrix [O, I], as in PyTorch.
 """
 
 import argparse
 import contextlib
 import csv
 import dataclasses
-import functools
 import hashlib
 import io
 import itertools
@@ -46,9 +43,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # the folder of datasets.py
 
 import datasets
+from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, TEXT_FLAGS, Flag, RunError, UsageError
+from datasets import absolute, explain_errors, extra, new_file, nonempty, number, one_of
+from datasets import open_no_follow, printable, publish, sync, user_path
 
-# extras/features/fast.py, or None, and a decorator. This must precede the import of MLX, which uses
-# whichever BLAS is loaded by then.
+# fast: extras/features/fast.py, or None. It chooses a BLAS, and MLX uses the one loaded before it.
 fast, fast_version = datasets.import_fast(__name__, __file__)
 
 import mlx.core as mx
@@ -58,10 +57,6 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 from tqdm import tqdm
 
-from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, TEXT_FLAGS, Flag, RunError, UsageError
-from datasets import absolute, explain_errors, extra, new_file, nonempty, number, one_of
-from datasets import open_no_follow, printable, publish, sync, user_path
-
 # ---- Model --------------------------------------------------------------------------------------
 # Decoder-only, pre-norm, with RMSNorm, RoPE and grouped-query attention. Layers are named as in
 # Hugging Face's Llama.
@@ -69,7 +64,7 @@ from datasets import open_no_follow, printable, publish, sync, user_path
 
 @dataclasses.dataclass
 class Config:
-    """A model's architecture; saved in checkpoints. Raises ValueError if the values conflict.
+    """A model's architecture; saved in checkpoints.
 
     Give a new field a default, as older checkpoints lack it. To make it a flag, add a row to
     FLAGS["model"].
@@ -85,18 +80,19 @@ class Config:
     mlp_dim: int  # width of an MLP's hidden layer, and of its gate
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
     untie: bool = False  # the output layer has its own matrix instead of the embeddings
-    rope_theta: float = 10000.0  # of RoPE: wavelengths are 2 pi to nearly 2 pi * theta positions
-    rope_scaling: list | None = None  # see rope_frequencies; None: plain RoPE
+    # Set by no flag, only by models from Hugging Face:
+    rope_theta: float = 10000.0  # RoPE's wavelengths are 2 pi to nearly 2 pi * theta positions
+    rope_scaling: list | None = None  # see rope_frequencies
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
     head_dim: int | None = None  # d; None: dim / num_heads
     qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
 
     def __post_init__(self):
-        resolve_config(self)
+        resolve_config(self)  # raises ValueError if values conflict
 
 
-# Flags of the command line by group; docs/flags.md lists all. Most stand beside their code; what
-# the groups mean is in the section Flags.
+# The flags of the command line, {group: {name: Flag(default, type, help)}}. SIZE is a whole number
+# from 1 on, COUNT from 0 on. Most rows stand beside their code; the section Flags has the rest.
 FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
 
 FLAGS["model"] = {
@@ -164,8 +160,8 @@ def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
     Queries belong to the last L of the N positions: in training L is N, in decoding mostly 1.
-    mask: "causal" or, to decode texts of different lengths (extras/features/decode.py), bool
-    [B, 1, L, N], true where a query may see a key: never one after its own position.
+    mask: "causal", or bool [B, 1, L, N], true where a query may see a key, never a later one; only
+    extras/features/decode.py passes an array, for texts of different lengths.
     """
     # softmax(queries @ keys.swapaxes(2, 3) * scale) @ values, with scores of -inf where the mask
     # is false, and each key/value head repeated H / K times.
@@ -186,7 +182,7 @@ def rotate(x, frequencies, offset):
     return mx.fast.rope(x, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods)
 
 
-def rope_frequencies(d, base, scaling=None):
+def rope_frequencies(d, theta, scaling=None):
     """The frequencies of `rotate`, [d / 2], in radians per position.
 
     scaling: None or, for texts longer than in training, [factor, low, high, original_context], as
@@ -194,7 +190,7 @@ def rope_frequencies(d, base, scaling=None):
     positions keep their frequency; those that turn at most `low` times become `factor` times
     slower; in between, frequencies are interpolated.
     """
-    frequencies = base ** -(np.arange(0, d, 2) / d)
+    frequencies = theta ** -(np.arange(0, d, 2) / d)
     if not scaling:
         return frequencies
     factor, low, high, original_context = scaling
@@ -242,7 +238,8 @@ class Attention(nn.Module):
         B, L, _ = projected.shape
         return projected.reshape(B, L, -1, self.head_dim).transpose(0, 2, 1, 3)
 
-    def __call__(self, hidden, cache=None):  # [B, L, D] -> [B, L, D]
+    def __call__(self, hidden, cache=None):
+        """[B, L, D] to [B, L, D]; cache: a KVCache in decoding, see Sampling."""
         B, L, _ = hidden.shape
         if cache is None:
             queries, keys, values = self.project_qkv(hidden)
@@ -253,40 +250,6 @@ class Attention(nn.Module):
             attended = attend(queries, keys, values, cache.mask)
         joined = attended.transpose(0, 2, 1, 3).reshape(B, L, -1)  # [B, L, H * d]
         return self.o_proj(joined)
-
-
-class KVCache:
-    """The keys and values of the tokens that one Attention has read so far."""
-
-    mask = "causal"  # for `attend`
-
-    def __init__(self):
-        self.keys = None  # [B, K, capacity, d], in the order of the positions
-        self.values = None
-        self.offset = 0  # positions read so far
-
-    def update_and_fetch(self, keys, values):
-        """Adds keys and values [B, K, L, d]; returns those of all positions so far."""
-        end = self.offset + keys.shape[2]
-        self.reserve(end, keys, values)
-        self.keys[:, :, self.offset : end] = keys
-        self.values[:, :, self.offset : end] = values
-        self.offset = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def reserve(self, end, keys, values):
-        """Makes room for `end` positions of keys and values like these, [B, K, any, d].
-
-        The capacity is a multiple of 256, not a whole context, which can be very long.
-        """
-        if self.keys is None:
-            self.keys = keys[:, :, :0]
-            self.values = values[:, :, :0]
-        B, K, capacity, d = self.keys.shape
-        if end > capacity:
-            zeros = mx.zeros((B, K, 256 * math.ceil(end / 256) - capacity, d), keys.dtype)
-            self.keys = mx.concatenate([self.keys, zeros], axis=2)
-            self.values = mx.concatenate([self.values, zeros], axis=2)
 
 
 @fast_version
@@ -345,6 +308,20 @@ def hash32(bits):
     return (bits ^ (bits >> 15)) * mx.array(0x846CA68B, mx.uint32)
 
 
+def draw_dropout(iteration, num_rows, flags):
+    """The dropout rate of a step, [] float32, and a key for each row, [num_rows, 2] uint32.
+
+    The key of row r depends only on (seed, iteration, r). The rate changes linearly from --dropout
+    to --dropout_final at `num_iters`.
+    """
+    final = flags.dropout if flags.dropout_final is None else flags.dropout_final
+    dropout_rate = flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
+    # The 1 makes these random numbers differ from those of Batches.
+    rng = np.random.default_rng([flags.seed, iteration, 1])
+    keys = rng.integers(0, 2**32, (num_rows, 2), np.uint32)
+    return mx.array(dropout_rate), mx.array(keys)
+
+
 class DropoutMasks:
     """The masks of dropout (Srivastava et al. 2014) for the rows of one batch.
 
@@ -358,17 +335,6 @@ class DropoutMasks:
         bits = hash32(positions + row_keys[:, None, None, 0]) ^ row_keys[:, None, None, 1]
         self.bits = bits ^ (bits >> 16)  # [B, L, D]
 
-    def apply(self, hidden, mask_index):
-        """Applies the mask of this index to hidden states [B, L, D]."""
-        # Multiples of 2^32 / golden ratio, modulo 2^32, lie far apart.
-        salt = mx.array(mask_index * 0x9E3779B9 % 2**32, mx.uint32)
-        bits = hash32(self.bits ^ salt)
-        # The carry of a 31-bit sum is 1 where `bits` is large enough. A comparison would do the
-        # same, but compilers do not vectorize it.
-        threshold = (self.keep_prob * 2**31).astype(mx.uint32)
-        mask = ((bits >> 1) + threshold) >> 31
-        return hidden * (mask.astype(hidden.dtype) / self.keep_prob.astype(hidden.dtype))
-
 
 def dropout(hidden, dropout_masks, mask_index):
     """Applies dropout to hidden states [B, L, D]; dropout_masks: None for no dropout.
@@ -377,7 +343,14 @@ def dropout(hidden, dropout_masks, mask_index):
     """
     if dropout_masks is None:
         return hidden
-    return dropout_masks.apply(hidden, mask_index)
+    # Multiples of 2^32 / golden ratio, modulo 2^32, lie far apart.
+    salt = mx.array(mask_index * 0x9E3779B9 % 2**32, mx.uint32)
+    bits = hash32(dropout_masks.bits ^ salt)
+    # 1 where the sum reaches 2^31, which it does with probability keep_prob. Compilers vectorize
+    # this, but not a comparison.
+    keep_prob = dropout_masks.keep_prob
+    mask = ((bits >> 1) + (keep_prob * 2**31).astype(mx.uint32)) >> 31
+    return hidden * (mask.astype(hidden.dtype) / keep_prob.astype(hidden.dtype))
 
 
 class Block(nn.Module):
@@ -386,13 +359,13 @@ class Block(nn.Module):
     def __init__(self, config, index):
         super().__init__()
         self.index = index
-        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)  # Llama's name for it
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
     def __call__(self, hidden, cache=None, dropout_masks=None):
-        mask_index = 2 * self.index + 1  # 0 is the mask of the embeddings
+        mask_index = 2 * self.index + 1
         attended = self.self_attn(self.input_layernorm(hidden), cache)
         hidden = hidden + dropout(attended, dropout_masks, mask_index)
         mlp_output = self.mlp(self.post_attention_layernorm(hidden))
@@ -449,7 +422,7 @@ class LanguageModel(nn.Module):
     def __call__(self, tokens, caches=None, dropout_masks=None, logits_to_keep=None):
         """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all.
 
-        Training and evaluation do not call it, but `model` and `logits`: edit these.
+        Training and evaluation skip this, and call `model` and `logits`: edit those.
         """
         hidden = self.model(tokens, caches, dropout_masks)  # [B, L, D]
         if logits_to_keep is not None:
@@ -459,8 +432,8 @@ class LanguageModel(nn.Module):
     def logits(self, hidden):
         """Logits [B, L, V] float32 of final hidden states [B, L, D].
 
-        The one place for a softcap, a bias or a scale. While this class is unedited, fast.py
-        computes the same for training and evaluation, without calling it.
+        A softcap, a bias or a scale goes here: it holds in training, evaluation and sampling.
+        Until you edit this class, the loss and the metrics of fast.py do without this method.
         """
         output_layer = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
         return output_layer(hidden).astype(mx.float32)
@@ -473,35 +446,6 @@ class LanguageModel(nn.Module):
         return self.model.embed_tokens.weight
 
 
-def resolve_config(config):
-    """Raises ValueError if the values of a Config conflict; computes `head_dim` if it is None."""
-    for name, value in vars(config).items():
-        if type(value) is int and not 1 <= value <= datasets.MAX_INT32:
-            raise ValueError(f"{name} {value} is not from 1 to {datasets.MAX_INT32}")
-    if config.mlp not in MLPS:
-        raise ValueError(f"mlp {config.mlp} is not one of {', '.join(MLPS)}")
-    if not {*map(type, config.rope_scaling or [])} <= {int, float}:
-        raise ValueError("rope_scaling is not a list of numbers")
-    if config.head_dim is None:  # imported models set it, and H * d may differ from D
-        divisor = 2 * config.num_heads  # a head's dimension must be even: RoPE rotates pairs
-        if config.dim % divisor:
-            suggested_dim = divisor * max(1, round(config.dim / divisor))
-            raise ValueError(
-                f"dim {config.dim} is not a multiple of 2 * num_heads {config.num_heads}: "
-                f"try {suggested_dim}"
-            )
-        config.head_dim = config.dim // config.num_heads
-    if config.head_dim % 2 or config.head_dim > 2**16:  # RoPE rotates pairs
-        raise ValueError(f"head_dim {config.head_dim} is not an even number up to {2**16}")
-    if config.context_size * config.num_kv_heads * config.head_dim > datasets.MAX_INT32:
-        raise ValueError(f"context_size {config.context_size}: too many keys for MLX, give less")
-    if config.num_heads % config.num_kv_heads:
-        raise ValueError(
-            f"num_kv_heads {config.num_kv_heads} does not divide num_heads {config.num_heads}: "
-            f"try {math.gcd(config.num_heads, config.num_kv_heads)}"
-        )
-
-
 def normal_init(name, shape, seed):
     """A standard normal array of this shape, to initialize a parameter.
 
@@ -512,7 +456,7 @@ def normal_init(name, shape, seed):
     return mx.array(rng.standard_normal(shape, np.float32))
 
 
-# The ends of names of matrices that begin as 0, see init_weights.
+# A matrix whose name ends so begins as 0, see init_weights.
 ZERO_INIT = ("o_proj.weight", "down_proj.weight", "lm_head.weight")
 
 
@@ -526,9 +470,9 @@ def init_weights(model, seed):
     into the residual stream are 0, so that each block starts as the identity. An untied output
     layer is also 0.
 
-    Embeddings have standard deviation 5 / dim. If tied, they are also the output layer: up to a dim
-    of 1024, the logit of the token just read starts between 4 and 5, the others near 0, and the
-    initial loss is near ln(V + e^5). If untied, it is ln V.
+    Embeddings have standard deviation 5 / dim. Tied, they are the output layer, too: the token just
+    read starts with a logit of 4 to 5 (up to a dim of 1024), the others with about 0, and the
+    initial loss is near ln(V + e^5). Untied, it is ln V.
     """
     weights = []
     for name, parameter in tree_flatten(model.parameters()):
@@ -550,8 +494,8 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
-# fast.py computes logits without these. An edit of any of them makes the plain loss and metrics
-# run.
+# fast.py computes logits without these, so an edit of any of them would have no effect there: the
+# plain loss and metrics run instead.
 LOGITS_CODE = [Embedding, LanguageModel, Linear, linear_product]
 
 
@@ -588,8 +532,8 @@ class Muon(optim.Optimizer):
     MLX's Muon orthogonalizes one matrix at a time, and adds weight decay to the gradient first.
     """
 
-    # Its learning rate, as a multiple of AdamW's. 5 was best for words; for characters, it was as
-    # good as 8 and 10.
+    # Muon's learning rate is this times --learning_rate, which is AdamW's. On words, 5 was best; on
+    # characters, 8 and 10 were as good.
     lr_scale = 5
 
     def __init__(self, learning_rate, weight_decay, momentum=0.9):
@@ -614,7 +558,7 @@ class Muon(optim.Optimizer):
         return tree_map(self.update_matrix, tree_unflatten(orthogonal), parameters)
 
     def apply_single(self, gradient, parameter, state):
-        """Nesterov momentum: a direction, not yet a new parameter as in MLX's other optimizers."""
+        """The direction of Nesterov momentum; MLX's own optimizers return a new parameter here."""
         v = self.momentum * state["v"] + (1 - self.momentum) * gradient
         state["v"] = v
         return self.momentum * v + (1 - self.momentum) * gradient
@@ -640,7 +584,7 @@ class Muon(optim.Optimizer):
         rows, columns = matrix.shape
         # Outputs of a tall matrix then change as much per step as those of a square one.
         lr = self.learning_rate * max(1, rows / columns) ** 0.5
-        # As in AdamW, by its learning rate; self.learning_rate is lr_scale times that.
+        # The same decay as AdamW's, whose learning rate is not multiplied by lr_scale.
         decay = self.learning_rate * self.weight_decay / self.lr_scale
         return matrix * (1 - decay) - lr * direction
 
@@ -704,24 +648,15 @@ def make_optimizer(model, flags):
         other_optimizer(flags, embedding_decay),
         other_optimizer(flags, 0.0),
     ]
-    # filters[i] selects the parameters of groups[i]; the last group takes the rest.
-    filters = [is_matrix_of_block, is_matrix]
+    # filters[i] selects the parameters of groups[i], the last group takes the rest. Muon takes only
+    # matrices: a stack of them, which has three dimensions, goes to the second group.
+    filters = [
+        lambda name, parameter: name.startswith("model.layers.") and parameter.ndim == 2,
+        lambda name, parameter: parameter.ndim >= 2,
+    ]
     optimizer = optim.MultiOptimizer([parallelize(group) for group in groups], filters)
     optimizer.init(model.trainable_parameters())
     return optimizer
-
-
-def is_matrix(name, parameter):
-    """Whether a parameter is a matrix or a stack of them, for MultiOptimizer's filters."""
-    return parameter.ndim >= 2
-
-
-def is_matrix_of_block(name, parameter):
-    """Whether a parameter is a block's matrix, not the embeddings or the output layer.
-
-    Muon takes only matrices: a parameter with three dimensions goes to the next group.
-    """
-    return name.startswith("model.layers.") and parameter.ndim == 2
 
 
 def set_learning_rate(optimizer, learning_rate):
@@ -737,29 +672,29 @@ def constant_schedule(iteration, flags):
 
 def cosine_schedule(iteration, flags):
     """The factor 1 until the cooldown; then half a cosine down to `min_lr`."""
-    progress, min_factor = cooldown_progress(iteration, flags)
-    cosine = (1 + math.cos(math.pi * progress)) / 2  # 1 to 0
-    return 1 - (1 - min_factor) * (1 - cosine)  # exactly 1 before cooldown
+    cosine = (1 + math.cos(math.pi * cooldown_progress(iteration, flags))) / 2  # 1 to 0
+    return 1 - (1 - min_factor(flags)) * (1 - cosine)  # exactly 1 before cooldown
 
 
 def linear_schedule(iteration, flags):
     """The factor 1 until the cooldown; then a straight line down to `min_lr`."""
-    progress, min_factor = cooldown_progress(iteration, flags)
-    return 1 - (1 - min_factor) * progress
+    return 1 - (1 - min_factor(flags)) * cooldown_progress(iteration, flags)
 
 
 def cooldown_progress(iteration, flags):
-    """The completed fraction of the cooldown, and the multiple of the peak rate at its end.
+    """The completed fraction of the cooldown: 0 before it, 1 at step `num_iters`, after the last.
 
-    The cooldown is the last fraction `lr_cooldown` of the steps after warmup. It would reach
-    `min_lr` at step `num_iters`, one after the last.
+    The cooldown is the last fraction `lr_cooldown` of the steps after warmup.
     """
     cooldown_steps = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)
-    progress = max(0, iteration - (flags.num_iters - cooldown_steps)) / max(1, cooldown_steps)
+    return max(0, iteration - (flags.num_iters - cooldown_steps)) / max(1, cooldown_steps)
+
+
+def min_factor(flags):
+    """--min_lr as a multiple of the peak rate, by default a tenth."""
     if flags.min_lr is None:
-        return progress, 0.1  # the default of --min_lr: a tenth of the peak
-    # If the peak is 0, so is any multiple of it: the 1 only avoids a division by 0.
-    return progress, flags.min_lr / (flags.learning_rate or 1)
+        return 0.1
+    return flags.min_lr / (flags.learning_rate or 1)  # if the peak is 0, any multiple of it is 0
 
 
 # The choices of --lr_schedule: functions of the step, counted from 0, that give a multiple of
@@ -880,20 +815,6 @@ class Batches:
         return mx.array(rows[:, :-1], mx.int32), mx.array(rows[:, 1:], mx.int32)
 
 
-def draw_dropout(iteration, num_rows, flags):
-    """The dropout rate of a step, [] float32, and a key for each row, [num_rows, 2] uint32.
-
-    The key of row r depends only on (seed, iteration, r). The rate changes linearly from --dropout
-    to --dropout_final at `num_iters`.
-    """
-    final = flags.dropout if flags.dropout_final is None else flags.dropout_final
-    dropout_rate = flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
-    # The 1 makes these random numbers differ from those of Batches.
-    rng = np.random.default_rng([flags.seed, iteration, 1])
-    keys = rng.integers(0, 2**32, (num_rows, 2), np.uint32)
-    return mx.array(dropout_rate), mx.array(keys)
-
-
 # ---- Evaluation ---------------------------------------------------------------------------------
 
 
@@ -930,7 +851,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     def batch_sums(*windows):
         return sum_over_shards(metric_sums, *windows)
 
-    # The first window that starts at `last_start` or later reaches the end of the text.
+    # The last window is the first that starts at `last_start` or later: it reaches the end.
     last_start = max(num_targets - context_size, 0)
     starts = np.arange(0, last_start + stride, stride)
     batch_size = min(batch_size, len(starts))
@@ -965,24 +886,6 @@ def evaluation_windows(tokens, starts, context_size, stride):
     positions = np.minimum(positions, num_targets - 1)  # the end is masked: any token will do
     windows = (tokens[positions], tokens[positions + 1], mask)
     return [mx.array(array, mx.int32) for array in windows]
-
-
-def evaluate_split(name, model, dataset, flags, interrupts=None, ranks=None):
-    """Prints the losses of a whole split, unless a signal arrives."""
-    split = getattr(dataset, name)
-    num_tokens = len(split.tokens)
-    start = time.perf_counter()
-    metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
-    if metrics is not None:
-        seconds = time.perf_counter() - start
-        losses = describe_losses(name, metrics, split, dataset.tokenizer)
-        times = f"{seconds:.1f} s, {1000 * seconds / num_tokens:.4f} ms per token"
-        say(f"{losses}, {num_tokens / seconds:,.0f} tokens/s ({times})")
-
-
-def perplexity(loss):
-    """The perplexity of a mean loss in nats."""
-    return math.exp(min(loss, 99))  # exp(710) would overflow
 
 
 def bits_per_byte(loss, split):
@@ -1023,12 +926,12 @@ FLAGS["session"] = {
 def make_step(model, optimizer, flags, ranks=None, teacher=None):
     """Returns step_fn(dropout_rate, inputs, targets, row_keys), which takes an optimizer step.
 
-    dropout_rate, row_keys: see draw_dropout; inputs, targets: [N, L]. It returns metrics, {name:
-    scalar array}: `loss`, the mean in nats, and `gradient_norm`, before clipping. The N rows, that
-    is batch_size * grad_accumulation, are processed batch_size at a time, divided among ranks and
-    streams. With --dtype bfloat16, a GPU casts all weights but the embeddings, and a CPU rounds
-    only the inputs of matrix products. On both, the master weights, the optimizer state and the
-    loss are float32.
+    inputs, targets: [N, L], N = batch_size * grad_accumulation; dropout_rate, row_keys: see
+    draw_dropout. It takes batch_size rows at a time, which ranks and streams share. Returns {name:
+    scalar array}: `loss`, the mean in nats, and `gradient_norm`, before clipping.
+
+    With --dtype bfloat16, a GPU casts all weights but the embeddings, and a CPU rounds the inputs
+    of matrix products; master weights, optimizer state and loss stay float32 on both.
     """
     ranks = ranks or SingleProcess()
     model.model.grad_checkpoint = flags.grad_checkpoint
@@ -1079,9 +982,9 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return {"loss": loss, "gradient_norm": norm}
 
     def step_fn(dropout_rate, inputs, targets, row_keys):
-        # Turns sums over positions into means; ranks.all_mean divides by the number of ranks.
+        # A sum over all positions, times this, is the mean once all_mean has divided by ranks.size.
         scale = ranks.size / targets.size
-        shard_gradients = partial(loss_and_gradients, scale, dropout_rate)
+        scaled_sums = partial(loss_and_gradients, scale, dropout_rate)
         # This rank's rows of each micro-batch.
         begin = flags.batch_size * ranks.rank // ranks.size
         end = flags.batch_size * (ranks.rank + 1) // ranks.size
@@ -1089,7 +992,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         with bfloat16_products(flags.dtype == "bfloat16"):
             for start in range(0, len(inputs), flags.batch_size):
                 rows = slice(start + begin, start + end)
-                sums = sum_over_shards(shard_gradients, inputs[rows], targets[rows], row_keys[rows])
+                sums = sum_over_shards(scaled_sums, inputs[rows], targets[rows], row_keys[rows])
                 total = sums if total is None else tree_map(mx.add, total, sums)
                 if len(inputs) > flags.batch_size:  # or all would be in memory at once
                     mx.eval(total)
@@ -1123,7 +1026,7 @@ def train(run, interrupts, ranks):
             stop_signal, is_time_up = ranks.agree(interrupts.stop_signal, run.seconds >= time_limit)
             is_due = run.is_evaluation_due() or (is_time_up and flags.steps_per_eval)
             if is_due and run.iteration > 0 and not run.evaluation:
-                evaluate_run(run, interrupts, ranks, reporter)
+                validate(run, interrupts, ranks, reporter)
             is_done = is_time_up or run.iteration >= flags.num_iters or run.is_out_of_patience()
             if is_done or stop_signal or run.is_save_due():
                 if reporter:
@@ -1143,7 +1046,7 @@ def train(run, interrupts, ranks):
                     prune_checkpoints(run)
                 reporter.report_step(metrics)
     # No step follows the last checkpoint to show that it is good, but its validation loss does:
-    # evaluate_run raises RunError unless it is finite.
+    # validate raises RunError unless it is finite.
     if reporter and run.evaluation:
         prune_checkpoints(run)
     if run.is_out_of_patience():
@@ -1152,7 +1055,7 @@ def train(run, interrupts, ranks):
         say(f"--max_minutes {flags.max_minutes:g} reached at iteration {run.iteration:,}.")
     if flags.eval_test and not stop_signal:
         with run.using_average() as model:
-            evaluate_split("test", model, run.dataset, flags, interrupts, ranks)
+            print_evaluation("test", model, run.dataset, flags, interrupts, ranks)
     stop_signal, _ = ranks.agree(interrupts.stop_signal)
     return stop_signal
 
@@ -1160,9 +1063,6 @@ def train(run, interrupts, ranks):
 def train_step(run, step_fn):
     """Takes the next step of a run; returns its metrics, {name: number}."""
     flags = run.flags
-    if run.iteration % flags.steps_per_report == 0:  # the steps before have been reported
-        run.recent_steps = 0
-        run.recent_loss = 0.0
     start = time.perf_counter()
     lr = learning_rate_at(run.iteration, flags)
     set_learning_rate(run.optimizer, lr)  # an array in its state: no recompilation
@@ -1173,20 +1073,11 @@ def train_step(run, step_fn):
         weights = run.model.trainable_parameters()
         run.average = update_average(run.average, weights, run.iteration, flags.average)
     metrics = {name: array.item() for name, array in metrics.items()}
-    seconds = time.perf_counter() - start
-
-    run.iteration += 1
-    run.is_saved = False
-    run.tokens_seen += inputs.size
-    if run.has_stepped:
-        run.seconds += seconds
-    run.has_stepped = True
-    run.recent_steps += 1
-    run.recent_loss += metrics["loss"]
+    run.count_step(inputs.size, time.perf_counter() - start, metrics["loss"])
     return metrics | {"learning_rate": lr}
 
 
-def evaluate_run(run, interrupts, ranks, reporter):
+def validate(run, interrupts, ranks, reporter):
     """Evaluates the validation split, unless a signal arrives.
 
     It scores the first --eval_tokens (0: all), and at most as many as the run trains on between
@@ -1217,28 +1108,6 @@ def evaluate_run(run, interrupts, ranks, reporter):
         reporter.report_evaluation(metrics, seconds)
 
 
-def save_and_sample(run, interrupts, reporter):
-    """Saves a run and samples from it, unless nothing has changed since the last save."""
-    if run.is_saved:
-        return
-    save(run, interrupts)
-    say(f"saved {run.checkpoint_id} at iteration {run.iteration:,}")
-    flags = argparse.Namespace(**vars(run.flags))
-    if flags.sample_tokens is not None:
-        flags.max_tokens = flags.sample_tokens
-    if flags.max_tokens == 0:
-        return
-    with run.using_average() as model:
-        for prompt in flags.sample_prompt or [""]:
-            if interrupts.stop_signal:
-                break
-            conversation = Conversation(run.dataset.tokenizer, model)
-            warn_about_prompt(conversation, prompt)
-            text = "".join(conversation.reply(prompt, flags, flags.seed, interrupts))
-            if not interrupts.stop_signal:  # else it is cut short
-                reporter.report_sample(prompt, text)
-
-
 # ---- Runs ---------------------------------------------------------------------------------------
 
 
@@ -1249,6 +1118,19 @@ class Evaluation(NamedTuple):
     loss: float  # in nats per token
     num_tokens: int
     bits_per_byte: float
+
+
+@dataclasses.dataclass
+class Segment:
+    """A part of a run that was trained by the same code, in the same environment, to the same end.
+
+    Segments that differ only in where they begin are equal.
+    """
+
+    iteration: int = dataclasses.field(compare=False)  # at which it begins
+    num_iters: int  # at which its schedules end
+    code_sha1: str  # see sha1_of_code
+    versions: dict  # of the environment, see list_versions
 
 
 def comparable_evaluations(evaluations):
@@ -1313,7 +1195,7 @@ class Run(Progress):
     saved_at: float = 0.0  # see Checkpoint
     is_saved: bool = True  # no changes since the last save; a new run has nothing to lose
 
-    def state(self):
+    def snapshot(self):
         """All that training changes: numbers, {name: value}, and a tree of arrays.
 
         A checkpoint saves it, and ranks receive it. If a step should remember more: a number is a
@@ -1331,7 +1213,7 @@ class Run(Progress):
         return numbers, arrays
 
     def restore(self, numbers, arrays):
-        """Goes back to a `state`; arrays: its tree flattened, {name: array}.
+        """Goes back to a `snapshot`; arrays: its tree flattened, {name: array}.
 
         It may be untrusted: raises an exception (of any type) if it does not fit.
         """
@@ -1362,6 +1244,20 @@ class Run(Progress):
         """Passes over the training text."""
         return self.tokens_seen / len(self.dataset.train.tokens)
 
+    def count_step(self, num_tokens, seconds, loss):
+        """Counts a step that has just been taken."""
+        if self.iteration % self.flags.steps_per_report == 0:  # the steps before were reported
+            self.recent_steps = 0
+            self.recent_loss = 0.0
+        self.iteration += 1
+        self.is_saved = False
+        self.tokens_seen += num_tokens
+        if self.has_stepped:
+            self.seconds += seconds
+        self.has_stepped = True
+        self.recent_steps += 1
+        self.recent_loss += loss
+
     def is_evaluation_due(self):
         """Whether to evaluate now: every `steps_per_eval` iterations, and at the end."""
         interval = self.flags.steps_per_eval
@@ -1376,8 +1272,8 @@ class Run(Progress):
     def is_out_of_patience(self):
         """Whether --patience ends the run, as that many evaluations in a row brought no new best.
 
-        Only evaluations at multiples of `steps_per_eval` count. An extended run has one more, at
-        its old end, which a run that was longer from the start has not.
+        Only evaluations at multiples of `steps_per_eval` count: an extended run has one more, at
+        its old end, and would stop elsewhere than a run that was longer from the start.
         """
         interval = self.flags.steps_per_eval or math.inf
         losses = []
@@ -1400,7 +1296,7 @@ class Run(Progress):
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
-# First functions of logits [B, V], then token-by-token decoding.
+# Logits [B, V] become ids (Decoder), ids become text (Detokenizer), and texts a Conversation.
 
 
 def bit_width(text):
@@ -1500,10 +1396,44 @@ def is_greedy(flags):
     return flags.temperature < 1e-6
 
 
+class KVCache:
+    """The keys and values of the tokens that one Attention has read so far."""
+
+    mask = "causal"  # for `attend`
+
+    def __init__(self):
+        self.keys = None  # [B, K, capacity, d], in the order of the positions
+        self.values = None
+        self.offset = 0  # positions read so far
+
+    def update_and_fetch(self, keys, values):
+        """Adds keys and values [B, K, L, d]; returns those of all positions so far."""
+        end = self.offset + keys.shape[2]
+        self.reserve(end, keys, values)
+        self.keys[:, :, self.offset : end] = keys
+        self.values[:, :, self.offset : end] = values
+        self.offset = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def reserve(self, end, keys, values):
+        """Makes room for `end` positions of keys and values like these, [B, K, any, d].
+
+        The capacity is a multiple of 256, not a whole context, which can be very long.
+        """
+        if self.keys is None:
+            self.keys = keys[:, :, :0]
+            self.values = values[:, :, :0]
+        B, K, capacity, d = self.keys.shape
+        if end > capacity:
+            zeros = mx.zeros((B, K, 256 * math.ceil(end / 256) - capacity, d), keys.dtype)
+            self.keys = mx.concatenate([self.keys, zeros], axis=2)
+            self.values = mx.concatenate([self.values, zeros], axis=2)
+
+
 class Decoder:
     """A model that continues a text.
 
-    ids: the text so far, a list; callers may append to it, too, and begin before `generate`.
+    ids: the text so far, a list; callers may append to it, too. `generate` needs at least one id.
     Keys and values of what it has read are cached. When the text outgrows the context, its last
     context_size // 2 tokens are read again. So logits equal those of a pass without a cache over
     ids[window_start:].
@@ -1670,16 +1600,6 @@ class Conversation:
                 self.tokens_per_second = (len(times) - 1) / (time.perf_counter() - times[0])
 
 
-def for_terminal(text):
-    """Untrusted text, also a model's, ready to print on stdout: unchanged in a pipe or file.
-
-    For a terminal, `printable`, without the CR of Windows' line ends.
-    """
-    if sys.stdout.isatty():
-        return printable(text.replace("\r", ""))
-    return text
-
-
 def warn_about_prompt(conversation, prompt):
     """Warns about what the model will not read of a prompt, or will read differently."""
     tokenizer = conversation.tokenizer
@@ -1737,14 +1657,9 @@ class Checkpoint(Progress):
     folder: Path = dataclasses.field(init=False)  # of its run; not in the record
 
     @property
-    def folder_name(self):
-        """The name of its run's folder."""
-        return self.folder.name
-
-    @property
     def is_copy(self):
         """Whether its files were copied from the folder of another run."""
-        return self.run_name != self.folder_name
+        return self.run_name != self.folder.name
 
     @property
     def weights_path(self):
@@ -1755,7 +1670,7 @@ class Checkpoint(Progress):
         return self.folder / f"{self.id}.metadata"
 
     def __str__(self):
-        return f"{self.folder_name}, iteration {self.iteration:,}, checkpoint {self.id[:12]}"
+        return f"{self.folder.name}, iteration {self.iteration:,}, checkpoint {self.id[:12]}"
 
     def open(self):
         """Verifies both files and returns the Contents.
@@ -1777,19 +1692,6 @@ class Checkpoint(Progress):
                 # Building that many blocks first could exhaust the memory.
                 raise ValueError("its model has more blocks than arrays")
             return Contents(self, tokenizer, weights, state)
-
-
-@dataclasses.dataclass
-class Segment:
-    """A part of a run that was trained by the same code, in the same environment, to the same end.
-
-    Segments that differ only in where they begin are equal.
-    """
-
-    iteration: int = dataclasses.field(compare=False)  # at which it begins
-    num_iters: int  # at which its schedules end
-    code_sha1: str  # see sha1_of_code
-    versions: dict  # of the environment, see list_versions
 
 
 class DamagedError(RunError):
@@ -1830,7 +1732,7 @@ class Contents(NamedTuple):
             mx.eval(model.parameters())
         return model
 
-    def restore(self, run):
+    def load_into(self, run):
         """Puts the saved state into a run. Raises DamagedError if it does not fit."""
         checkpoint = self.checkpoint
         problem = f"{checkpoint} does not fit its record: use another one from --list"
@@ -1934,7 +1836,7 @@ def from_untrusted(cls, values):
         expected = types[name]
         if type(value) is not expected and type(value) not in get_args(expected):
             raise ValueError(f"its {name:.50} is of another type")
-        least = 0 if type(value) is int else -1e15  # rounding may bring a loss of about 0 below it
+        least = 0 if type(value) is int else -1e15  # rounding may make a loss of 0 negative
         if type(value) in (int, float) and not least <= value < 1e15:
             raise ValueError(f"its {name} is out of range")
     return cls(**values)
@@ -1949,7 +1851,7 @@ def list_checkpoints(save_dir, warn=False):
     checkpoints = []
     for folder in list_run_folders(save_dir):
         checkpoints += checkpoints_in(folder, warn)
-    return sorted(checkpoints, key=by_time_saved, reverse=True)
+    return newest_first(checkpoints)
 
 
 def list_run_folders(save_dir):
@@ -1978,12 +1880,12 @@ def checkpoints_in(folder, warn=False):
             if warn:
                 line = f"Skipping {folder.name}, {path.stem[:12]}: {datasets.one_line(error)}"
                 print(line, file=sys.stderr)
-    return sorted(checkpoints, key=by_time_saved, reverse=True)
+    return newest_first(checkpoints)
 
 
-def by_time_saved(checkpoint):
-    """The sort key of checkpoints, newest last; copies count as older than all others."""
-    return not checkpoint.is_copy, checkpoint.saved_at, checkpoint.iteration
+def newest_first(checkpoints):
+    """Sorts checkpoints by the time of their save; copies count as older than all others."""
+    return sorted(checkpoints, key=lambda c: (not c.is_copy, c.saved_at, c.iteration), reverse=True)
 
 
 def best_checkpoint(checkpoints):
@@ -2012,17 +1914,15 @@ def find_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
             raise UsageError(
                 f"--{flag_name} {identifier} lies outside --save_dir {save_dir}: copy the run there"
             )
-        if path.is_file():  # a branch may have the same weights
+        if path.is_file():  # in another folder, a copy may have this id
             checkpoints = checkpoints_in(path.parent)
     identifier = path.name.removesuffix(".safetensors")
-    runs = [checkpoint.folder_name for checkpoint in checkpoints]
+    runs = [checkpoint.folder.name for checkpoint in checkpoints]
     if identifier == "latest":
         matches = checkpoints[:1]
     elif identifier == "best" and checkpoints:
         best = best_checkpoint(checkpoints_in(checkpoints[0].folder))
-        matches = []
-        if best.evaluation:
-            matches.append(best)
+        matches = [best] if best.evaluation else []
     elif identifier in runs:
         matches = [checkpoints[runs.index(identifier)]]
     elif "@" in identifier:
@@ -2047,7 +1947,7 @@ def find_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
 
 
 def open_newest(candidates, is_named=False):
-    """Opens the first undamaged checkpoint; never falls back if the user named one."""
+    """The Contents of the first undamaged candidate; if the user named one, of that or none."""
     for candidate in candidates:
         try:
             return candidate.open()
@@ -2084,7 +1984,7 @@ def write_checkpoint(run):
     A checkpoint is never half-written: a file is complete on disk before it gets its name, and a
     checkpoint counts only once it has its .safetensors, which is named last.
     """
-    numbers, arrays = run.state()
+    numbers, arrays = run.snapshot()
     weights = arrays_to_save(arrays.pop("average" if run.average else "weights"))
     # An array, as safetensors files with long headers cannot be read.
     tokenizer = json.dumps(run.dataset.tokenizer.to_dict()).encode()
@@ -2160,23 +2060,6 @@ def prune_checkpoints(run):
                 path.unlink()
 
 
-def divergence_error(run, what, iteration):
-    """The RunError for a run whose `what` is not finite.
-
-    It gives a command that goes back to the last checkpoint before `iteration`, from which at least
-    one step was finite.
-    """
-    checkpoints = checkpoints_in(run.folder)
-    earlier = [checkpoint for checkpoint in checkpoints if checkpoint.iteration < iteration]
-    remedy = "start over with --new_model"
-    if earlier:
-        remedy = f"go back with {resume_command(run.flags, earlier[0].id[:12])}"
-    return RunError(
-        f"the {what} of iteration {run.iteration:,} is not finite: choose a lower --learning_rate "
-        f"or --grad_clip, and {remedy}"
-    )
-
-
 # ---- Models that a run begins with or learns from -----------------------------------------------
 
 
@@ -2216,14 +2099,14 @@ def open_model(save_dir, name, flag_name):
 
     Raises UsageError if there is none, RunError if it is damaged.
     """
-    if is_foreign(name):
+    if is_hugging_face(name):
         return extra("huggingface").open_by_name(name)
     checkpoint = find_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
     with explain_errors(f"--{flag_name}: name another model", DamagedError, raises=RunError):
         return model_from_checkpoint(checkpoint)
 
 
-def is_foreign(name):
+def is_hugging_face(name):
     """Whether a model's name is that of a Hugging Face folder or model, not of a checkpoint."""
     # `resolve_flags` has made the path of a model folder absolute; other folders are of runs.
     return "/" in name and (is_model_folder(name) or not os.path.isdir(name))
@@ -2301,14 +2184,6 @@ class Interrupts:
         os.close(reader)
 
 
-def say(text, file=None):
-    """Prints a line about a run; if that fails (`| head`, a full disk), the run goes on."""
-    file = file or sys.stdout
-    with contextlib.suppress(OSError):
-        tqdm.write(text, file)
-        file.flush()
-
-
 # ---- Processes and processors -------------------------------------------------------------------
 
 
@@ -2353,7 +2228,7 @@ def on_gpu():
 def use_device(gpu):
     """Makes the GPU or the CPU the default device; call it before anything is computed.
 
-    It also sets TMPDIR, where MLX keeps kernels, and on a CPU puts our g++ first in PATH.
+    It also sets TMPDIR, where MLX keeps kernels, and on a CPU puts a script `g++` first in PATH.
     Raises UsageError if there is no GPU.
     """
     if gpu and not mx.is_available(mx.gpu):
@@ -2370,7 +2245,7 @@ def use_device(gpu):
         fast.use_gpu()
     elif fast:
         fast.use_cpu()
-    if not gpu and (not fast or sys.platform != "linux"):  # else, fast.use_cpu has done this
+    if not gpu and (not fast or sys.platform != "linux"):  # on Linux, fast.use_cpu does it
         # On ARM, compilers fuse products with sums, but only in some loops of a kernel. Timing
         # decides which loop computes an element, so its last bit would vary.
         compile_command = 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"'
@@ -2448,14 +2323,14 @@ def read_code(flag_values):
 read_code({})  # before anybody edits the files
 
 
-def hash_files(code):
+def hash_sources(code):
     """A hash of each file of code, see read_code; comments, docstrings and layout do not count."""
     return {name: datasets.hash_of_code(source) for name, source in code.items()}
 
 
 def sha1_of_code(code):
-    """The SHA1 of code, see hash_files."""
-    return sha1_of_text(json.dumps(hash_files(code)))
+    """The SHA1 of code, see hash_sources."""
+    return sha1_of_text(json.dumps(hash_sources(code)))
 
 
 def code_folder(folder, sha1):
@@ -2484,17 +2359,33 @@ def code_mismatch_error(checkpoint, code, flags):
     old = code_folder(checkpoint.folder, checkpoint.segments[-1].code_sha1)
     paths = filter(Path.is_file, old.rglob("[!.]*"))
     old_code = {str(path.relative_to(old)): path.read_text("utf-8", "replace") for path in paths}
-    names = sorted(dict(hash_files(code).items() ^ hash_files(old_code).items()))
+    names = sorted(dict(hash_sources(code).items() ^ hash_sources(old_code).items()))
     first, *_ = [*names, "main.py"]
     return UsageError(
-        f"{checkpoint.folder_name} was trained by other code than this ({', '.join(names)}: "
+        f"{checkpoint.folder.name} was trained by other code than this ({', '.join(names)}: "
         f"{shlex.join(['diff', str(old / first), str(HERE / first)])}): resume with this code by "
-        f"{resume_command(flags, checkpoint.folder_name)}, or start a new run by its original "
+        f"{resume_command(flags, checkpoint.folder.name)}, or start a new run by its original "
         "command and --new_model"
     )
 
 
 # ---- Reports ------------------------------------------------------------------------------------
+
+
+def say(text, file=None):
+    """Prints a line about a run; if that fails (`| head`, a full disk), the run goes on."""
+    file = file or sys.stdout
+    with contextlib.suppress(OSError):
+        tqdm.write(text, file)
+        file.flush()
+
+
+def for_terminal(text):
+    """Untrusted text, also a model's, for stdout: on a terminal, `printable` and without CRs."""
+    if sys.stdout.isatty():
+        return printable(text.replace("\r", ""))
+    return text
+
 
 # How metrics are shown on the screen; others are shown by their names. loss: nats/token, with
 # --teacher mixed with the distillation loss; epoch: passes over the text; peak_mib: MLX's peak
@@ -2621,6 +2512,28 @@ class Reporter:
             self.failed_files.add(name)
 
 
+def save_and_sample(run, interrupts, reporter):
+    """Saves a run and samples from it, unless nothing has changed since the last save."""
+    if run.is_saved:
+        return
+    save(run, interrupts)
+    say(f"saved {run.checkpoint_id} at iteration {run.iteration:,}")
+    flags = argparse.Namespace(**vars(run.flags))
+    if flags.sample_tokens is not None:
+        flags.max_tokens = flags.sample_tokens
+    if flags.max_tokens == 0:
+        return
+    with run.using_average() as model:
+        for prompt in flags.sample_prompt or [""]:
+            if interrupts.stop_signal:
+                break
+            conversation = Conversation(run.dataset.tokenizer, model)
+            warn_about_prompt(conversation, prompt)
+            text = "".join(conversation.reply(prompt, flags, flags.seed, interrupts))
+            if not interrupts.stop_signal:  # else it is cut short
+                reporter.report_sample(prompt, text)
+
+
 class Log:
     """A run's log.csv: a row has an iteration, a split and metrics.
 
@@ -2649,8 +2562,8 @@ class Log:
     def rewrite(self, last_row):
         """Rewrites the file: its rows, then `last_row`, with the columns of both.
 
-        All at once, so that a kill leaves no header alone. An old file in which no row can be read
-        was saved by another program, with semicolons, say: it is renamed.
+        It is replaced as a whole: a kill must not leave a header without rows. An old file in which
+        no row can be read was saved by another program, with semicolons, say: it is renamed.
         """
         rows = read_log(self.path)
         if not rows and os.path.lexists(self.path):
@@ -2735,6 +2648,24 @@ def print_start(run, checkpoint):
     say(printable("\n".join([*lines, *start_notices(run)])))
 
 
+def print_evaluation(name, model, dataset, flags, interrupts=None, ranks=None):
+    """Prints the losses of a whole split, unless a signal arrives."""
+    split = getattr(dataset, name)
+    num_tokens = len(split.tokens)
+    start = time.perf_counter()
+    metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
+    if metrics is not None:
+        seconds = time.perf_counter() - start
+        losses = describe_losses(name, metrics, split, dataset.tokenizer)
+        times = f"{seconds:.1f} s, {1000 * seconds / num_tokens:.4f} ms per token"
+        say(f"{losses}, {num_tokens / seconds:,.0f} tokens/s ({times})")
+
+
+def perplexity(loss):
+    """The perplexity of a mean loss in nats."""
+    return math.exp(min(loss, 99))  # exp(710) would overflow
+
+
 def describe_losses(name, metrics, split, tokenizer, mark=""):
     """A split's loss, per token and in units that do not depend on the tokenizer; other metrics.
 
@@ -2805,8 +2736,8 @@ def describe_resume(checkpoint, run):
     flags = run.flags
     changes = describe_changes(checkpoint.flags, vars(flags), "--")
     yield f"resumed  with {changes or 'unchanged flags'}"
-    if checkpoint.folder_name != run.folder.name:
-        yield f"This is a branch of {checkpoint.folder_name}, which stays as it is."
+    if checkpoint.folder.name != run.folder.name:
+        yield f"This is a branch of {checkpoint.folder.name}, which stays as it is."
     has_schedule = flags.lr_schedule != "constant" or flags.dropout_final is not None
     if has_schedule and checkpoint.flags["num_iters"] != flags.num_iters:
         yield "Schedules of the learning rate and of dropout now stretch to --num_iters."
@@ -2822,6 +2753,56 @@ def describe_changes(old, new, prefix=""):
     """Changed values, in words: "--dim 32 -> 64, --seed 1 -> 2"."""
     changed = [name for name in old if old[name] != new.get(name)]
     return ", ".join(f"{prefix}{name} {old[name]} -> {new.get(name)}" for name in changed)
+
+
+def describe_end(run, stop_signal):
+    """The last lines of a command: where the run is, and what to type next."""
+    if run.checkpoint_id is None:
+        return f"Stopped at iteration {run.iteration:,}; nothing was saved yet."
+    flags = run.flags
+    resume = resume_command(flags, run.folder.name)
+    trained = f"{plural(run.iteration, 'iteration')} in {tqdm.format_interval(run.seconds)}"
+    if run.evaluations:
+        best = best_evaluation(run.evaluations)
+        trained += f", best: valid {best.loss:.4f} nats at iteration {best.iteration:,}"
+    if stop_signal:
+        return f"{trained}\nStopped at iteration {run.iteration:,}. To resume: {resume}"
+    ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
+    more = ""
+    if run.is_out_of_patience():
+        more = f" --patience {2 * flags.patience}"
+    if run.iteration >= flags.num_iters:
+        ended = f"Run complete ({run.iteration:,}/{flags.num_iters:,})"
+        more = f" --num_iters {2 * run.iteration}"
+    return f"{trained}\n{ended}. To sample: {resume} --inference\nTo train on: {resume}{more}"
+
+
+def divergence_error(run, what, iteration):
+    """The RunError for a run whose `what` is not finite.
+
+    It gives a command that goes back to the last checkpoint before `iteration`, from which at least
+    one step was finite.
+    """
+    checkpoints = checkpoints_in(run.folder)
+    earlier = [checkpoint for checkpoint in checkpoints if checkpoint.iteration < iteration]
+    remedy = "start over with --new_model"
+    if earlier:
+        remedy = f"go back with {resume_command(run.flags, earlier[0].id[:12])}"
+    return RunError(
+        f"the {what} of iteration {run.iteration:,} is not finite: choose a lower --learning_rate "
+        f"or --grad_clip, and {remedy}"
+    )
+
+
+def resume_command(flags, identifier):
+    """The command that resumes a run or a checkpoint, in the same folders."""
+    parts = ["python", "main.py", "--identifier", identifier]
+    for name in ("save_dir", "data_dir"):
+        if name in flags.explicit:
+            parts += [f"--{name}", flags.explicit[name]]
+    if flags.gpu:
+        parts.append("--gpu")
+    return shlex.join(map(str, parts))
 
 
 # ---- Flags --------------------------------------------------------------------------------------
@@ -2882,7 +2863,6 @@ MAX_YAML_BYTES = 1 << 20  # bytes of a --config, or of a file of cases
 RECIPES = HERE / "extras" / "recipes"  # the files that --config finds by name
 
 
-@functools.cache
 def make_parser():
     """An argparse parser of FLAGS that returns only the flags passed, without defaults."""
     parser = datasets.Parser(
@@ -3041,7 +3021,7 @@ def get_values(namespace, names):
 
 
 # {flag: it has no effect without one of these flags}
-REQUIRED_FLAGS = {
+NEEDS_ONE_OF = {
     "min_lr": ["lr_schedule"],
     "lr_cooldown": ["lr_schedule"],
     "valid_fraction": ["text"],
@@ -3057,21 +3037,10 @@ REQUIRED_FLAGS = {
 
 def ineffective_flag_notices(flags):
     """Yields a line for each explicit flag that has no effect without another one."""
-    for name, others in REQUIRED_FLAGS.items():
+    for name, others in NEEDS_ONE_OF.items():
         has_effect = any(getattr(flags, other) != DEFAULTS[other] for other in others)
         if name in flags.explicit and not has_effect:
             yield f"--{name} has no effect without --{' or --'.join(others)}."
-
-
-def resume_command(flags, identifier):
-    """The command that resumes a run or a checkpoint, in the same folders."""
-    parts = ["python", "main.py", "--identifier", identifier]
-    for name in ("save_dir", "data_dir"):
-        if name in flags.explicit:
-            parts += [f"--{name}", flags.explicit[name]]
-    if flags.gpu:
-        parts.append("--gpu")
-    return shlex.join(map(str, parts))
 
 
 # ---- Setting up a run ---------------------------------------------------------------------------
@@ -3083,34 +3052,11 @@ def resume_command(flags, identifier):
 #                                        checkpoint, or a training flag has another value
 #     --new_model, or no such run yet    a new run
 #
-# If other code trained that run: --identifier goes on with it. Flags begin a new run beside it if
-# it is finished, else they are an error, as is a command without either.
+# If other code trained that run, --identifier still resumes it. Without --identifier, this is an
+# error, but flags that describe a finished run begin a new one beside it.
 #
 # A run's name is a hash of IDENTITY_FLAGS, of the contents of its texts and models, and of the
 # checkpoint that a branch began from. Its folder is NAME or NAME.2, NAME.3, …
-
-
-def run_identity(flag_values, sha256, parents):
-    """What a run's name is made of, {name: value}: texts and models by content, not by path.
-
-    flag_values: {name: value}; sha256: see datasets.Dataset; parents: see Checkpoint.
-    """
-    identity = {name: flag_values[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
-    identity |= sha256 | parents
-    for name in PRETRAINED_FLAGS:
-        # These words name this run's own checkpoints once it has saved: so the word counts.
-        if flag_values[name] in ("latest", "best"):
-            identity[name] = flag_values[name]
-    return identity
-
-
-def run_name(dataset, identity):
-    """The name of the run of this identity: <dataset>-<8 hexadecimal digits>.
-
-    Defaults are left out: otherwise, adding a flag to the program would rename all runs.
-    """
-    changed = {name: value for name, value in identity.items() if value != DEFAULTS.get(name)}
-    return f"{dataset}-{sha1_of_text(json.dumps(changed, sort_keys=True))[:8]}"
 
 
 def refuse_conflict(flags, values, owner):
@@ -3149,72 +3095,37 @@ def choose_checkpoint(flags):
     return checkpoints[0]
 
 
-def find_folder(inputs, chosen_checkpoint):
-    """The folder of the run that a command trains, which may be a new one.
+def check_early(flags, ranks):
+    """Raises UsageError for what can be refused before anything is downloaded."""
+    if flags.batch_size < ranks.size:
+        raise UsageError(
+            f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
+            "row: give a larger one"
+        )
+    with contextlib.suppress(OSError):
+        if Path(__file__).read_text("utf-8") != LOADED_SOURCES["main.py"]:
+            say("main.py was edited since it was loaded: the edit is not in this run.")
+    if flags.teacher:
+        extra("distil").check()
+    if flags.report_to:
+        extra("report").check(flags.report_to)
 
-    Of NAME, NAME.2, …, it is the run saved last that was trained by the same code (with
-    --identifier, by any), else the first that is free or has no checkpoint.
-    Raises UsageError if other code trained all such runs, and the one saved last is unfinished.
+
+def continues_run(flags, checkpoint):
+    """Whether a command continues its checkpoint's run, instead of beginning a branch.
+
+    True if the checkpoint is its run's newest, and no training flag has another value. One in
+    steps/, computed by RUN@STEP, always begins a branch.
     """
-    flags = inputs.flags
-    code_sha1 = sha1_of_code(inputs.code)
-    if chosen_checkpoint and inputs.parents == chosen_checkpoint.parents:  # it is no branch
-        if not flags.identifier and chosen_checkpoint.segments[-1].code_sha1 != code_sha1:
-            raise code_mismatch_error(chosen_checkpoint, inputs.code, flags)
-        return chosen_checkpoint.folder
-    identity = run_identity(vars(flags), inputs.dataset.sha256, inputs.parents)
-    name = run_name(flags.dataset, identity)
-    runs = {}  # {folder: its checkpoints, newest first}
-    for folder in [] if flags.new_model else list_run_folders(flags.save_dir):
-        if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", folder.name):
-            runs[folder] = checkpoints_in(folder)
-    newest_checkpoints = [checkpoints[0] for checkpoints in runs.values() if checkpoints]
-    other = None  # the newest one by other code
-    for checkpoint in sorted(newest_checkpoints, key=by_time_saved, reverse=True):
-        if run_identity(checkpoint.flags, checkpoint.tokens_sha256, checkpoint.parents) != identity:
-            say(f"Ignoring {checkpoint.folder_name}: its flags do not match its name.")
-        elif flags.identifier or checkpoint.segments[-1].code_sha1 == code_sha1:
-            return checkpoint.folder
-        else:
-            other = other or checkpoint
-    if other and other.iteration < flags.explicit.get("num_iters", other.flags["num_iters"]):
-        raise code_mismatch_error(other, inputs.code, flags)
-    folder = flags.save_dir / name
-    for count in itertools.count(2):
-        # In a folder without a checkpoint, the same command was perhaps stopped before it saved.
-        if runs.get(folder) == [] or not os.path.lexists(folder):
-            return folder
-        folder = flags.save_dir / f"{name}.{count}"
+    if not checkpoint.folder.parent.samefile(flags.save_dir):
+        return False
+    newest, *_ = checkpoints_in(checkpoint.folder)
+    has_same_flags = get_values(flags, FLAGS["training"]).items() <= checkpoint.flags.items()
+    return has_same_flags and newest.id == checkpoint.id
 
 
-@contextlib.contextmanager
-def locked_folder(folder):
-    """Holds the lock of a run's folder, which is made if it is missing.
-
-    Raises UsageError if another process holds it. The lock ends with the process, however that
-    ends. If nothing was written there, the folder is deleted.
-    """
-    folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            datasets.flock(descriptor, wait=False)
-        except BlockingIOError:
-            raise UsageError(
-                f"{folder.name} is being trained by another process: wait for it, or start another "
-                "run with --new_model"
-            ) from None
-        try:
-            yield
-        finally:  # only the holder of the lock may delete it
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
-    finally:
-        os.close(descriptor)
-
-
-def needed_model_flags(flags):
-    """The PRETRAINED_FLAGS whose models a resumed run needs, too: a teacher, and LoRA's base."""
+def kept_model_flags(flags):
+    """The PRETRAINED_FLAGS whose models a run keeps in its folder: a teacher, and LoRA's base."""
     needed = []
     if flags.teacher:
         needed.append("teacher")
@@ -3224,14 +3135,14 @@ def needed_model_flags(flags):
 
 
 def open_kept_models(flags, checkpoint):
-    """The models that a checkpoint's run keeps, {flag: LoadedModel}; see needed_model_flags."""
+    """The models that a checkpoint's run keeps, {flag: LoadedModel}; see kept_model_flags."""
     models = {}
-    for name in needed_model_flags(flags):
+    for name in kept_model_flags(flags):
         models[name] = extra("kept_models").open_kept_model(checkpoint, name)
     return models
 
 
-MAX_IMPORTED_CONTEXT = 1024  # maximum for Hugging Face models, without --context_size
+MAX_IMPORTED_CONTEXT = 1024  # of a Hugging Face model, unless --context_size is given
 
 
 def flags_from_pretrained(models, flags):
@@ -3253,37 +3164,14 @@ def flags_from_pretrained(models, flags):
         values |= get_values(config, FLAGS["model"])
         if "context_size" in flags.explicit:
             values["context_size"] = flags.context_size
-        elif is_foreign(flags.init_from):
+        elif is_hugging_face(flags.init_from):
             values["context_size"] = min(config.context_size, MAX_IMPORTED_CONTEXT)
     refuse_conflict(flags, values, "--init_from" if flags.init_from else "--teacher")
     for name, loaded in models.items():
         limit = loaded.model.config.context_size  # perhaps that of a sliding window
-        if is_foreign(getattr(flags, name)) and values["context_size"] > limit:
+        if is_hugging_face(getattr(flags, name)) and values["context_size"] > limit:
             raise UsageError(f"--{name} reads at most {limit} tokens: give --context_size {limit}")
     return values
-
-
-def make_model(flags, dataset, checkpoint, models):
-    """The model of a run; only that of --init_from already has its weights."""
-    if checkpoint and "init_from" not in models:
-        with explain_errors(f"{checkpoint} has no model", *MODEL_ERRORS, raises=DamagedError):
-            return LanguageModel(checkpoint.config)
-    try:
-        if "init_from" in models:
-            # What no flag sets, such as a padded vocabulary, stays.
-            config = models["init_from"].model.config
-            config = dataclasses.replace(config, context_size=flags.context_size)
-        else:
-            config = Config(dataset.tokenizer.vocab_size, **get_values(flags, FLAGS["model"]))
-    except ValueError as error:  # its message begins with the name of a field
-        raise UsageError(f"--{error}") from None
-    if "init_from" not in models:
-        return LanguageModel(config)
-    model = models["init_from"].model
-    model.config = config
-    if flags.lora_rank:
-        extra("lora").add_lora(model, flags.lora_rank, flags.lora_alpha)
-    return model
 
 
 class Inputs(NamedTuple):
@@ -3353,9 +3241,147 @@ def reload_data(flags, checkpoint):
         if flags.evaluate:
             remedy = "to score another text, --evaluate test --test_text FILE"
         raise UsageError(
-            f"the text or tokenizer of {checkpoint.folder_name} has changed{why}: {remedy}"
+            f"the text or tokenizer of {checkpoint.folder.name} has changed{why}: {remedy}"
         )
     return dataset
+
+
+def run_identity(flag_values, sha256, parents):
+    """What a run's name is made of, {name: value}: texts and models by content, not by path.
+
+    flag_values: {name: value}; sha256: see datasets.Dataset; parents: see Checkpoint.
+    """
+    identity = {name: flag_values[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
+    identity |= sha256 | parents
+    for name in PRETRAINED_FLAGS:
+        # Once this run has saved, these words name its checkpoints: the word counts, not the id.
+        if flag_values[name] in ("latest", "best"):
+            identity[name] = flag_values[name]
+    return identity
+
+
+def run_name(identity):
+    """The name of the run of this identity: <dataset>-<8 hexadecimal digits>.
+
+    Defaults are left out: otherwise, adding a flag to the program would rename all runs.
+    """
+    changed = {name: value for name, value in identity.items() if value != DEFAULTS.get(name)}
+    return f"{identity['dataset']}-{sha1_of_text(json.dumps(changed, sort_keys=True))[:8]}"
+
+
+def find_folder(inputs, chosen_checkpoint):
+    """The folder of the run that a command trains, which may be a new one.
+
+    Of NAME, NAME.2, …, it is the run saved last that was trained by the same code (with
+    --identifier, by any), else the first that is free or has no checkpoint.
+    Raises UsageError if other code trained all such runs, and the one saved last is unfinished.
+    """
+    flags = inputs.flags
+    code_sha1 = sha1_of_code(inputs.code)
+    if chosen_checkpoint and inputs.parents == chosen_checkpoint.parents:  # it is no branch
+        if not flags.identifier and chosen_checkpoint.segments[-1].code_sha1 != code_sha1:
+            raise code_mismatch_error(chosen_checkpoint, inputs.code, flags)
+        return chosen_checkpoint.folder
+    identity = run_identity(vars(flags), inputs.dataset.sha256, inputs.parents)
+    name = run_name(identity)
+    runs = {}  # {folder: its checkpoints, newest first}
+    for folder in [] if flags.new_model else list_run_folders(flags.save_dir):
+        if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", folder.name):
+            runs[folder] = checkpoints_in(folder)
+    newest_checkpoints = [checkpoints[0] for checkpoints in runs.values() if checkpoints]
+    other = None  # the newest one by other code
+    for checkpoint in newest_first(newest_checkpoints):
+        if run_identity(checkpoint.flags, checkpoint.tokens_sha256, checkpoint.parents) != identity:
+            say(f"Ignoring {checkpoint.folder.name}: its flags do not match its name.")
+        elif flags.identifier or checkpoint.segments[-1].code_sha1 == code_sha1:
+            return checkpoint.folder
+        else:
+            other = other or checkpoint
+    if other and other.iteration < flags.explicit.get("num_iters", other.flags["num_iters"]):
+        raise code_mismatch_error(other, inputs.code, flags)
+    folder = flags.save_dir / name
+    for count in itertools.count(2):
+        # In a folder without a checkpoint, the same command was perhaps stopped before it saved.
+        if runs.get(folder) == [] or not os.path.lexists(folder):
+            return folder
+        folder = flags.save_dir / f"{name}.{count}"
+
+
+@contextlib.contextmanager
+def locked_folder(folder):
+    """Holds the lock of a run's folder, which is made if it is missing.
+
+    Raises UsageError if another process holds it. The lock ends with the process, however that
+    ends. If nothing was written there, the folder is deleted.
+    """
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            datasets.flock(descriptor, wait=False)
+        except BlockingIOError:
+            raise UsageError(
+                f"{folder.name} is being trained by another process: wait for it, or start another "
+                "run with --new_model"
+            ) from None
+        try:
+            yield
+        finally:  # only the holder of the lock may delete it
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+    finally:
+        os.close(descriptor)
+
+
+def resolve_config(config):
+    """Raises ValueError if the values of a Config conflict; computes `head_dim` if it is None."""
+    for name, value in vars(config).items():
+        if type(value) is int and not 1 <= value <= datasets.MAX_INT32:
+            raise ValueError(f"{name} {value} is not from 1 to {datasets.MAX_INT32}")
+    if config.mlp not in MLPS:
+        raise ValueError(f"mlp {config.mlp} is not one of {', '.join(MLPS)}")
+    if not {*map(type, config.rope_scaling or [])} <= {int, float}:
+        raise ValueError("rope_scaling is not a list of numbers")
+    if config.head_dim is None:  # imported models set it, and H * d may differ from D
+        divisor = 2 * config.num_heads  # a head's dimension must be even: RoPE rotates pairs
+        if config.dim % divisor:
+            suggested_dim = divisor * max(1, round(config.dim / divisor))
+            raise ValueError(
+                f"dim {config.dim} is not a multiple of 2 * num_heads {config.num_heads}: "
+                f"try {suggested_dim}"
+            )
+        config.head_dim = config.dim // config.num_heads
+    if config.head_dim % 2 or config.head_dim > 2**16:
+        raise ValueError(f"head_dim {config.head_dim} is not an even number up to {2**16}")
+    if config.context_size * config.num_kv_heads * config.head_dim > datasets.MAX_INT32:
+        raise ValueError(f"context_size {config.context_size}: too many keys for MLX, give less")
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads {config.num_kv_heads} does not divide num_heads {config.num_heads}: "
+            f"try {math.gcd(config.num_heads, config.num_kv_heads)}"
+        )
+
+
+def make_model(flags, dataset, checkpoint, models):
+    """The model of a run; only that of --init_from already has its weights."""
+    base = models.get("init_from")
+    if checkpoint and not base:
+        with explain_errors(f"{checkpoint} has no model", *MODEL_ERRORS, raises=DamagedError):
+            return LanguageModel(checkpoint.config)
+    try:
+        if base:
+            # What no flag sets, such as a padded vocabulary, stays.
+            config = dataclasses.replace(base.model.config, context_size=flags.context_size)
+        else:
+            config = Config(dataset.tokenizer.vocab_size, **get_values(flags, FLAGS["model"]))
+    except ValueError as error:  # its message begins with the name of a field
+        raise UsageError(f"--{error}") from None
+    if not base:
+        return LanguageModel(config)
+    base.model.config = config
+    if flags.lora_rank:
+        extra("lora").add_lora(base.model, flags.lora_rank, flags.lora_alpha)
+    return base.model
 
 
 def make_run(folder, inputs, contents=None, ranks=None):
@@ -3390,42 +3416,13 @@ def make_run(folder, inputs, contents=None, ranks=None):
     elif not contents and "init_from" not in models:
         init_weights(model, flags.seed)
     if contents:
-        contents.restore(run)
+        contents.load_into(run)
     versions = list_versions(flags, ranks)
     segment = Segment(run.iteration, flags.num_iters, sha1_of_code(code), versions)
     if run.segments[-1:] != [segment]:
         run.segments.append(segment)
     mx.eval(model.parameters(), optimizer.state)
     return run
-
-
-def check_early(flags, ranks):
-    """Raises UsageError for what can be refused before anything is downloaded."""
-    if flags.batch_size < ranks.size:
-        raise UsageError(
-            f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
-            "row: give a larger one"
-        )
-    with contextlib.suppress(OSError):
-        if Path(__file__).read_text("utf-8") != LOADED_SOURCES["main.py"]:
-            say("main.py was edited since it was loaded: the edit is not in this run.")
-    if flags.teacher:
-        extra("distil").check()
-    if flags.report_to:
-        extra("report").check(flags.report_to)
-
-
-def continues_run(flags, checkpoint):
-    """Whether a command goes on with the run of its checkpoint, instead of beginning a branch.
-
-    It does if that is its run's newest checkpoint, and no training flag has another value. One in
-    steps/, which RUN@STEP has computed, never is.
-    """
-    if not checkpoint.folder.parent.samefile(flags.save_dir):
-        return False
-    newest, *_ = checkpoints_in(checkpoint.folder)
-    is_same = get_values(flags, FLAGS["training"]).items() <= checkpoint.flags.items()
-    return is_same and newest.id == checkpoint.id
 
 
 def open_run(folder, inputs, chosen_checkpoint, ranks):
@@ -3449,12 +3446,12 @@ def open_run(folder, inputs, chosen_checkpoint, ranks):
         test_flags = get_values(flags, ["test_text", "eval_test"])
         flags = resolve_flags(flags.explicit, checkpoint.flags | test_flags)
         inputs = inputs._replace(flags=flags)
-        if not chosen_checkpoint:  # by now, "latest" may be this run itself
+        if not chosen_checkpoint:  # "latest" may name this run by now: use the models that it keeps
             models = open_kept_models(flags, checkpoint)
             inputs = inputs._replace(models=models, parents=checkpoint.parents)
     run = make_run(folder, inputs, contents, ranks)
     if not checkpoints:
-        for name in needed_model_flags(run.flags):
+        for name in kept_model_flags(run.flags):
             extra("kept_models").keep_model(folder / name, inputs.models[name].files)
     return run, contents and contents.checkpoint
 
@@ -3468,7 +3465,7 @@ def set_up(flags, ranks):
     chosen_checkpoint = choose_checkpoint(flags)
     if chosen_checkpoint:
         flags = resolve_flags(flags.explicit, chosen_checkpoint.flags)
-        refuse_conflict(flags, chosen_checkpoint.flags, chosen_checkpoint.folder_name)
+        refuse_conflict(flags, chosen_checkpoint.flags, chosen_checkpoint.folder.name)
     check_early(flags, ranks)
     inputs = load_inputs(flags, chosen_checkpoint)
     folder = find_folder(inputs, chosen_checkpoint)
@@ -3494,7 +3491,7 @@ def open_checkpoint(flags):
         raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
     checkpoint = find_checkpoint(flags.save_dir, checkpoints, flags.identifier or "latest")
     values = checkpoint.flags | {"seed": flags.seed}  # here, the samples' seed
-    refuse_conflict(flags, values, checkpoint.folder_name)
+    refuse_conflict(flags, values, checkpoint.folder.name)
     if flags.identifier:
         return open_newest([checkpoint], is_named=True)
     return open_newest(checkpoints_in(checkpoint.folder))
@@ -3525,7 +3522,7 @@ def evaluate_checkpoint(flags):
     announce(checkpoint)
     for line in ineffective_flag_notices(flags):
         print(line, file=sys.stderr)
-    evaluate_split(flags.evaluate, model, dataset, flags)
+    print_evaluation(flags.evaluate, model, dataset, flags)
 
 
 def sample_checkpoint(flags):
@@ -3548,7 +3545,7 @@ def sample_checkpoint(flags):
     if flags.inference:
         converse(new_conversation, flags)
         return
-    for i in range(flags.num_samples):  # sample i uses seed + i
+    for i in range(flags.num_samples):
         conversation = new_conversation()
         if i == 0:
             warn_about_prompt(conversation, flags.prompt)
@@ -3619,14 +3616,7 @@ def train_run(flags, ranks):
     with set_up(flags, ranks) as (run, interrupts):
         ranks.broadcast_run(run)
         say("")  # the end of the start screen
-        try:
-            stop_signal = train(run, interrupts, ranks)
-        except RuntimeError as error:
-            if not interrupts.stop_signal or "[Compile" not in str(error):
-                raise
-            name = signal.Signals(interrupts.stop_signal).name
-            line = f"{name} has ended the compiler within a step: rerun the command to resume"
-            raise RunError(line) from None
+        stop_signal = train(run, interrupts, ranks)
         say(describe_end(run, stop_signal))
     for stream in (sys.stdout, sys.stderr):
         try:
@@ -3634,28 +3624,6 @@ def train_run(flags, ranks):
         except OSError:  # a closed pipe must not fail a saved run
             datasets.discard(stream)
     return 128 + stop_signal if stop_signal else 0  # how shells report the end by a signal
-
-
-def describe_end(run, stop_signal):
-    """The last lines of a command: where the run is, and what to type next."""
-    if run.checkpoint_id is None:
-        return f"Stopped at iteration {run.iteration:,}; nothing was saved yet."
-    flags = run.flags
-    resume = resume_command(flags, run.folder.name)
-    trained = f"{plural(run.iteration, 'iteration')} in {tqdm.format_interval(run.seconds)}"
-    if run.evaluations:
-        best = best_evaluation(run.evaluations)
-        trained += f", best: valid {best.loss:.4f} nats at iteration {best.iteration:,}"
-    if stop_signal:
-        return f"{trained}\nStopped at iteration {run.iteration:,}. To resume: {resume}"
-    ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
-    more = ""
-    if run.is_out_of_patience():
-        more = f" --patience {2 * flags.patience}"
-    if run.iteration >= flags.num_iters:
-        ended = f"Run complete ({run.iteration:,}/{flags.num_iters:,})"
-        more = f" --num_iters {2 * run.iteration}"
-    return f"{trained}\n{ended}. To sample: {resume} --inference\nTo train on: {resume}{more}"
 
 
 def execute(argv):

@@ -32,7 +32,7 @@ def main(arguments):
     after = find_checkpoint(flags.save_dir, checkpoints, flags.step)
     if after.iteration == 0:
         raise UsageError(f"{flags.step} is before the first step: name a later one")
-    run, _, _ = after.folder_name.partition("@")
+    run, _, _ = after.folder.name.partition("@")
     before = find_checkpoint(flags.save_dir, checkpoints, f"{run}@{after.iteration - 1}")
     print_step(before, after, flags.rows)
 
@@ -49,7 +49,7 @@ def print_step(before, after, shown):
     metrics = train_step(run, make_step(run.model, watched, flags, teacher=run.teacher))
     losses_after = losses_of(run.model, inputs, targets, flags.batch_size)
     texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
-    print(f"{before.folder_name} -> {after.folder_name}: {', '.join(texts)}")
+    print(f"{before.folder.name} -> {after.folder.name}: {', '.join(texts)}")
     print(
         f"{losses_before.size} tokens of the batch: mean loss {losses_before.mean():.4f} before, "
         f"{losses_after.mean():.4f} after; {np.mean(losses_after < losses_before):.0%} fell"

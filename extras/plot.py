@@ -64,7 +64,7 @@ def plot_runs(checkpoints, path, lines=()):
     count_ngrams. Raises UsageError if no run has reported anything yet, or if `path` cannot be
     written.
     """
-    folders = {checkpoint.folder_name: checkpoint.folder for checkpoint in checkpoints}
+    folders = {checkpoint.folder.name: checkpoint.folder for checkpoint in checkpoints}
     flags_by_run = distinguishing_flags(checkpoints)
     column = "loss"
     unit = "nats/token"

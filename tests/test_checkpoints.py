@@ -243,7 +243,7 @@ def test_damaged_newest_is_named_and_passed_over(line, folder):
     assert str(before) in err
     spoil(before.metadata_path)
     name, iteration, out = begin(*line)
-    assert (name, iteration) == (first.folder_name, 1)
+    assert (name, iteration) == (first.folder.name, 1)
     assert last.id[:12] in out
     assert before.id[:12] in out
     assert ids(folder)[0] == last.id

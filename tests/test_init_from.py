@@ -40,7 +40,7 @@ def test_another_base_is_another_run(word_model, text, tmp_path):
     name, _, _ = begin(*line, "--init_from", id, "--num_iters", 1)
     twice, iteration, _ = begin(*line, "--init_from", name, "--num_iters", 1)
     assert (twice != name, iteration) == (True, 0)
-    run_of_base = saved(folder)[-1].folder_name
+    run_of_base = saved(folder)[-1].folder.name
     assert begin(*line, "--init_from", run_of_base, "--num_iters", 2)[:2] == (name, 1)
     assert begin(*line, "--init_from", id[:8], "--num_iters", 3)[:2] == (name, 2)
 
@@ -64,7 +64,7 @@ def test_a_runs_folder_is_no_other_programs_model(base, text, tmp_path, monkeypa
     folder, id = base
     [other] = saved(folder)
     monkeypatch.chdir(folder)
-    for iteration, name in enumerate((other.folder, other.folder_name, other.folder)):
+    for iteration, name in enumerate((other.folder, other.folder.name, other.folder)):
         line = ["--text", text, "--save_dir", ".", "--init_from", name, "--max_tokens", 1]
         assert begin(*line, "--num_iters", iteration + 1)[1] == iteration, "it is the same run"
         assert saved(folder)[0].parents == {"init_from": id}

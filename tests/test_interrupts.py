@@ -137,22 +137,6 @@ def test_numpy_starts_no_threads():
     assert subprocess.check_output(command, cwd=ROOT, env=environment) == b"1\n"
 
 
-def test_a_signal_that_has_ended_the_compiler(tmp_path, text, monkeypatch, capsys):
-    """It came in the moment before the compiler ignores it; the line names it."""
-    compute = mx.eval
-
-    def fail(*arrays):
-        if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # not in training yet
-            return compute(*arrays)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.2)
-        raise RuntimeError("[Compile::eval_cpu] Failed. The output is:")
-
-    monkeypatch.setattr(mx, "eval", fail)
-    assert main.main(["--text", str(text), *TINY, "--save_dir", str(tmp_path / "lm")]) == 1
-    assert "SIGTERM has ended the compiler" in capsys.readouterr().err.splitlines()[-1]
-
-
 def test_libraries_that_were_cut_off_are_deleted(tmp_path):
     """MLX compiles again what is not there; it would crash in half a library."""
     whole = Path(mx.__file__).read_bytes()

@@ -276,7 +276,7 @@ def two_runs(tmp_path_factory):
 def test_identifiers(two_runs, tmp_path):
     """An id or its beginning, a run, the newest checkpoint, the best of the run saved last."""
     folder, first, second = two_runs
-    checkpoints = {(each.folder_name, each.iteration): each for each in saved(folder)}
+    checkpoints = {(each.folder.name, each.iteration): each for each in saved(folder)}
     older = checkpoints[first, 1]
     for identifier, expected in {
         older.id: older,
@@ -385,4 +385,4 @@ def test_command_of_a_run_that_was_stopped(odd_line, tmp_path):
     last = out.splitlines()[-1]
     assert last.startswith(f"Stopped at iteration {stopped.iteration}. ")
     name, iteration, _ = begin(*typed("To resume: ", last))
-    assert (name, iteration) == (stopped.folder_name, stopped.iteration)
+    assert (name, iteration) == (stopped.folder.name, stopped.iteration)

@@ -59,7 +59,7 @@ def select_checkpoints(save_dir, identifiers):
         raise UsageError(main.NO_CHECKPOINT.format(save_dir))
     if not identifiers:
         return checkpoints
-    runs = dict.fromkeys(checkpoint.folder_name for checkpoint in checkpoints)  # unique
+    runs = dict.fromkeys(checkpoint.folder.name for checkpoint in checkpoints)  # unique
     named = []
     for identifier in identifiers:
         for name in fnmatch.filter(runs, identifier) or [identifier]:

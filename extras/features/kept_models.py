@@ -48,7 +48,7 @@ def open_kept_model(checkpoint, flag_name):
     folder = checkpoint.folder / flag_name
     expected_id = checkpoint.parents.get(flag_name)
     fault = (
-        f"{checkpoint.folder_name} cannot go on without the model in its folder {flag_name}: put "
+        f"{checkpoint.folder.name} cannot go on without the model in its folder {flag_name}: put "
         f"that back, or start a new run with --{flag_name} and --new_model"
     )
     with explain_errors(fault, raises=DamagedError):

@@ -12,7 +12,7 @@ def group_by_run(checkpoints):
     """The checkpoints of each run, {run: [Checkpoint, ...]}, in the order that they have here."""
     runs = {}
     for checkpoint in checkpoints:
-        runs.setdefault(checkpoint.folder_name, []).append(checkpoint)
+        runs.setdefault(checkpoint.folder.name, []).append(checkpoint)
     return runs
 
 
@@ -38,15 +38,15 @@ def list_runs(save_dir):
     columns = f"{'trained':>20}{'bits/byte' if in_bits else 'valid nats':>12}{'of tokens':>12}"
     print(f"{'run':<24}{columns}{'iteration':>12}  checkpoint    flags")
     for checkpoint in sorted(map(best_checkpoint, runs.values()), key=sort_key):
-        newest = runs[checkpoint.folder_name][0]
+        newest = runs[checkpoint.folder.name][0]
         trained = f"{newest.iteration:,} of {newest.flags['num_iters']:,}"
         columns = f"{'-':>12}{'-':>12}"
         if checkpoint.evaluation:
             loss = checkpoint.evaluation.bits_per_byte if in_bits else checkpoint.evaluation.loss
             columns = f"{loss:>12.4f}{checkpoint.evaluation.num_tokens:>12,}"
-        flags = printable(flags_by_run[checkpoint.folder_name])
+        flags = printable(flags_by_run[checkpoint.folder.name])
         columns += f"{checkpoint.iteration:>12,}  {checkpoint.id[:12]}  {flags}"
-        print(f"{checkpoint.folder_name:<24}{trained:>20}{columns}")
+        print(f"{checkpoint.folder.name:<24}{trained:>20}{columns}")
 
 
 def distinguishing_flags(checkpoints):
@@ -66,5 +66,5 @@ def distinguishing_flags(checkpoints):
             values[name] = checkpoint.flags[name]
             if isinstance(values[name], list) and len(values[name]) > 3:
                 values[name] = [*values[name][:2], f"({len(values[name]) - 2:,} more)"]
-        texts[checkpoint.folder_name] = shlex.join(arguments_of(values))
+        texts[checkpoint.folder.name] = shlex.join(arguments_of(values))
     return texts

@@ -164,7 +164,7 @@ class Group(contextlib.AbstractContextManager):
         models = {"init_from": run.model}
         if run.teacher:
             models["teacher"] = run.teacher
-        numbers, arrays = run.state()
+        numbers, arrays = run.snapshot()
         del arrays["weights"]  # which the model has
         record = {
             "folder": run.folder,

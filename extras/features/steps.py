@@ -11,7 +11,7 @@ from pathlib import Path
 
 from datasets import UsageError, progress_bar, sync
 from main import Inputs, SingleProcess, checkpoints_in, describe_changes, list_versions, make_run
-from main import make_step, needed_model_flags, open_kept_models, open_newest, read_code
+from main import kept_model_flags, make_step, open_kept_models, open_newest, read_code
 from main import reload_data, resolve_flags, sha1_of_code, train_step, write_checkpoint
 
 FOLDER = "steps"  # in that of a run
@@ -22,8 +22,8 @@ def checkpoint_at(checkpoints, identifier):
     """
     name, _, step = identifier.rpartition("@")
     if name == "latest" and checkpoints:
-        name = checkpoints[0].folder_name
-    run_checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.folder_name == name]
+        name = checkpoints[0].folder.name
+    run_checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.folder.name == name]
     if not run_checkpoints or not re.fullmatch("[0-9]{1,12}", step):
         raise UsageError(f"{identifier} is not a run, @ and a step of it: see --list")
     step = int(step)
@@ -58,7 +58,7 @@ def recompute(earlier, later, step, folder):
     earlier: None stands for the run's first weights. Raises UsageError if it would not be this
     run's state, RunError.
     """
-    what = f"step {step:,} of {later.folder_name}"
+    what = f"step {step:,} of {later.folder.name}"
     flags = resolve_flags({}, later.flags)
     start = 0
     if earlier:
@@ -75,7 +75,7 @@ def recompute(earlier, later, step, folder):
         raise UsageError(f"{what} was computed with other versions: {changes}")
 
     folder.mkdir()
-    for name in needed_model_flags(flags):
+    for name in kept_model_flags(flags):
         shutil.copytree(later.folder / name, folder / name)
     run = open_run(folder, flags, earlier, later)
     step_fn = make_step(run.model, run.optimizer, flags, teacher=run.teacher)

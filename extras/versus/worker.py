@@ -33,6 +33,7 @@ OLD_NAMES = {
     "RECORDED_FLAGS": "SAVED",
     "PATH_FLAGS": "PATHS",
     "EDITED_FUNCTIONS": "EDITED",
+    "is_hugging_face": "is_foreign",
     "explicit": "given",  # of flags
     "parents": "origins",  # of a run
 }
@@ -64,7 +65,7 @@ def describe(*words):
             values[name] = getattr(flags, name)
     files = {}
     for name, source in models.items():
-        if not MAIN.is_foreign(getattr(flags, name)):
+        if not MAIN.is_hugging_face(getattr(flags, name)):
             values[name] = source.id  # runs find the model by its id, wherever it is
             for file, path in source.files.items():
                 files[f"{name}/{file}"] = str(path.resolve())

@@ -83,12 +83,12 @@ def test_the_example_files_of_cases(trained, tmp_path):
 def test_patterns_of_runs(trained, tmp_path):
     """Of each run that matches, the newest checkpoint, once."""
     checkpoints = saved(trained)
-    last_of = {each.folder_name: each.id for each in reversed(checkpoints)}
+    last_of = {each.folder.name: each.id for each in reversed(checkpoints)}
     assert len(last_of) == 2
     line = [EXAMPLE, "--output", tmp_path / "out.json", "--save_dir", trained, "--identifier"]
     for patterns, expected in (
         (["text-*", "latest"], set(last_of.values())),
-        ([f"*{checkpoints[0].folder_name[-6:]}"], {checkpoints[0].id}),
+        ([f"*{checkpoints[0].folder.name[-6:]}"], {checkpoints[0].id}),
     ):
         out, _ = run_extra("cases", *line, *patterns)
         assert checkpoints_in(tmp_path / "out.json") == expected

@@ -97,7 +97,7 @@ def test_branch_from_a_step(text, tmp_path):
         out, _ = run(*branch)  # resumes it
         assert "from iteration 30 to 30" in out
         ends_there = [each for each in saved(folder) if each.iteration == 30]
-        [end] = [each for each in ends_there if each.folder_name != name]
+        [end] = [each for each in ends_there if each.folder.name != name]
         ends.append(end.id)
     assert ends[0] == ends[1]
 
@@ -108,7 +108,7 @@ def test_training_from_a_step_is_a_branch_without_another_flag(text, tmp_path):
     name = run_folder(tmp_path).name
     line = ["--identifier", f"{name}@14", "--save_dir", tmp_path]
     run(*line, "--keep", 1)
-    ends = {each.folder_name: each.id for each in saved(tmp_path) if each.iteration == 30}
+    ends = {each.folder.name: each.id for each in saved(tmp_path) if each.iteration == 30}
     assert len(ends) == 2 and len({*ends.values()}) == 1
     _, err = run(*line, "--prompt", "a", "--max_tokens", 1)
     assert "iteration 14" in err
