@@ -370,6 +370,12 @@ def flags(**values):
     return Namespace(**main.DEFAULTS | values, explicit=values)
 
 
+def documents_of(split):
+    """The documents of a split in bytes: its texts between end tokens."""
+    tokens = np.minimum(split.tokens, 0xFF)  # a byte that is in no text
+    return [text.decode() for text in bytes(tokens.astype(np.uint8)).split(b"\xff")]
+
+
 @functools.cache
 def documented():
     """The value that --help gives each flag, as text, or None: {flag: word}."""
