@@ -880,3 +880,4 @@ def test_ctrl_c_ends_it_without_a_traceback(tmp_path):
     assert process.communicate(timeout=60) == ("", "")
     assert process.returncode == -signal.SIGINT
     prepare("--text", path, "--data_dir", tmp_path / "lm")
+    assert not list(tmp_path.glob("lm/text/*/.*.new")), "what it had begun is gone"
