@@ -497,16 +497,13 @@ def test_one_file_is_cut_behind_a_line(tmp_path, text, fraction, cut):
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.text("é \n\r😀x", max_size=300), min_size=1, max_size=7))
+@given(st.lists(st.text("é \n\r😀x", max_size=300), max_size=6))
 def test_user_text_loses_nothing(tmp_path_factory, documents):
     folder = tmp_path_factory.mktemp("own")
+    documents = ["begin\n" * 9, *documents]  # enough for both splits
     paths = write(folder, documents)
-    try:
-        splits = texts_of(folder, *paths, valid_fraction=0.125)  # 8 files would be split whole
-    except UsageError as error:
-        assert "no text" in str(error) and len("".join(documents)) < 30
-    else:
-        assert "".join(splits.values()).replace("|", "") == "".join(documents)
+    splits = texts_of(folder, *paths, valid_fraction=0.125)  # 8 files would be split whole
+    assert "".join(splits.values()).replace("|", "") == "".join(documents)
 
 
 def test_what_is_held_out_is_not_trained_on(tmp_path, capsys):
@@ -738,17 +735,17 @@ def test_where_code_and_texts_lie(tmp_path):
         assert code.is_absolute() and not code.exists(), "it is gone at the end"
 
 
-@pytest.mark.parametrize("planted", ["another owner", "a link", "a mode"])
-def test_no_code_from_a_folder_that_another_user_has_made(tmp_path, planted):
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+
+
+@pytest.mark.parametrize("command", [
+    pytest.param("chown 65534:65534 {0}", marks=needs_root),
+    "mv {0} {0}.own; ln -s {0}.own {0}",
+    "chmod 770 {0}",
+])  # fmt: skip
+def test_no_code_from_a_folder_that_another_user_has_made(tmp_path, command):
     own, _ = where(tmp_path, "home")
-    own.chmod(0o770 if planted == "a mode" else 0o700)
-    if planted == "a link":
-        own.rename(tmp_path / "elsewhere")
-        own.symlink_to(tmp_path / "elsewhere")
-    if planted == "another owner":
-        if os.getuid() != 0:
-            pytest.skip("only root can give a folder away")
-        os.chown(own, 65534, 65534)
+    subprocess.run(command.format(own), shell=True, check=True)
     code, _ = where(tmp_path, "home")
     assert not code.is_relative_to(tmp_path)
 
