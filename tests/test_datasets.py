@@ -605,9 +605,15 @@ def paths(tmp_path):
     return write(tmp_path / "text", [ROWS, ROWS[:1000], ROWS[1000:3000]])
 
 
-def load(tmp_path, paths, kind="word", **options):
+@pytest.fixture
+def load(tmp_path, paths):
+    """A function: the dataset of these files."""
     names = {"text": paths[:1], "valid_text": paths[1:2], "test_text": paths[2:]}
-    return load_dataset("text", tmp_path / "lm", **names, tokenizer=kind, **options)
+
+    def load(kind="word", **options):
+        return load_dataset("text", tmp_path / "lm", **names, tokenizer=kind, **options)
+
+    return load
 
 
 def tokens_of(dataset):
@@ -619,19 +625,20 @@ def written(folder):
     return (folder / "train.tokens").stat().st_mtime_ns
 
 
-def test_text_is_encoded_once_by_each_tokenizer(tmp_path, paths):
+def test_text_is_encoded_once_by_each_tokenizer(load):
     """What is read back is the same: tokens, counts, and a tokenizer that gives the same ids."""
     variants = [("word", 300), ("char", 300), ("byte", 300), ("bpe", 300), ("bpe", 310)]
-    first = [load(tmp_path, paths, kind, vocab_size=size) for kind, size in variants]
+    first = [load(kind, vocab_size=size) for kind, size in variants]
     times = [written(one.folder) for one in first]
-    again = [load(tmp_path, paths, kind, vocab_size=size) for kind, size in variants]
+    again = [load(kind, vocab_size=size) for kind, size in variants]
     for one, other, time in zip(first, again, times):
         assert written(other.folder) == time
         assert tokens_of(other) == tokens_of(one) and other.train[1:] == one.train[1:]
-        by_the_one_read = load(tmp_path / "other", paths, other.tokenizer)
+        by_the_one_read = load(other.tokenizer)
+        assert by_the_one_read.folder != other.folder
         assert by_the_one_read.sha256 == other.sha256 == one.sha256
     assert len({each.sha256["train"] for each in first}) == 5
-    part = load(tmp_path, paths, vocab_size=300, train_tokens=100)
+    part = load(vocab_size=300, train_tokens=100)
     assert tokens_of(part) == [tokens_of(first[0])[0][:100], *tokens_of(first[0])[1:]]
     assert part.train[1:] == (None, None, None), "counts of a text that is not used as a whole"
     assert written(part.folder) == times[0]
@@ -639,23 +646,23 @@ def test_text_is_encoded_once_by_each_tokenizer(tmp_path, paths):
 
 @pytest.mark.parametrize("split", range(3))
 @pytest.mark.parametrize("change", ["same size", "longer", "touched"])
-def test_changed_text_is_encoded_anew(tmp_path, paths, split, change):
+def test_changed_text_is_encoded_anew(load, paths, split, change):
     """A process that has the old tokens keeps them. What has the same bytes is the same text."""
-    first = load(tmp_path, paths, "byte")
+    first = load("byte")
     before = tokens_of(first)
     text = paths[split].read_text()
     changes = {"same size": text[:-2] + "!\n", "longer": text + "!", "touched": text}
     paths[split].write_text(changes[change])
     os.utime(paths[split], (1, 1))
-    second = load(tmp_path, paths, "byte")
+    second = load("byte")
     assert tokens_of(first) == before
     assert (tokens_of(second) == before) == (change == "touched")
     same = second.sha256 == first.sha256
     assert same == (change == "touched" or split == 2)
 
 
-def test_damaged_tokens_are_made_anew(tmp_path, paths, capsys):
-    first = load(tmp_path, paths)
+def test_damaged_tokens_are_made_anew(load, capsys):
+    first = load()
     before = tokens_of(first)
     for name in ("train.tokens", "valid.tokens", "about.json"):
         path = first.folder / name
@@ -666,17 +673,18 @@ def test_damaged_tokens_are_made_anew(tmp_path, paths, capsys):
             damaged.append(content[:place] + flipped + content[place + 1 :])
         for each in damaged:
             path.write_bytes(each)
-            second = load(tmp_path, paths)
+            second = load()
             assert tokens_of(second) == before
             assert second.sha256 == first.sha256 and second.valid[1:] == first.valid[1:]
             assert f"{first.folder} is damaged" in capsys.readouterr().out
 
 
-def test_dataset_knows_its_tokens(tmp_path):
+def test_dataset_knows_its_tokens(load, tmp_path):
     """Its identity is the SHA256 of the ids on disk and of the tokenizer, by split."""
 
     def sha256(train, valid):
-        return load(tmp_path, write(tmp_path, [train, valid, "abc"]), "byte").sha256
+        write(tmp_path / "text", [train, valid])
+        return load("byte").sha256
 
     of_ids = hashlib.sha256(b"o\0n\0e\0\n\0").hexdigest()
     identity = json.dumps([of_ids, {"kind": "byte"}])
