@@ -13,6 +13,7 @@ from extras.common.program import load_checkpoint, make_parser, read_flags, star
 import mlx.core as mx
 import numpy as np
 
+from datasets import explain_errors
 from extras.plot import make_figure, save_figure
 from main import announce, attend, encode_prompt
 
@@ -53,7 +54,10 @@ def plot_attention(model, tokenizer, prompt, title, path):
         axis.set_yticks(range(len(tokens)), **text)
     figure.colorbar(image, ax=axes, label="attention", shrink=0.8)
     path = save_figure(figure, path)
-    np.savez(path.with_suffix(".npz"), weights=weights, tokens=labels)
+    numbers = path.with_suffix(".npz")
+    with explain_errors(f"cannot write {numbers}: name another picture", OSError):
+        np.savez(numbers, weights=weights, tokens=labels)
+    print(f"Numbers saved to {numbers}")
 
 
 def attention_weights(model, tokens):

@@ -56,7 +56,9 @@ def main(arguments):
     for line in ineffective_flag_notices(flags):
         print(line)
     parameters = count_parameters(run.model)
-    flops = count_flops(run.model.config, parameters, flags.lora_rank)
+    trainable = tree_flatten(run.model.trainable_parameters())
+    num_trainable = sum(weight.size for _, weight in trainable)
+    flops = count_flops(run.model.config, parameters, num_trainable)
     result = {"parameters": parameters, "flops_per_token": flops}
     result["memory"] = memory_of_step(run, run.flags, SingleProcess())
     result |= measure_training(run)
@@ -86,23 +88,22 @@ def count_parameters(model):
     return counts
 
 
-def count_flops(config, parameters, lora_rank):
+def count_flops(config, parameters, num_trainable):
     """Floating-point operations per token of the forward and the backward pass.
 
     The forward pass takes a multiplication and an addition per weight of a matrix. Attention takes
     them twice per element of a query and position of the window: for the scores and for the
     weighted sum of values. The backward pass takes twice as many: for the gradients with respect
-    to the inputs and for those with respect to the weights, which LoRA needs for none of these
-    (extras/features/fast.py computes those of the output layer nevertheless).
+    to the inputs and for those with respect to the weights, which LoRA needs for its adapters
+    alone (extras/features/fast.py computes those of the output layer nevertheless).
     """
     # The output layer multiplies by a matrix, either the embeddings or its own.
     output = config.vocab_size * config.dim
     matrices = parameters["attention"] + parameters["mlp"] + output
     queries = config.num_blocks * config.num_heads * config.head_dim  # elements
     forward = 2 * matrices + 4 * queries * config.context_size
-    backward = 2 * forward
-    if lora_rank:
-        backward -= 2 * matrices
+    num_frozen = max(0, matrices - num_trainable)
+    backward = 2 * forward - 2 * num_frozen
     return {"forward": forward, "backward": backward}
 
 

@@ -1,7 +1,7 @@
 """Whether this machine repeats results exactly: a block of text to paste into an issue.
 
     python -m extras.check          on its CPU
-    python -m extras.check --gpu    on its GPU; after a --, other flags for the runs
+    python -m extras.check --gpu    on its GPU; after a --, flags of their model or optimizer
 
 It takes a minute or two, or five where a GPU's kernels are compiled for the first time. It works in
 a folder of its own in --save_dir, and deletes that. Runs of the recipe `first` that SIGTERM and
@@ -25,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 import main as core
-from datasets import RunError, explain_errors, make_writable, one_line
+from datasets import RunError, UsageError, explain_errors, make_writable, one_line
 
 REPETITIONS = 20
 ROUNDING = 1e-2  # relative; products in TF32, as some GPUs make them, put Muon off by 3e-3
@@ -165,6 +165,8 @@ def train(line, strikes):
                 said += text
                 if text.startswith(f"{step}/"):
                     process.send_signal(strike)
+    if process.returncode == 2:
+        raise UsageError(said.splitlines()[-1])
     end = re.search(END, said, re.MULTILINE)
     if end is None:
         raise RunError(said.splitlines()[-1])

@@ -46,8 +46,8 @@ FAULTS = (OSError, ValueError, LookupError, TypeError, RecursionError)
 
 def main(arguments):
     """Collects a corpus as these arguments specify."""
-    of_text = ["dataset", "text", "data_dir", "mirror"]
-    parser = make_parser("collect", __doc__, *of_text, **OWN_FLAGS)
+    of_text = ["dataset", "text", "text_field", "valid_text", "valid_fraction"]
+    parser = make_parser("collect", __doc__, *of_text, "data_dir", "mirror", **OWN_FLAGS)
     add = parser.add_argument
     add(
         "--distill_from",
@@ -82,8 +82,9 @@ def take_prompts(flags):
     for place in np.linspace(0, len(tokens), flags.num_prompts, endpoint=False).astype(int):
         text = dataset.tokenizer.decode(tokens[place : place + 10 * PROMPT_LENGTH])
         _, _, lines = text.partition("\n")
-        words, _, _ = lines.strip()[:PROMPT_LENGTH].rpartition(" ")
-        prompts.append(words)
+        begin = (lines or text).strip()[:PROMPT_LENGTH]
+        words, _, _ = begin.rpartition(" ")
+        prompts.append(words or begin)
     return [*dict.fromkeys(filter(None, prompts))]
 
 
@@ -97,7 +98,7 @@ def read_prompts(path):
     with explain_errors(f"--teacher_prompts {path} must be {wanted}", *FAULTS):
         lines = read_prompt_lines(path)
         if not path.endswith(".jsonl"):
-            return lines
+            return [line for line in lines if line.strip()]
         begun = [json.loads(line) for line in lines]
         return ["".join([text["prompt"], text["completion"]]) for text in begun]
 
@@ -120,7 +121,7 @@ def collect_answers(teacher, prompts, folder):
         out, answers = append_lines(path, heads)
     with out:
         for head in heads[len(answers) :]:
-            fault = f"{teacher.url} does not answer; {len(answers):,} answers are kept"
+            fault = f"{teacher.url} gives no answer; {len(answers):,} answers are kept"
             with explain_errors(f"{fault}: rerun to continue", RunError, raises=RunError):
                 completion = teacher.answer(head["prompt"])
             answers.append(head | {"completion": completion})

@@ -139,8 +139,10 @@ def add_tokenizer(writer, content, tokenizer, size):
     end = end_of_text(tokenizer)
     if end is not None:
         writer.add_eos_token_id(end)
-        # llama.cpp requires one, also where it is not prepended.
-        writer.add_bos_token_id(tokenizer.bos[0] if tokenizer.bos else end)
+    # llama.cpp requires one, also where it is not prepended.
+    start, *_ = [*tokenizer.bos, end]
+    if start is not None:
+        writer.add_bos_token_id(start)
     writer.add_add_bos_token(bool(tokenizer.bos))
     writer.add_add_eos_token(False)
     writer.add_chat_template(tokenizer.settings.get("chat_template", CHAT_TEMPLATE))

@@ -368,6 +368,8 @@ def export_model(model, tokenizer, folder, bits):
     if taken:
         raise UsageError(f"{folder} holds {taken[0].name} already: name a new folder")
     settings = make_settings(model.config, kind, tokenizer)
+    if bits in (4, 8) and kind == "arcee":
+        raise UsageError("mlx-lm, which reads such weights, has no Arcee: --quantize 16 or a .gguf")
     if bits:
         group_size = extra("quantize").quantize(model, bits, is_packed=True)
         if group_size:

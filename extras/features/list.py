@@ -29,7 +29,10 @@ def list_runs(save_dir):
         return
     runs = group_by_run(checkpoints)
     flags_by_run = distinguishing_flags(checkpoints)
-    in_bits = len({group[0].flags["tokenizer"] for group in runs.values()}) > 1
+    tokenizers = set()
+    for newest, *_ in runs.values():
+        tokenizers.add((newest.flags["tokenizer"], newest.config.vocab_size))
+    in_bits = len(tokenizers) > 1
 
     def sort_key(checkpoint):
         evaluation = checkpoint.evaluation or Evaluation(0, math.inf, 0, math.inf)

@@ -11,7 +11,7 @@ import pytest
 from conftest import run_extra, serving
 
 KEY = "sk-very-secret"
-PROMPTS = ["tell me", "ünd jetzt 😀", "", "the end"]
+PROMPTS = ["tell me", "ünd jetzt 😀", "go on", "the end"]
 
 
 def answer(content):
@@ -50,7 +50,7 @@ def server():
 @pytest.fixture
 def collect(server, tmp_path):
     """Types the command for that server in a folder with PROMPTS; returns (stdout, stderr)."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n")  # blank lines ask nothing
     # Which must not be sent in the place of the key.
     (tmp_path / "netrc").write_text("default login somebody password secret\n")
 
@@ -140,12 +140,22 @@ def test_prompts_from_a_text(tmp_path, server, text):
         assert 0 < len(prompt) <= 100
 
 
+def test_prompts_from_a_text_without_blanks(tmp_path, server):
+    line = "これは空白のない日本語の文章です。" * 20
+    (tmp_path / "ja.txt").write_text(f"{line}\n" * 50, "utf-8")
+    flags = ["--distill_from", server.url, "--teacher_model", "gpt", "--num_prompts", 5]
+    flags += ["--text", tmp_path / "ja.txt", "--data_dir", tmp_path]
+    run_extra("collect", *flags, "--output", tmp_path / "out")
+    prompts = {body["messages"][0]["content"] for _, _, body in server.asked}
+    assert prompts == {line[:100]}
+
+
 def test_three_failures_end_it_and_a_rerun_continues(tmp_path, server, collect):
     """A redirect, which is not followed; it does not show the key."""
     failure = (307, b"x" * 208 + KEY.encode())  # which a limit on what is shown cuts
     server.script = [(200, answer('"one"')), *[failure] * 3]
     out, err = collect(status=1)
-    assert err.startswith(f"extras.collect: {server.url} does not answer; 1 answers are kept")
+    assert err.startswith(f"extras.collect: {server.url} gives no answer; 1 answers are kept")
     assert "status 307" in err and err.count("\n") == 1
     assert KEY[:5] not in out + err
     assert len(server.asked) == 4

@@ -122,6 +122,15 @@ def test_the_tokenizer(tokenizer, tmp_path):
         assert merges == [" ".join(merge) for merge in CONTENT["model"]["merges"]]
 
 
+def test_a_start_token_without_an_end_token(tmp_path):
+    tokenizer = PackageTokenizer(json.dumps(CONTENT), bos=[5])
+    tokenizer.eos = None
+    export_gguf(make_llama(tokenizer.vocab_size), tokenizer, tmp_path / "model.gguf", None)
+    fields, _, _ = read(tmp_path / "model.gguf")
+    assert fields["tokenizer.ggml.add_bos_token"] and fields["tokenizer.ggml.bos_token_id"] == 5
+    assert "tokenizer.ggml.eos_token_id" not in fields
+
+
 def test_added_tokens_that_are_not_special(tmp_path):
     """llama.cpp reads them in any text, as this tokenizer does.
 
