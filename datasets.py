@@ -730,7 +730,7 @@ def set_aside(files):
     held_out = set().union(*named.values(), files.get("valid", ()), files.get("test", ()))
     left_out = [name for key, (_, name) in files["train"].items() if key in held_out]
     if len(left_out) == len(files["train"]) > 0:
-        print("Training on text that is for validation or testing: there is no other.")
+        print("All text is for validation or testing: it is used, as there is no other.")
     elif left_out:
         print(f"Not training on what is for validation or testing: {first_names(left_out)}")
         for key in held_out:

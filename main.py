@@ -762,7 +762,7 @@ class Batches:
 
     def __init__(self, tokens, context_size, rows_per_step, seed):
         if len(tokens) <= context_size:  # a window is L inputs plus one token, the last target
-            remedy = "use a longer text"
+            remedy = "give more text or --train_tokens"
             if len(tokens) > 1:
                 remedy += f" or --context_size {len(tokens) - 1}"
             raise UsageError(
@@ -1050,7 +1050,7 @@ def train(run, interrupts, ranks):
     if reporter and run.evaluation:
         prune_checkpoints(run)
     if run.is_out_of_patience():
-        say(f"Stopped: no improvement in {flags.patience} evaluations (--patience).")
+        say(f"Stopped: no improvement in {run.evaluations_since_best()} evaluations (--patience).")
     if is_time_up:
         say(f"--max_minutes {flags.max_minutes:g} reached at iteration {run.iteration:,}.")
     if flags.eval_test and not stop_signal:
@@ -1269,8 +1269,8 @@ class Run(Progress):
         """Whether the schedule calls for a save at the current iteration."""
         return self.iteration % self.flags.steps_per_save == 0 or self.is_evaluation_due()
 
-    def is_out_of_patience(self):
-        """Whether --patience ends the run, as that many evaluations in a row brought no new best.
+    def evaluations_since_best(self):
+        """How many evaluations in a row brought no new best, for --patience.
 
         Only evaluations at multiples of `steps_per_eval` count: an extended run has one more, at
         its old end, and would stop elsewhere than a run that was longer from the start.
@@ -1280,9 +1280,11 @@ class Run(Progress):
         for evaluation in comparable_evaluations(self.evaluations):
             if evaluation.iteration % interval == 0:
                 losses.append(evaluation.loss)
-        if not self.flags.patience or not losses:
-            return False
-        return len(losses) - 1 - losses.index(min(losses)) >= self.flags.patience
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+    def is_out_of_patience(self):
+        """Whether --patience ends the run."""
+        return self.evaluations_since_best() >= (self.flags.patience or math.inf)
 
     @contextlib.contextmanager
     def using_average(self):
@@ -1901,13 +1903,14 @@ def best_checkpoint(checkpoints):
     return evaluated.get(best_evaluation([*evaluated]), newest)
 
 
-def find_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
-    """The checkpoint that the flag names; checkpoints: newest first.
+def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
+    """The checkpoint in --save_dir that the flag names; checkpoints: all of them, newest first.
 
     identifier: an id or its beginning, the file of that name, a run's name (its newest checkpoint),
     RUN@STEP, "latest", or "best" (of the run saved last). Raises UsageError if it names none,
-    several, or one outside `save_dir`.
+    several, or one outside --save_dir.
     """
+    save_dir = flags.save_dir
     path = Path(identifier)
     if len(path.parts) > 1 and os.path.exists(path):
         if save_dir.resolve() not in path.resolve().parents:
@@ -1926,7 +1929,7 @@ def find_checkpoint(save_dir, checkpoints, identifier, flag_name="identifier"):
     elif identifier in runs:
         matches = [checkpoints[runs.index(identifier)]]
     elif "@" in identifier:
-        matches = [extra("steps").checkpoint_at(checkpoints, identifier)]
+        matches = [extra("steps").checkpoint_at(flags, checkpoints, identifier)]
     else:
         candidates = {}
         # A branch's first checkpoint has its parent's id: the oldest original comes last, and wins.
@@ -2094,14 +2097,14 @@ class LoadedModel(NamedTuple):
     files: dict  # those to keep so that it can be opened again, {name: path}
 
 
-def open_model(save_dir, name, flag_name):
+def open_model(flags, name, flag_name):
     """The LoadedModel that a flag names: a checkpoint, or a Hugging Face folder or model.
 
     Raises UsageError if there is none, RunError if it is damaged.
     """
     if is_hugging_face(name):
         return extra("huggingface").open_by_name(name)
-    checkpoint = find_checkpoint(save_dir, list_checkpoints(save_dir), name, flag_name)
+    checkpoint = find_checkpoint(flags, list_checkpoints(flags.save_dir), name, flag_name)
     with explain_errors(f"--{flag_name}: name another model", DamagedError, raises=RunError):
         return model_from_checkpoint(checkpoint)
 
@@ -2553,7 +2556,7 @@ class Log:
         texts = {}
         for name, value in row.items():
             texts[name] = value if isinstance(value, (int, str)) else f"{float(value):.6g}"
-        if not {*row} <= {*self.columns}:
+        if not {*row} <= {*self.columns} or not self.path.exists():
             self.rewrite(texts)
             return
         with open(self.path, "a", encoding="utf-8", newline="", opener=open_no_follow) as file:
@@ -2770,7 +2773,7 @@ def describe_end(run, stop_signal):
     ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
     more = ""
     if run.is_out_of_patience():
-        more = f" --patience {2 * flags.patience}"
+        more = f" --patience {run.evaluations_since_best() + flags.patience}"
     if run.iteration >= flags.num_iters:
         ended = f"Run complete ({run.iteration:,}/{flags.num_iters:,})"
         more = f" --num_iters {2 * run.iteration}"
@@ -2790,7 +2793,7 @@ def divergence_error(run, what, iteration):
         remedy = f"go back with {resume_command(run.flags, earlier[0].id[:12])}"
     return RunError(
         f"the {what} of iteration {run.iteration:,} is not finite: choose a lower --learning_rate "
-        f"or --grad_clip, and {remedy}"
+        f"or a stricter --grad_clip (0: none), and {remedy}"
     )
 
 
@@ -3089,7 +3092,7 @@ def choose_checkpoint(flags):
         return None
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     if flags.identifier:
-        return find_checkpoint(flags.save_dir, checkpoints, flags.identifier)
+        return find_checkpoint(flags, checkpoints, flags.identifier)
     if not checkpoints:
         return None
     return checkpoints[0]
@@ -3198,7 +3201,7 @@ def load_inputs(flags, checkpoint=None):
         for flag_name in PRETRAINED_FLAGS:
             name = getattr(flags, flag_name)
             if name:
-                models[flag_name] = open_model(flags.save_dir, name, flag_name)
+                models[flag_name] = open_model(flags, name, flag_name)
         if models:
             flags = resolve_flags(flags.explicit, flags_from_pretrained(models, flags))
             tokenizer = next(iter(models.values())).tokenizer
@@ -3255,7 +3258,7 @@ def run_identity(flag_values, sha256, parents):
     identity |= sha256 | parents
     for name in PRETRAINED_FLAGS:
         # Once this run has saved, these words name its checkpoints: the word counts, not the id.
-        if flag_values[name] in ("latest", "best"):
+        if str(flag_values[name]).partition("@")[0] in ("latest", "best"):
             identity[name] = flag_values[name]
     return identity
 
@@ -3473,8 +3476,14 @@ def set_up(flags, ranks):
         run, checkpoint = open_run(folder, inputs, chosen_checkpoint, ranks)
         with Interrupts() as interrupts:  # from here on there is something to save
             print_start(run, checkpoint)
-            if checkpoint and checkpoint.folder != folder:  # a branch then needs no other run
-                save(run, interrupts)
+            if checkpoint:
+                begins_branch = checkpoint.folder != folder
+                if begins_branch:
+                    run.evaluations = [run.evaluation] if run.evaluation else []  # not its parent's
+                has_new_flags = get_values(run.flags, RECORDED_FLAGS) != checkpoint.flags
+                # A branch then needs no other run, and new flags stay, even if no step follows.
+                if begins_branch or has_new_flags:
+                    save(run, interrupts)
             yield run, interrupts
 
 
@@ -3489,7 +3498,7 @@ def open_checkpoint(flags):
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
     if not checkpoints:
         raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
-    checkpoint = find_checkpoint(flags.save_dir, checkpoints, flags.identifier or "latest")
+    checkpoint = find_checkpoint(flags, checkpoints, flags.identifier or "latest")
     values = checkpoint.flags | {"seed": flags.seed}  # here, the samples' seed
     refuse_conflict(flags, values, checkpoint.folder.name)
     if flags.identifier:

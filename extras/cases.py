@@ -42,7 +42,7 @@ def main(arguments):
     flags = read_flags(parser, arguments)
     cases = read_cases(flags.files, flags.output)
     results = []
-    for checkpoint in select_checkpoints(flags.save_dir, flags.identifier):
+    for checkpoint in select_checkpoints(flags):
         try:
             contents = checkpoint.open()
             model = contents.load_model()

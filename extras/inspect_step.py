@@ -8,7 +8,7 @@ dropout; gradients are those that the optimizer has got: averaged, and clipped.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import make_parser, read_flags, start
+from extras.common.program import flags_of_run, make_parser, read_flags, start
 
 import copy
 
@@ -17,30 +17,30 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from datasets import Flag, UsageError, number, printable
-from extras.features.steps import open_run
-from main import find_checkpoint, list_checkpoints, make_step, resolve_flags, token_metrics
-from main import train_step
+from extras.features.steps import check_program, open_run
+from main import find_checkpoint, list_checkpoints, make_step, token_metrics, train_step
 
 
 def main(arguments):
     """Shows what these arguments name."""
     rows = Flag(1, number(int, 0, 10**6), "texts to show, most changed first")
-    parser = make_parser("inspect_step", __doc__, "gpu", rows=rows)
+    parser = make_parser("inspect_step", __doc__, "gpu", "data_dir", "mirror", rows=rows)
     parser.add_argument("step", metavar="RUN@STEP", help="the step that ended in this checkpoint")
     flags = read_flags(parser, arguments)
     checkpoints = list_checkpoints(flags.save_dir)
-    after = find_checkpoint(flags.save_dir, checkpoints, flags.step)
+    after = find_checkpoint(flags, checkpoints, flags.step)
     if after.iteration == 0:
         raise UsageError(f"{flags.step} is before the first step: name a later one")
     run, _, _ = after.folder.name.partition("@")
-    before = find_checkpoint(flags.save_dir, checkpoints, f"{run}@{after.iteration - 1}")
-    print_step(before, after, flags.rows)
+    before = find_checkpoint(flags, checkpoints, f"{run}@{after.iteration - 1}")
+    print_step(flags, before, after)
 
 
-def print_step(before, after, shown):
-    """Prints what happened between two checkpoints, a step apart; shown: the number of texts."""
-    flags = resolve_flags({}, before.flags)
+def print_step(command_flags, before, after):
+    """Prints what happened between two checkpoints, a step apart."""
+    flags = flags_of_run(command_flags, before)
     flags.num_iters = after.segments[-1].num_iters
+    check_program(f"{after.folder.name}, step {after.iteration:,},", flags, after.segments[-1])
     run = open_run(before.folder, flags, before, before)
     inputs, targets = copy.copy(run.batches).next()
     losses_before = losses_of(run.model, inputs, targets, flags.batch_size)
@@ -56,7 +56,7 @@ def print_step(before, after, shown):
     )
     print_norms(weights, watched.seen["gradients"], run.model)
     changes = np.abs(losses_after - losses_before).mean(axis=1)
-    for row in np.argsort(-changes)[:shown].tolist():
+    for row in np.argsort(-changes)[: command_flags.rows].tolist():
         print_text(row, targets[row], losses_before[row], losses_after[row], run.dataset.tokenizer)
 
 

@@ -10,7 +10,8 @@ if there is none.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import IDENTIFIERS, make_parser, read_flags, select_checkpoints, start
+from extras.common.program import IDENTIFIERS, flags_of_run, make_parser, read_flags
+from extras.common.program import select_checkpoints, start
 
 import os
 import sys
@@ -23,7 +24,7 @@ import numpy as np
 from datasets import Flag, UsageError, explain_errors, printable, user_path, utf8
 from extras.features.list import distinguishing_flags
 from extras.common.ngrams import losses_of_ngrams
-from main import read_log, reload_data, resolve_flags
+from main import read_log, reload_data
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
 LINES = ["solid", "dashed", "dashdot", "dotted"]
@@ -38,19 +39,19 @@ def main(arguments):
             False, bool, "with the losses of 1-grams to 4-grams, counted on the training text"
         ),
     }
-    parser = make_parser("plot", __doc__, **program_flags)
+    parser = make_parser("plot", __doc__, "data_dir", "mirror", **program_flags)
     parser.add_argument("file", metavar="FILE", help="the picture to write")
     flags = read_flags(parser, arguments)
-    checkpoints = select_checkpoints(flags.save_dir, flags.identifier)
-    lines = count_ngrams(checkpoints) if flags.ngrams else []
+    checkpoints = select_checkpoints(flags)
+    lines = count_ngrams(flags, checkpoints) if flags.ngrams else []
     plot_runs(checkpoints, flags.file, lines)
 
 
-def count_ngrams(checkpoints):
+def count_ngrams(flags, checkpoints):
     """The losses of extras/common/ngrams.py on the text of these checkpoints."""
     if len({str(checkpoint.tokens_sha256) for checkpoint in checkpoints}) > 1:
         raise UsageError("--ngrams is about one text: name runs of the same by --identifier")
-    dataset = reload_data(resolve_flags({}, checkpoints[0].flags), checkpoints[0])
+    dataset = reload_data(flags_of_run(flags, checkpoints[0]), checkpoints[0])
     splits = dataset.train.tokens, dataset.valid.tokens
     return losses_of_ngrams(*splits, dataset.tokenizer.vocab_size)
 

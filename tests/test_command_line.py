@@ -38,7 +38,7 @@ def short(text, tmp_path):
 def test_help(tmp_path):
     out, err = run("--help", cwd=tmp_path)
     assert err == "" and "research" not in out and "n_embd" not in out
-    assert "every flag\n\noptions:\n" in out, "and nothing of how the code is read"
+    assert "list all flags\n\noptions:\n" in out, "and nothing of how the code is read"
     assert not list(tmp_path.iterdir())
     for title in main.FLAGS:
         assert f"\n{title}:\n" in out

@@ -519,7 +519,7 @@ def test_what_is_held_out_is_not_trained_on(tmp_path, capsys):
         assert b.name in out and c.name in out and a.name not in out
     # Whoever names the same files for both wants that, and is told.
     assert texts_of(tmp_path, a, valid_text=[a]) == {"train": "aa\n", "valid": "aa\n"}
-    said = "Training on text that is for validation or testing: there is no other.\n"
+    said = "All text is for validation or testing: it is used, as there is no other.\n"
     assert capsys.readouterr().out == said
 
 

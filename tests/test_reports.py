@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 
 import mlx.core as mx
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from conftest import TINY, copy_program, ids, log_rows, newest, rows_of, run, run_folder
 from conftest import saved
 from test_prompts import Terminal
+
+import main
 
 
 # ---- Logs ---------------------------------------------------------------------------------------
@@ -53,6 +56,16 @@ def line(text, tmp_path):
     """A command that reports every 5 steps and scores every 10."""
     line = ["--text", text, *TINY, "--steps_per_report", 5, "--steps_per_eval", 10]
     return [*line, "--save_dir", tmp_path / "lm"]
+
+
+def test_a_log_that_was_deleted_begins_with_its_columns(tmp_path):
+    run_here = Namespace(folder=tmp_path, iteration=0, evaluation=None)
+    log = main.Log(run_here)
+    for iteration in (1, 2):
+        log.append({"iteration": iteration, "split": "train", "loss": 0.5})
+        (tmp_path / "log.csv").unlink()
+    log.append({"iteration": 3, "split": "train", "loss": 0.25})
+    assert (tmp_path / "log.csv").read_text() == "iteration,split,loss\n3,train,0.25\n"
 
 
 @pytest.mark.parametrize("damage", [

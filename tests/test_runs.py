@@ -78,7 +78,7 @@ def test_a_command_resumes_its_own_run(line, folder, text):
         more = [*options.split(), *OTHERS.split(), "--num_iters", 4]
         resumed, iteration, out = begin(*line, *more)
         assert (resumed, iteration) == (name, 2)
-        assert "resumed  with --num_iters 2 -> 4" in out
+        assert "--num_iters 2 -> 4" in out
         before = files_of(folder / name)
         resumed, iteration, out = begin(*line, *more)
         assert (resumed, iteration) == (name, 4)
@@ -375,6 +375,20 @@ def test_commands_of_a_run_that_ended(odd_line, tmp_path):
     assert err == f"{newest(tmp_path / ODD_FOLDER)}, in {tmp_path / ODD_FOLDER}\n"
     _, _, out = begin(*odd_line, "--num_iters", 1)
     assert begin(*typed("To train on: ", out))[:2] == (name, 4)
+
+
+def test_commands_lead_beyond_a_plateau(odd_line):
+    """What the program says to type ends in further steps, not in the same two lines again."""
+    plateau = ["--learning_rate", 0, "--steps_per_eval", 1, "--patience", 2]
+    _, _, out = begin(*odd_line, *plateau, "--num_iters", 3)
+    for _ in range(3):
+        name, iteration, out = begin(*typed("To train on: ", out))
+    assert iteration > 3
+    # The parent's plateau is none of a branch that learns.
+    folders = odd_line[-4:]
+    learning = ["--learning_rate", 1e-2, "--num_iters", 9]
+    branch, iteration, out = begin("--identifier", name, *learning, *folders)
+    assert branch != name and iteration < 9 and "Run complete (9/9)" in out
 
 
 def test_command_of_a_run_that_was_stopped(odd_line, tmp_path):

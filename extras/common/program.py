@@ -49,21 +49,30 @@ def load_checkpoint(flags):
     return contents.checkpoint, contents.load_model(), contents.tokenizer
 
 
-def select_checkpoints(save_dir, identifiers):
-    """The checkpoints in a folder, newest first, or those that the identifiers name.
+def flags_of_run(flags, checkpoint):
+    """The flags of a checkpoint's run; its text lies where the command's `flags` say."""
+    folders = {}
+    for name in ("save_dir", "data_dir", "mirror"):
+        if name in flags.explicit:
+            folders[name] = flags.explicit[name]
+    return main.resolve_flags(folders, checkpoint.flags)
+
+
+def select_checkpoints(flags):
+    """The checkpoints in --save_dir, newest first, or those that --identifier names.
 
     A pattern of run names stands for the newest checkpoint of each run that it matches.
     """
-    checkpoints = main.list_checkpoints(save_dir, warn=True)
+    checkpoints = main.list_checkpoints(flags.save_dir, warn=True)
     if not checkpoints:
-        raise UsageError(main.NO_CHECKPOINT.format(save_dir))
-    if not identifiers:
+        raise UsageError(main.NO_CHECKPOINT.format(flags.save_dir))
+    if not flags.identifier:
         return checkpoints
     runs = dict.fromkeys(checkpoint.folder.name for checkpoint in checkpoints)  # unique
     named = []
-    for identifier in identifiers:
+    for identifier in flags.identifier:
         for name in fnmatch.filter(runs, identifier) or [identifier]:
-            checkpoint = main.find_checkpoint(save_dir, checkpoints, name)
+            checkpoint = main.find_checkpoint(flags, checkpoints, name)
             if checkpoint not in named:
                 named.append(checkpoint)
     return named

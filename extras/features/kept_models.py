@@ -17,10 +17,12 @@ def keep_model(folder, files):
     """Makes a model's files, {name: path}, part of a new run, in a folder of their own."""
     if os.path.lexists(folder):  # a start that was killed has left it
         shutil.rmtree(folder)
+    fault = f"the model for {folder.name}/ was deleted meanwhile: repeat the command"
     for name, path in files.items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        keep_file(path.resolve(), target)
+        with explain_errors(fault, FileNotFoundError):  # its run may have pruned it
+            keep_file(path.resolve(), target)
         sync(target.parent)
 
 

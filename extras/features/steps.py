@@ -6,19 +6,20 @@ own if the same steps, taken further, end in the SHA1 of the run's next checkpoi
 
 import re
 import shutil
-import tempfile
-from pathlib import Path
 
-from datasets import UsageError, progress_bar, sync
+from datasets import UsageError, hold_lock, progress_bar, sync
+from extras.common.program import flags_of_run
 from main import Inputs, SingleProcess, checkpoints_in, describe_changes, list_versions, make_run
 from main import kept_model_flags, make_step, open_kept_models, open_newest, read_code
-from main import reload_data, resolve_flags, sha1_of_code, train_step, write_checkpoint
+from main import reload_data, sha1_of_code, train_step, write_checkpoint
 
 FOLDER = "steps"  # in that of a run
 
 
-def checkpoint_at(checkpoints, identifier):
-    """The Checkpoint of RUN@STEP, or of latest@STEP; checkpoints: those of all runs, newest first.
+def checkpoint_at(flags, checkpoints, identifier):
+    """The Checkpoint of RUN@STEP, or of latest@STEP.
+
+    flags: the command's; checkpoints: those of all runs, newest first.
     """
     name, _, step = identifier.rpartition("@")
     if name == "latest" and checkpoints:
@@ -27,39 +28,55 @@ def checkpoint_at(checkpoints, identifier):
     if not run_checkpoints or not re.fullmatch("[0-9]{1,12}", step):
         raise UsageError(f"{identifier} is not a run, @ and a step of it: see --list")
     step = int(step)
-    folder = run_checkpoints[0].folder / FOLDER / f"{name}@{step}"
-    computed = checkpoints_in(folder)  # before this
-    for checkpoint in [*run_checkpoints, *computed]:
+    newest = run_checkpoints[0]
+    past = [checkpoint for checkpoint in run_checkpoints if is_past(checkpoint, newest)]
+    earlier = [checkpoint for checkpoint in past if checkpoint.iteration < step]
+    later = [checkpoint for checkpoint in past if checkpoint.iteration > step]
+    for checkpoint in past:
         if checkpoint.iteration == step:
             return checkpoint
-    earlier = [checkpoint for checkpoint in run_checkpoints if checkpoint.iteration < step]
-    later = [checkpoint for checkpoint in run_checkpoints if checkpoint.iteration > step]
     if not later:
         raise UsageError(
             f"{identifier}: no later checkpoint of {name} is left that could prove it; the last "
-            f"one is of iteration {run_checkpoints[0].iteration:,}"
+            f"one is of iteration {newest.iteration:,}"
         )
     start = earlier[0] if earlier else None
-    proof = later[-1]
-    with tempfile.TemporaryDirectory(dir=run_checkpoints[0].folder) as temporary:
-        copy = Path(temporary, folder.name)
-        recompute(start, proof, step, copy)
-        folder.parent.mkdir(exist_ok=True)
+    folder = newest.folder / FOLDER / f"{name}@{step}"
+    with hold_lock(folder.parent):
+        for checkpoint in checkpoints_in(folder):  # computed by an earlier command
+            if is_past(checkpoint, newest):
+                return checkpoint
+        unfinished = folder.parent / "unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was stopped
+        unfinished.mkdir()
+        recompute(flags, start, later[-1], step, unfinished / folder.name)
         shutil.rmtree(folder, ignore_errors=True)  # one that cannot be read any more
-        copy.rename(folder)
-    sync(folder.parent)
-    [found] = checkpoints_in(folder)
-    return found
+        (unfinished / folder.name).rename(folder)
+        shutil.rmtree(unfinished)
+        sync(folder.parent)
+        [found] = checkpoints_in(folder)
+        return found
 
 
-def recompute(earlier, later, step, folder):
+def is_past(checkpoint, newest):
+    """Whether a checkpoint is of the steps that led to its run's newest one.
+
+    A run that has passed over a damaged checkpoint may have gone on with other flags or code.
+    """
+    histories = []
+    for segments in (checkpoint.segments, newest.segments):
+        histories.append([part for part in segments if part.iteration < checkpoint.iteration])
+    return histories[0] == histories[1]
+
+
+def recompute(command_flags, earlier, later, step, folder):
     """Computes the state after a step, between two checkpoints of a run, and saves it in `folder`.
 
     earlier: None stands for the run's first weights. Raises UsageError if it would not be this
     run's state, RunError.
     """
     what = f"step {step:,} of {later.folder.name}"
-    flags = resolve_flags({}, later.flags)
+    flags = flags_of_run(command_flags, later)
     start = 0
     if earlier:
         start = earlier.iteration
@@ -68,12 +85,7 @@ def recompute(earlier, later, step, folder):
         raise UsageError(f"{what}: no earlier checkpoint is left, and no seed gives its first one")
     *_, segment = [segment for segment in later.segments if segment.iteration <= start]
     flags.num_iters = segment.num_iters  # schedules end there
-    if segment.code_sha1 != sha1_of_code(read_code(vars(flags))):
-        raise UsageError(f"{what} was computed by other code than this")
-    changes = describe_changes(segment.versions, list_versions(flags, SingleProcess()))
-    if changes:
-        raise UsageError(f"{what} was computed with other versions: {changes}")
-
+    check_program(what, flags, segment)
     folder.mkdir()
     for name in kept_model_flags(flags):
         shutil.copytree(later.folder / name, folder / name)
@@ -97,6 +109,15 @@ def recompute(earlier, later, step, folder):
             f"{run.checkpoint_id[:12]}, and was {later.id[:12]}; flags, code or versions may have "
             "changed in between"
         )
+
+
+def check_program(what, flags, segment):
+    """Raises UsageError if other code or versions than these have computed a Segment of a run."""
+    if segment.code_sha1 != sha1_of_code(read_code(vars(flags))):
+        raise UsageError(f"{what} was computed by other code than this")
+    changes = describe_changes(segment.versions, list_versions(flags, SingleProcess()))
+    if changes:
+        raise UsageError(f"{what} was computed with other versions: {changes}")
 
 
 def open_run(folder, flags, checkpoint, kin):

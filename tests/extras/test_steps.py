@@ -73,6 +73,10 @@ def test_step_that_cannot_be_proved(text, tmp_path):
     line = ["--identifier", f"{name}@5", "--prompt", "a", "--save_dir", folder]
     _, err = run(*line, env={"DISABLE_FAST": "1"}, status=2)
     assert "was computed by other code" in err
+    _, err = run_extra(
+        "inspect_step", "latest", "--save_dir", folder, env={"DISABLE_FAST": "1"}, status=2
+    )
+    assert "was computed by other code" in err
     other_blas = ["-c", "import main; main.fast.BLAS += '?'; exit(main.main())"]
     _, err = run(*line, program=other_blas, cwd=ROOT, status=2)
     assert "was computed with other versions: BLAS " in err
@@ -82,6 +86,37 @@ def test_step_that_cannot_be_proved(text, tmp_path):
     for each in saved(folder)[1:]:
         each.weights_path.unlink()
     assert id_at(folder, 12) == expected
+
+
+def test_step_after_a_damaged_checkpoint_was_passed_over(text, tmp_path):
+    """The run has left that checkpoint, and what it had proved: it went on by another schedule."""
+    folder = tmp_path / "runs"
+    flags = [*RUN, "--text", text, "--lr_schedule", "cosine", "--save_dir", folder]
+    run(*flags, "--steps_per_save", 10)
+    abandoned = id_at(folder, 25)
+    damaged = saved(folder)[0].weights_path
+    damaged.write_bytes(damaged.read_bytes() + b"x")
+    run(*flags, "--num_iters", 40)
+    step = id_at(folder, 25)
+    damaged.unlink()
+    shutil.rmtree(run_folder(folder) / "steps")
+    assert step == id_at(folder, 25) != abandoned
+
+
+def test_a_step_reads_the_text_where_the_command_says(tmp_path):
+    """And it clears what a command that was killed has left."""
+    folder = tmp_path / "runs"
+    cache = tmp_path / "cache"
+    small = ["--dataset", "python", *RUN, "--num_iters", 4, "--steps_per_save", 2]
+    run(*small, "--save_dir", folder)
+    name = run_folder(folder).name
+    (run_folder(folder) / "steps" / "unfinished" / "left").mkdir(parents=True)
+    env = {"XDG_CACHE_HOME": str(cache)}
+    line = ["--identifier", f"{name}@3", "--prompt", "a", "--max_tokens", 1, "--save_dir", folder]
+    run(*line, env=env)
+    run_extra("inspect_step", f"{name}@3", "--save_dir", folder, env=env)
+    assert not [*cache.glob("*/python")]
+    assert not [*folder.glob("*/steps/unfinished")]
 
 
 def test_branch_from_a_step(text, tmp_path):
