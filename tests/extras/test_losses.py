@@ -8,6 +8,7 @@ from extras.versus import losses
 CONDITIONS = "if these losses are right and both sides are tuned."
 # Pairs of losses; differences of -0.1, -0.3, -0.2, -0.2
 PAIRS = [(3.0, 2.9), (3.1, 2.8), (3.2, 3.0), (3.0, 2.8)]
+UNTUNED = "side,seed,loss"
 TUNED = "side,seed,learning_rate,loss"
 # Seeds 1 and 2 choose 2 before and 3 after: there, means are 3.1 and 2.9.
 TUNING = [
@@ -32,28 +33,31 @@ def at(lines, before, after):
     return [f"{side},{int(seed) + 2},{rates[side]},{loss}" for side, seed, loss in cells]
 
 
-def judge(path, lines, *options, header="side,seed,loss"):
-    path.write_text("\n".join([header, *lines]))
-    losses.main([str(path), *options])
-
-
 @pytest.fixture
-def file(tmp_path):
-    return tmp_path / "runs.csv"
+def judge(tmp_path, capsys):
+    """What is printed of a file with these lines."""
+
+    def judged(lines, *options, header=UNTUNED):
+        path = tmp_path / "runs.csv"
+        path.write_text("\n".join([header, *lines]))
+        losses.main([str(path), *options])
+        return capsys.readouterr().out
+
+    return judged
 
 
-def test_the_interval_with_a_number_of_pairs_is_students(file, capsys):
-    judge(file, lines_of(PAIRS), "--pairs", "4")
+def test_the_interval_with_a_number_of_pairs_is_students(judge):
+    out = judge(lines_of(PAIRS), "--pairs", "4")
     # A mean of -0.2 with a standard error of 0.0816 / 2; t is 3.182 with three degrees of freedom.
-    *_, numbers, signs, verdict = capsys.readouterr().out.splitlines()
+    *_, numbers, signs, verdict = out.splitlines()
     assert numbers == "mean difference -0.2000 in loss, 95 % interval -0.3299 to -0.0701"
     assert signs.startswith("4 of 4 pairs agree in sign; correlation of the sides ")
     assert verdict == f"Helped, {CONDITIONS}"
 
 
-def test_a_race_is_wider_and_ends_with_its_first_outcome(file, capsys):
-    judge(file, lines_of([*PAIRS, (3.0, 9.0)]))
-    *_, numbers, signs, early, rest, verdict = capsys.readouterr().out.splitlines()
+def test_a_race_is_wider_and_ends_with_its_first_outcome(judge):
+    out = judge(lines_of([*PAIRS, (3.0, 9.0)]))
+    *_, numbers, signs, early, rest, verdict = out.splitlines()
     assert numbers.endswith("interval -0.3980 to -0.0020")  # 4.85 standard errors
     assert signs.startswith("4 of 4 pairs agree in sign")
     assert early.startswith("It ended once the difference was clear")
@@ -61,60 +65,49 @@ def test_a_race_is_wider_and_ends_with_its_first_outcome(file, capsys):
     assert verdict == f"Helped, {CONDITIONS}"
 
 
-def test_the_other_sign_hurts(file, capsys):
-    judge(file, lines_of([(after, before) for before, after in PAIRS]))
-    assert capsys.readouterr().out.endswith(f"Hurt, {CONDITIONS}\n")
+ENDS = [
+    ([(after, before) for before, after in PAIRS], f"Hurt, {CONDITIONS}"),  # the sides swapped
+    (PAIRS[:3], "No verdict yet: the next look is after 4 pairs."),
+    # Small losses: their differences are not the same.
+    ([(before * 1e-10, after * 1e-10) for before, after in PAIRS], f"Helped, {CONDITIONS}"),
+    ([*PAIRS[:3], (3.0, "nan")], "Cannot tell: a run of this pair has diverged."),
+]
 
 
-def test_a_race_that_goes_on(file, capsys):
-    judge(file, lines_of(PAIRS[:3]))
-    assert capsys.readouterr().out.endswith("No verdict yet: the next look is after 4 pairs.\n")
+@pytest.mark.parametrize("pairs, end", ENDS)
+def test_verdicts(pairs, end, judge):
+    assert judge(lines_of(pairs)).splitlines()[-1] == end
 
 
-def test_a_seed_with_one_side_is_no_pair(file, capsys):
-    judge(file, [*lines_of(PAIRS), "before,5,1.0", "after,6,9.0"], "--pairs", "5")
-    assert capsys.readouterr().out.endswith("No verdict yet: the next look is after 5 pairs.\n")
+def test_a_seed_with_one_side_is_no_pair(judge):
+    out = judge([*lines_of(PAIRS), "before,5,1.0", "after,6,9.0"], "--pairs", "5")
+    assert out.endswith("No verdict yet: the next look is after 5 pairs.\n")
 
 
-def test_pairs_without_an_effect_at_first(file, capsys):
-    judge(file, lines_of([(3.0, 3.0), (3.1, 3.1), (3.2, 3.2), (3.3, 3.3), (3.0, 2.9)]))
-    assert "all differences are the same" in capsys.readouterr().out
+@pytest.mark.parametrize("pairs", [
+    [(3.0, 3.0), (3.1, 3.1), (3.2, 3.2), (3.3, 3.3), (3.0, 2.9)],  # at first
+    [(3.0, 2.9)] * 4,
+    [(0.0, -0.1)] * 4,
+])  # fmt: skip
+def test_seeds_that_change_nothing(pairs, judge):
+    assert "\nCannot tell: all differences are the same" in judge(lines_of(pairs))
 
 
-def test_seeds_that_change_nothing(file, capsys):
-    for pair in [(3.0, 2.9), (0.0, -0.1)]:
-        judge(file, lines_of([pair] * 4))
-        assert "\nCannot tell: all differences are the same" in capsys.readouterr().out
-
-
-def test_small_losses(file, capsys):
-    judge(file, lines_of([(before * 1e-10, after * 1e-10) for before, after in PAIRS]))
-    assert capsys.readouterr().out.endswith(f"Helped, {CONDITIONS}\n")
-
-
-def test_a_seed_that_controls_the_terminal(file, capsys):
+def test_a_seed_that_controls_the_terminal(judge):
     lines = [line.replace(",1,", ",\x1b[31m1,") for line in lines_of(PAIRS)]
-    judge(file, lines)
-    assert "\x1b" not in capsys.readouterr().out
+    assert "\x1b" not in judge(lines)
 
 
-def test_a_pair_that_has_diverged(file, capsys):
-    judge(file, lines_of([*PAIRS[:3], (3.0, "nan")]))
-    assert capsys.readouterr().out.endswith("\nCannot tell: a run of this pair has diverged.\n")
-
-
-def test_a_table_of_a_spreadsheet(file, capsys):
+def test_a_table_of_a_spreadsheet(judge):
     first, *lines = lines_of(PAIRS)
-    first = first.replace(",", " , ")
-    judge(file, [first, ",,", "", *lines], header="\ufeffside, seed, loss")
-    assert "Helped" in capsys.readouterr().out
+    lines = [first.replace(",", " , "), ",,", "", *lines]
+    assert "Helped" in judge(lines, header="\ufeffside, seed, loss")
 
 
-def test_tuned_sides_are_compared_at_their_best_values(file, capsys):
+def test_tuned_sides_are_compared_at_their_best_values(judge):
     others = ["before,7,3,9.0", "after,7,2,1.0"]  # at values that lost
     lines = [*TUNING, *at(lines_of(PAIRS), 2.0, 3), *others]
-    judge(file, lines, header=TUNED)
-    before, *rest, numbers, _, _, verdict = capsys.readouterr().out.splitlines()
+    before, *rest, numbers, _, _, verdict = judge(lines, header=TUNED).splitlines()
     assert before == "before: mean loss by learning_rate, seeds 1, 2"
     means = [line.split() for line in rest if line.startswith("   ")]
     assert means[:3] == [["1", "3.3000"], ["2", "3.1000"], ["3", "3.2000"]]
@@ -126,66 +119,43 @@ def test_tuned_sides_are_compared_at_their_best_values(file, capsys):
     assert verdict == f"Helped, each at its best learning_rate: {best}, if these losses are right."
 
 
-def test_a_diverged_value_is_not_the_best(file, capsys):
-    judge(file, ["after,1,9,nan", "after,2,9,-inf", *TUNING], header=TUNED)
-    out = capsys.readouterr().out
+def test_a_diverged_value_is_not_the_best(judge):
+    out = judge(["after,1,9,nan", "after,2,9,-inf", *TUNING], header=TUNED)
     assert "\n         9       inf\n" in out
     best = "each at its best learning_rate: 2 before, 3 after"  # now within the list
     assert out.endswith(f"\nNext: train both sides on other seeds, {best}.\n")
 
 
-def test_a_seed_that_has_chosen_for_one_side_is_not_compared(file, capsys):
+def test_a_seed_that_has_chosen_for_one_side_is_not_compared(judge):
     lines = at(lines_of(PAIRS), 2, 3)
-    judge(file, [*TUNING[:6], "after,1,3,9.0", "after,2,3,9.0", *lines], header=TUNED)
-    out = capsys.readouterr().out
+    out = judge([*TUNING[:6], "after,1,3,9.0", "after,2,3,9.0", *lines], header=TUNED)
     assert "9.0000" not in out
     assert "4 of 4 pairs agree" in out
 
 
-def test_untuned_sides_are_named_with_their_values(file, capsys):
-    judge(file, at(lines_of(PAIRS), 1e-3, 1234567.5), header=TUNED)
+def test_untuned_sides_are_named_with_their_values(judge):
+    out = judge(at(lines_of(PAIRS), 1e-3, 1234567.5), header=TUNED)
     values = "(learning_rate: 0.001 before, 1234567.5 after)."
-    assert capsys.readouterr().out.endswith(f"Helped, {CONDITIONS[:-1]} {values}\n")
-
-
-NO_CHOICE = [
-    # With one more value for seed 1 alone, seed 2 would be compared although it has chosen before.
-    ([*TUNING, "before,1,9,8.0"], "seed 2 of 'before' has several values of learning_rate"),
-    (["before,1,1,3.0", "before,2,2,3.0", "after,1,1,3.0"], "'before' has several values of lea"),
-    (["before,1,1,nan", "before,1,2,inf", "after,1,1,3.0"], "no learning_rate of 'before' has a"),
-]
-
-
-@pytest.mark.parametrize("lines, reason", NO_CHOICE)
-def test_values_that_cannot_be_chosen(lines, reason, file):
-    with pytest.raises(UsageError, match=reason):
-        judge(file, lines, header=TUNED)
-
-
-MISTAKES = [
-    (["before,1"], "line 2: not like side,seed,loss with before or after"),
-    (["", "before,1,x"], "line 3: not like"),
-    (["control,1,3.0"], "line 2: not like"),
-    (["before,1,3.0", "before,1,3.1"], "line 3: this run is there twice"),
-    (["before,1,3.0"], "has no run of the side 'after'"),
-]
-
-
-@pytest.mark.parametrize("lines, reason", MISTAKES)
-def test_mistakes(lines, reason, file):
-    with pytest.raises(UsageError, match=reason):
-        judge(file, lines)
+    assert out.endswith(f"Helped, {CONDITIONS[:-1]} {values}\n")
 
 
 HEADERS = ["seed,before,after", "side,seed", "side,seed,loss,a,b", "side,side,loss", ""]
+MISTAKES = [
+    # With one more value for seed 1 alone, seed 2 would be compared although it has chosen before.
+    (TUNED, [*TUNING, "before,1,9,8.0"], "seed 2 of 'before' has several values of learning_rate"),
+    (TUNED, ["before,1,1,3", "before,2,2,3", "after,1,1,3"], "'before' has several values of lea"),
+    (TUNED, ["before,1,1,nan", "before,1,2,inf", "after,1,1,3"], "no .+ of 'before' has a finite"),
+    (TUNED, ["before,1,nan,3.0"], "line 2: not like"),
+    (UNTUNED, ["before,1"], "line 2: not like side,seed,loss with before or after"),
+    (UNTUNED, ["", "before,1,x"], "line 3: not like"),
+    (UNTUNED, ["control,1,3.0"], "line 2: not like"),
+    (UNTUNED, ["before,1,3.0", "before,1,3.1"], "line 3: this run is there twice"),
+    (UNTUNED, ["before,1,3.0"], "has no run of the side 'after'"),
+    *((header, [], "first line is not side,seed,loss") for header in HEADERS),
+]
 
 
-@pytest.mark.parametrize("header", HEADERS)
-def test_other_columns(header, file):
-    with pytest.raises(UsageError, match="first line is not side,seed,loss"):
-        judge(file, [], header=header)
-
-
-def test_a_value_that_is_no_number(file):
-    with pytest.raises(UsageError, match="line 2: not like"):
-        judge(file, ["before,1,nan,3.0"], header=TUNED)
+@pytest.mark.parametrize("header, lines, reason", MISTAKES)
+def test_mistakes(header, lines, reason, judge):
+    with pytest.raises(UsageError, match=reason):
+        judge(lines, header=header)
