@@ -29,60 +29,45 @@ def whole(tokens):
     return Text(tokens, [(0, len(tokens) - 1)], 1)
 
 
-KINDS = [
-    ["--tokenizer", "byte"],
-    ["--tokenizer", "char", "--average", 0.5, "--untie"],
-    ["--tokenizer", "word", "--qk_norm", "--num_kv_heads", 1],
-    ["--tokenizer", "bpe", "--vocab_size", 300, "--mlp", "swiglu", "--dropout", 0.1],
-    ["--init_from", "latest", "--lora_rank", 2],
-    ["--init_from", "latest", "--context_size", 5],
-]
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: " ".join(map(str, kind[:4])))
-def test_scores_are_those_of_main(base, text, kind):
-    """Of the whole text, and of a part of it, computed from all losses."""
-    folder, _ = base
-    line = ["--text", text, *kind, "--save_dir", folder, "--learning_rate", 0.03]
-    if "--init_from" not in kind:
-        line += TINY
-    run(*line, "--num_iters", 12, "--eval_tokens", 0, "--max_tokens", 4)
-    checkpoint = newest(folder)
-    contents = checkpoint.open()
-    tokenizer = contents.tokenizer
-    tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens
-    with judge.Judge(side_of(checkpoint), checkpoint.metadata_path, None) as referee:
-        valid = whole(tokens)
-        score = referee.mean_loss(valid)
-        assert score == pytest.approx(checkpoint.evaluation.loss, abs=1e-5)
-        recorded = (len(tokens) - 1, checkpoint.evaluation.loss)
-        assert referee.check_evaluation(valid, recorded) is None
-        assert referee.examine(valid) == (score, None)
-        count = len(tokens) - 1
-        halves = [referee.mean_loss(Text(tokens, [span], 1)) for span in ((0, 40), (40, count))]
-        assert (40 * halves[0] + (count - 40) * halves[1]) / count == pytest.approx(score)
-
-
+# What is random in training alone is no leak, whichever mode `evaluate` ends in.
 TWO_MODES = {
     anchors.QK_NORM: f"        self.dropout = nn.Dropout(0.1)\n{anchors.QK_NORM}",
     anchors.PROJECT_OUT: "return self.o_proj(self.dropout(joined))",
     anchors.BEGIN_EVALUATION: f"    model.train(False)\n{anchors.BEGIN_EVALUATION}",
     anchors.END_EVALUATION: f"    model.train()\n{anchors.END_EVALUATION}",
 }
+KINDS = [  # flags, and edits of main.py
+    ("--tokenizer byte", {}),
+    ("--tokenizer char --average 0.5 --untie", {}),
+    ("--tokenizer word --qk_norm --num_kv_heads 1", {}),
+    ("--tokenizer bpe --vocab_size 300 --mlp swiglu --dropout 0.1", {}),
+    ("--init_from latest --lora_rank 2", {}),
+    ("--init_from latest --context_size 5", {}),
+    ("", TWO_MODES),
+]
 
 
-def test_layers_with_two_modes(text, tmp_path):
-    """What is random in training alone is no leak, whichever mode `evaluate` ends in."""
-    program = copy_program(tmp_path / "copy", TWO_MODES)
-    run("--text", text, *TINY, "--num_iters", 12, "--save_dir", tmp_path, program=[program])
-    checkpoint = newest(tmp_path)
-    tokens = load_dataset("text", tmp_path, [text]).valid.tokens
+@pytest.mark.parametrize("kind, edits", KINDS)
+def test_scores_are_those_of_main(kind, edits, base, text, tmp_path):
+    """Of the whole text, and of a part of it, computed from all losses."""
+    folder, _ = base
+    line = ["--text", text, *kind.split(), "--save_dir", folder, "--learning_rate", 0.03]
+    if "--init_from" not in kind:
+        line += TINY
+    program = copy_program(tmp_path / "copy", edits)
+    run(*line, "--num_iters", 12, "--eval_tokens", 0, "--max_tokens", 4, program=[program])
+    checkpoint = newest(folder)
+    tokenizer = checkpoint.open().tokenizer
+    tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens
     side = side_of(checkpoint, program.parent)
+    count = len(tokens) - 1
+    recorded = count, checkpoint.evaluation.loss
     with judge.Judge(side, checkpoint.metadata_path, None) as referee:
-        recorded = (checkpoint.evaluation.num_tokens, checkpoint.evaluation.loss)
         score, _, fault = referee.examine_run(whole(tokens), None, recorded)
-    assert 0 < score < 7
-    assert fault is None
+        assert fault is None
+        assert score == pytest.approx(checkpoint.evaluation.loss, abs=1e-5)
+        halves = [referee.mean_loss(Text(tokens, [span], 1)) for span in ((0, 40), (40, count))]
+        assert (40 * halves[0] + (count - 40) * halves[1]) / count == pytest.approx(score)
 
 
 def test_spans_are_evenly_spaced():
@@ -151,6 +136,9 @@ def reading_row(shift):
     return model
 
 
+TOKENS = np.random.default_rng(1).integers(0, V - 1, 40 * WIDTH)  # the last id never occurs
+
+
 class FakeJudge(judge.Judge):
     """Its side is a function of rows of tokens."""
 
@@ -162,9 +150,9 @@ class FakeJudge(judge.Judge):
     def logits(self, rows):
         return self.model(rows).astype(np.float32)
 
-    def recorded(self, tokens):
+    def recorded(self):
         """What its run has scored at its end: the same."""
-        return 1000, self.mean_loss(whole(tokens[:1001]))
+        return 1000, self.mean_loss(whole(TOKENS[:1001]))
 
 
 def hiding(model, value):
@@ -205,18 +193,16 @@ TOO_MUCH = [
 @pytest.mark.parametrize("model, fault", TOO_MUCH)
 def test_what_a_model_must_not_know(model, fault):
     """Each position is tried, also where there are fewer windows than positions."""
-    tokens = np.random.default_rng(1).integers(0, V - 1, 40 * WIDTH)
     for honest in (causal, hiding(causal, -1e9)):
-        assert FakeJudge(honest).examine(whole(tokens))[1] is None
-    assert fault in FakeJudge(model).examine(whole(tokens))[1]
+        assert FakeJudge(honest).examine(whole(TOKENS))[1] is None
+    assert fault in FakeJudge(model).examine(whole(TOKENS))[1]
 
 
 def test_of_a_long_context_places_all_over_it_are_tried():
     """Where there are few windows, and one."""
-    tokens = np.random.default_rng(1).integers(0, V - 1, 5 * WIDTH)
-    few, one = whole(tokens), whole(tokens[:WIDTH])
-    assert "the future" in FakeJudge(peeking_at(0, WIDTH - 8)).examine(few)[1]
-    assert "the future" in FakeJudge(peeking_at(0, WIDTH - 30)).examine(one)[1]
+    for num_windows, token in ((5, WIDTH - 8), (1, WIDTH - 30)):
+        referee = FakeJudge(peeking_at(0, token))
+        assert "the future" in referee.examine(whole(TOKENS[: num_windows * WIDTH]))[1]
 
 
 @pytest.mark.parametrize("table, is_diverged", [
@@ -225,33 +211,31 @@ def test_of_a_long_context_places_all_over_it_are_tried():
     (np.zeros((V, V)), False),
 ])  # fmt: skip
 def test_a_loss_far_above_that_of_an_untrained_model(table, is_diverged):
-    tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
     referee = FakeJudge(lambda rows: table[rows])
-    _, score, fault = referee.examine_run(whole(tokens), None, referee.recorded(tokens))
+    _, score, fault = referee.examine_run(whole(TOKENS), None, referee.recorded())
     assert (fault == judge.DIVERGED) == is_diverged
     assert math.isnan(score), "there is no test text"
 
 
 def test_a_test_text_with_what_is_never_predicted():
     """An infinite loss there is not passed over."""
-    tokens = np.random.default_rng(1).integers(0, V - 1, 30 * WIDTH)
     referee = FakeJudge(hiding(causal, -np.inf))
-    recorded = referee.recorded(tokens)
-    assert referee.examine_run(whole(tokens), whole(tokens), recorded)[2] is None
-    test = whole(np.append(tokens, V - 1))
-    *scores, fault = referee.examine_run(whole(tokens), test, recorded)
+    valid = whole(TOKENS)
+    recorded = referee.recorded()
+    assert referee.examine_run(valid, valid, recorded)[2] is None
+    test = whole(np.append(TOKENS, V - 1))
+    *scores, fault = referee.examine_run(valid, test, recorded)
     assert math.isfinite(scores[0]) and math.isinf(scores[1])
     assert fault == judge.DIVERGED
 
 
 def test_a_score_that_the_side_finds_otherwise():
     """Or of no tokens, or not at all."""
-    tokens = np.random.default_rng(1).integers(0, V, 30 * WIDTH)
     referee = FakeJudge(causal)
-    count, loss = referee.recorded(tokens)
+    count, loss = referee.recorded()
     recorded = [(count, 0.999 * loss), (0, loss), (count, math.inf)]
     for each, what in zip(recorded, [r"3[.]\d+ for 1,000", r"3[.]\d+ for 0", "inf for 1,000"]):
-        *_, fault = referee.examine_run(whole(tokens), None, each)
+        *_, fault = referee.examine_run(whole(TOKENS), None, each)
         assert re.match(f"the run's own loss, {what} tokens, is not the judge's", fault)
 
 
