@@ -54,7 +54,7 @@ def test_scores_are_those_of_main(kind, edits, base, text, tmp_path):
     line = ["--text", text, *kind.split(), "--save_dir", folder, "--learning_rate", 0.03]
     if "--init_from" not in kind:
         line += TINY
-    program = copy_program(tmp_path / "copy", edits)
+    program = copy_program(tmp_path / "copy", edits) if edits else ROOT / "main.py"
     run(*line, "--num_iters", 12, "--eval_tokens", 0, "--max_tokens", 4, program=[program])
     checkpoint = newest(folder)
     tokenizer = checkpoint.open().tokenizer
@@ -67,6 +67,7 @@ def test_scores_are_those_of_main(kind, edits, base, text, tmp_path):
         assert fault is None
         assert score == pytest.approx(checkpoint.evaluation.loss, abs=1e-5)
         halves = [referee.mean_loss(Text(tokens, [span], 1)) for span in ((0, 40), (40, count))]
+        assert halves[0] != halves[1]
         assert (40 * halves[0] + (count - 40) * halves[1]) / count == pytest.approx(score)
 
 
