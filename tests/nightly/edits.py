@@ -252,8 +252,8 @@ SOURCES = [
         (IMPORT, f"from mine.deeper import rates\n{IMPORT}"), factor("rates.FACTOR")], files={
         "mine/__init__.py": "", "mine/deeper/__init__.py": "",
         "mine/deeper/rates.py": "FACTOR = 0.1\n"}),
-    Edit("a comment", "^The same code", [(TOP, f"{TOP}  #")]),
-    Edit("nothing", "^The same code"),
+    Edit("a comment", "^Nothing that counts differs", [(TOP, f"{TOP}  #")]),
+    Edit("nothing", "^Nothing that counts differs"),
     Edit("it prints", NOTHING, [(TOP, TOP + "\nprint('{}')")]),
     Edit("a parameter that is not used", "^No effect seen: other weights", [SPARE]),
     Edit("--same, linear instead of cosine", "^Different weights", [
