@@ -53,10 +53,10 @@ class Program:
     def start(self, arguments, streams, cwd=".", prepare=None, path=None, env=None):
         """Begins `python PROGRAM arguments` in a fork; returns its process id.
 
-        Arguments that begin with -m MODULE or -c CODE begin that, from the program's folder.
-        streams: the files in the place of stdin, stdout and stderr; prepare: what the fork calls
-        before the program begins; path: another file to be run in the place of the program's; env:
-        more variables of the environment.
+        Arguments that begin with -m MODULE begin that, from the program's folder. streams: the
+        files in the place of stdin, stdout and stderr; prepare: what the fork calls before the
+        program begins; path: another file to be run in the place of the program's; env: more
+        variables of the environment.
         """
         sys.stdout.flush()
         sys.stderr.flush()
@@ -71,15 +71,13 @@ class Program:
             self.be_one(arguments, streams, cwd)
             if prepare:
                 prepare()
-            if arguments[:1] == ["-m"]:
-                status = status_of(run_module, arguments[1])
-            elif arguments[:1] == ["-c"]:
-                sys.argv[:3] = ["-c"]
-                status = status_of(exec, arguments[1], {"__name__": "__main__"})
+            self.execute()
+            status = 0
+        except BaseException as end:
+            if isinstance(end, SystemExit) and isinstance(end.code, int):
+                status = end.code
             else:
-                status = status_of(self.execute)
-        except BaseException:
-            traceback.print_exc()
+                traceback.print_exc()
         leave(status)
 
     def run(self, *arguments, **options):
@@ -99,15 +97,17 @@ class Program:
         """Makes a fork's signals, folder, streams and arguments those of a new process."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        if arguments[:1] == ["-c"]:  # no program of ours
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.alarm(TIMEOUT)
         os.chdir(cwd)
         open_streams(streams)
         sys.argv = [str(self.path), *arguments]
 
     def execute(self):
-        """Runs the program as __main__."""
+        """Runs the program, or the module behind -m, as __main__."""
+        if sys.argv[1:2] == ["-m"]:
+            del sys.argv[:2]  # runpy puts the path of the module in the place of the first
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+            return
         module = sys.modules["__main__"] = types.ModuleType("__main__")
         module.__file__ = str(self.path)
         code = self.code or compile(self.path.read_bytes(), str(self.path), "exec")
@@ -116,16 +116,14 @@ class Program:
 
 def open_streams(paths):
     """Puts files in the place of stdin, stdout and stderr, opened as Python opens its own."""
-    for number, path in enumerate(paths):
-        name = ("stdin", "stdout", "stderr")[number]
-        is_input = name == "stdin"
-        file = os.open(path, os.O_RDONLY if is_input else os.O_WRONLY | os.O_TRUNC)
-        os.dup2(file, number)
-        os.close(file)
+    for name, path in zip(("stdin", "stdout", "stderr"), paths):
         old = getattr(sys, name)
+        mode = "r" if name == "stdin" else "w"
+        with open(path, mode) as file:
+            os.dup2(file.fileno(), old.fileno())
         new = open(
-            number,
-            "r" if is_input else "w",
+            old.fileno(),
+            mode,
             buffering=1 if name == "stderr" else -1,  # by the line
             encoding=old.encoding,
             errors=old.errors,
@@ -150,23 +148,6 @@ def generate_kernels():
         shapes = [101, left, right, size, size, size]
         factors = [one, zeros, size, zeros, size]
         fast.forwarder.cblas_sgemm(*shapes, *factors, one, zeros, size)
-
-
-def run_module(name):
-    """Does what `python -m NAME` does; its arguments are in their place already."""
-    del sys.argv[:2]  # runpy puts the path of the module in the place of the first
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
-
-
-def status_of(function, *arguments):
-    """Calls what runs a program; returns its exit status if it ends by sys.exit(number)."""
-    try:
-        function(*arguments)
-    except SystemExit as end:
-        if not isinstance(end.code, int):
-            raise
-        return end.code
-    return 0
 
 
 def leave(status):
@@ -228,4 +209,6 @@ def serve(program, answers):
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")  # apart from what a program prints when it is imported
     os.dup2(2, 1)
-    serve(Program(sys.argv[1]), answers)
+    program = Program(sys.argv[1])
+    for line in sys.stdin:
+        print(program.run(**json.loads(line)), file=answers, flush=True)
