@@ -61,7 +61,6 @@ ACTIONS = [
 # Calls of the module os whose first argument is a path or a descriptor.
 CALLS = ["open", "replace", "rename", "link", "unlink", "mkdir", "rmdir", "fsync"]
 CALLS += ["scandir", "listdir"]
-NAMING = ["replace", "rename", "link"]  # whose second argument is a path, too
 FILLING = ["replace", "rename", "link", "mkdir", "fsync", "write"]  # what a full disk refuses
 
 
@@ -82,21 +81,18 @@ class Disk:
         self.names = {}  # {inode of a folder: {name: inode}}
         self.contents = {}  # {inode of a file: bytes}
         self.held = []
-        self.hold(folder)
-        self.sync(folder)
-        for place, folders, files in os.walk(folder):
-            for name in [*folders, *files]:
-                with contextlib.suppress(FileNotFoundError):  # another process may save there
-                    self.hold(os.path.join(place, name))
-                    self.sync(os.path.join(place, name))
+        for path in [folder, *Path(folder).rglob("*")]:
+            self.hold(path)
+            self.sync(path)
 
     def hold(self, path):
         """Notes a file or folder that is there, or is new."""
+        inode = os.stat(path).st_ino
         self.held.append(CALLED["open"](path, os.O_RDONLY | os.O_NONBLOCK))
         if os.path.isdir(path):
-            self.names.setdefault(os.stat(path).st_ino, {})
+            self.names.setdefault(inode, {})
         else:
-            self.contents.setdefault(os.stat(path).st_ino, b"")
+            self.contents.setdefault(inode, b"")
 
     def sync(self, path):
         """Notes what is in a file or folder: it is on disk now."""
@@ -111,8 +107,7 @@ class Disk:
         """Leaves of the folder what is on disk; with `keeps_names`, also all names."""
         if keeps_names:
             for place, _, _ in os.walk(self.folder):
-                inode = os.stat(place).st_ino
-                self.names[inode] = {each.name: each.inode() for each in os.scandir(place)}
+                self.sync(place)
         shutil.rmtree(self.folder)
         self.write(self.root, self.folder)
 
@@ -182,10 +177,7 @@ class Watch:
         function = CALLED[name]
 
         def call(path=".", *arguments, **options):
-            paths = [path]
-            if name in NAMING:
-                paths.append(arguments[0])
-            if not any(map(self.is_ours, paths)):
+            if not self.is_ours(path):
                 return function(path, *arguments, **options)
             self.meet(name, path)
             result = function(path, *arguments, **options)
@@ -197,34 +189,23 @@ class Watch:
 
         return call
 
-    def open(
-        self,
-        path,
-        mode="r",
-        buffering=-1,
-        encoding=None,
-        errors=None,
-        newline=None,
-        closefd=True,
-        opener=None,
-    ):
-        """In the place of open: the same, but the calls of the file are met."""
-        texts = (encoding, errors, newline)
+    def open(self, path, mode="r", buffering=-1, *texts, opener=None, **options):
+        """In the place of open: the same, but the calls of the file are met.
+
+        texts and options: what a TextIOWrapper takes, too.
+        """
         if isinstance(path, int) or not self.is_ours(path):
-            return OPEN(path, mode, buffering, *texts, closefd, opener)
+            return OPEN(path, mode, buffering, *texts, opener=opener, **options)
         self.meet("open", path)
         raw = WatchedFile(path, mode, opener, self)
-        if "r" not in mode:
-            self.disk.hold(path)
         if buffering == 0:
             return raw
-        if "+" in mode:
-            file = io.BufferedRandom(raw)
-        elif "r" in mode:
+        if "r" in mode:
             file = io.BufferedReader(raw)
+            self.disk.hold(path)
         else:
             file = io.BufferedWriter(raw)
-        return file if "b" in mode else io.TextIOWrapper(file, *texts)
+        return file if "b" in mode else io.TextIOWrapper(file, *texts, **options)
 
     def meet(self, what, path, begin=None):
         """Counts a call, and strikes if one is due. begin: does half of what the call would do."""
@@ -245,12 +226,10 @@ class Watch:
             vars(os).update(CALLED)
             self.disk.lose(keeps_names=action == "names")
             os.kill(os.getpid(), signal.SIGKILL)
-        elif action == "ENOSPC":
+        elif action in ("ENOSPC", "ENOSPC for a while"):
             self.is_full = True
-            threading.Thread(target=self.give_up, daemon=True).start()
-        elif action == "ENOSPC for a while":
-            self.is_full = True
-            threading.Thread(target=self.make_room, daemon=True).start()
+            reaction = self.give_up if action == "ENOSPC" else self.make_room
+            threading.Thread(target=reaction, daemon=True).start()
         elif action == "clock set back":
             time.time = the_time_of_long_ago
         elif action in SIGNALS:
