@@ -163,47 +163,35 @@ def leave(status):
 
 
 def play_all(play, cases, jobs, ends_at_first=False):
-    """Calls play(case) for each case, in several processes; prints what it returns, if anything.
+    """Calls play(name) for the name of each case, in several processes; prints what it raises.
 
-    Returns the number of cases of which there was something to say: those that failed.
+    Returns the number of cases that failed: in which it raised anything.
     """
     sys.stdout.flush()
-    workers = []
     for job in range(jobs):
-        pid = os.fork()
-        if not pid:
-            play_share(play, cases[job::jobs], ends_at_first)
-        workers.append(pid)
+        if not os.fork():
+            failures = play_share(play, cases[job::jobs], ends_at_first)
+            os._exit(min(failures, 99))
     failures = 0
-    for pid in workers:
-        _, status = os.waitpid(pid, 0)
+    for _ in range(jobs):
+        _, status = os.wait()
         failures += os.waitstatus_to_exitcode(status)
     print(f"{len(cases)} cases, {failures} failures")
     return failures
 
 
 def play_share(play, cases, ends_at_first):
-    """Plays cases one after the other; ends this process with the number of those that failed."""
+    """Plays cases one after the other; returns the number of those that failed."""
     failures = 0
-    try:
-        for number, case in enumerate(cases, 1):
-            said = play(case)
-            if said:
-                failures += 1
-                print(said, flush=True)
-            if said and ends_at_first:
-                print(f"after {number} cases", flush=True)
+    for case in cases:
+        try:
+            play(case)
+        except Exception:
+            failures += 1
+            print(f"--only {case}: {traceback.format_exc()}", flush=True)
+            if ends_at_first:
                 break
-    except BaseException:
-        traceback.print_exc()
-        failures += 1
-    os._exit(min(failures, 99))
-
-
-def serve(program, answers):
-    """Answers until stdin ends."""
-    for line in sys.stdin:
-        print(program.run(**json.loads(line)), file=answers, flush=True)
+    return failures
 
 
 if __name__ == "__main__":

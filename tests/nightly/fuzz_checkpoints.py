@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 import tty
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -419,24 +420,33 @@ def misplace(chance, files, beside):
 
 
 class Templates:
-    """The runs and the Hugging Face folder that are changed, made once by the program."""
+    """The runs and the Hugging Face folder that are changed, made once by a checkout's program."""
 
-    def __init__(self, program, folder):
-        self.program = program
-        self.folder = folder
-        self.text = folder / "text.txt"
+    def __init__(self, checkout):
+        os.environ["MLX_DISABLE_COMPILE"] = "1"  # for so few steps, loading it takes longer
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        # No case reaches the network.
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            os.environ[name] = os.environ[name.upper()] = "http://127.0.0.1:9"
+        self.program = Program(checkout / "main.py")
+        # What the program imports when it needs it.
+        for name in ("tokenizers", "requests", "yaml", "gguf", "matplotlib.backends.backend_svg"):
+            importlib.import_module(name)
+        parent = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a RAM disk
+        self.folder = Path(tempfile.mkdtemp(prefix="strangers-", dir=parent))
+        self.text = self.folder / "text.txt"
         self.text.write_text(TEXT)
-        save = folder / "save"
-        package = folder / "tokenizer.json"
+        save = self.folder / "save"
+        package = self.folder / "tokenizer.json"
         write(package, PACKAGE)
         for name, flags in RUNS.items():
             self.make(f"{TINY} 2 {flags} --keep 9".format(text=self.text, package=package))
             [new] = save.glob("text-*")
             new.rename(save / name)
-        self.make(f"-m extras.export {folder / 'hf'} --identifier bpe")
+        self.make("-m extras.export hf --identifier bpe")
         self.runs = read(save)
         del self.runs["good"]
-        self.hf = read(folder / "hf")
+        self.hf = read(self.folder / "hf")
 
     def make(self, words):
         """Runs a command; raises RuntimeError if it fails."""
@@ -459,13 +469,13 @@ class Case:
     business.
     """
 
-    def __init__(self, name, folder, templates):
-        self.name = name
-        self.folder = folder
+    def __init__(self, name, templates):
+        self.program = templates.program
+        self.folder = templates.folder / name
         chance = random.Random(name)
         secret = Folder({"secret.txt": CANARY.encode()})
-        work = folder / "work"
-        write(folder, Folder(work=Folder(), home=secret, beside=secret))
+        work = self.folder / "work"
+        write(self.folder, Folder(work=Folder(), home=secret, beside=secret))
         self.on_terminal = chance.random() < 0.5
         self.command = chance.choice(COMMANDS)
         self.arguments = arguments_of(self.command.words.format(text=templates.text))
@@ -481,7 +491,7 @@ class Case:
             seal(files)
         shared = Folder(stranger=files)
         for _ in range(changes.count(misplace)):
-            misplace(chance, chance.choice((files or shared, shared)), folder / "beside")
+            misplace(chance, chance.choice((files or shared, shared)), self.folder / "beside")
         if chance.random() < 0.05:
             shared[chance.choice(TEXTS)] = shared.pop("stranger")
         shutil.copytree(templates.folder / "save" / "good", work / "save" / "good")
@@ -491,42 +501,36 @@ class Case:
             if path.is_file() and not path.is_symlink():
                 self.is_trap |= b"beyond-399" in path.read_bytes()
 
-    def run(self, program):
+    def run(self):
         """Runs the command; returns its faults, as lines."""
         before = snapshot(self.folder)
         reader, writer = os.openpty() if self.on_terminal else os.pipe()
         if self.on_terminal:
             tty.setraw(writer)  # what the program writes arrives as it is
         streams = (os.devnull, f"/dev/fd/{writer}", f"/dev/fd/{writer}")
-        pages = Path("/proc/self/statm").read_text().split()
-        pid = program.start(self.arguments, streams, self.folder / "work", self.prepare)
+        _, resident = bytes_of_this_process()
+        pid = self.program.start(self.arguments, streams, self.folder / "work", self.prepare)
         os.close(writer)
         self.shown = read_all(reader)
         _, status, usage = os.wait4(pid, 0)
         self.status = os.waitstatus_to_exitcode(status)
-        self.memory = usage.ru_maxrss * 1024 - int(pages[1]) * resource.getpagesize()
+        self.memory = usage.ru_maxrss * 1024 - resident
         return [*self.judge_end(), *self.judge_files(before, snapshot(self.folder))]
 
     def prepare(self):
         """Sets limits on the process that is to be the command, and what it sees of the system."""
         os.environ["HOME"] = str(self.folder / "home")
-        pages = Path("/proc/self/statm").read_text().split()
-        addresses = int(pages[0]) * resource.getpagesize() + ADDRESSES
+        addresses, _ = bytes_of_this_process()
+        addresses += ADDRESSES
         resource.setrlimit(resource.RLIMIT_AS, (addresses, addresses))
         resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 1))
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 30, 1 << 30))
-        signal.alarm(3 * SECONDS)
-        sysconf = os.sysconf
-
-        def sysconf_of_small_machine(name):
-            if name == "SC_PHYS_PAGES":
-                return MACHINE // resource.getpagesize()
-            return sysconf(name)
+        # All that the program asks: that many pages of one byte.
+        os.sysconf = {"SC_PHYS_PAGES": MACHINE, "SC_PAGE_SIZE": 1}.get
 
         def do_not_sleep(seconds):
             """Returns at once."""
 
-        os.sysconf = sysconf_of_small_machine
         time.sleep = do_not_sleep
 
     def judge_end(self):
@@ -573,6 +577,12 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 BAR = re.compile(r"\r(\x1b\[2K)?")  # how progress bars go back to the beginning of their line
 
 
+def bytes_of_this_process():
+    """The bytes of its addresses, and of the memory that it takes."""
+    pages = map(int, Path("/proc/self/statm").read_text().split()[:2])
+    return [each * resource.getpagesize() for each in pages]
+
+
 def read_all(reader):
     """What comes from a pipe or terminal until its other end is closed, as text."""
     data = bytearray()
@@ -597,45 +607,23 @@ def snapshot(folder):
 # ---- Playing cases ------------------------------------------------------------------------------
 
 
-class Player:
-    """Plays cases against the program in a checkout."""
+def play(templates, name, keeps_folder=False):
+    """Plays the case of this name. Raises RuntimeError, with its faults.
 
-    def __init__(self, checkout):
-        os.environ["MLX_DISABLE_COMPILE"] = "1"  # for so few steps, loading it takes longer
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        # No case reaches the network.
-        for name in ("http_proxy", "https_proxy", "all_proxy"):
-            os.environ[name] = os.environ[name.upper()] = "http://127.0.0.1:9"
-        self.program = Program(checkout / "main.py")
-        # What the program imports when it needs it.
-        for name in ("tokenizers", "requests", "yaml", "gguf", "matplotlib.backends.backend_svg"):
-            importlib.import_module(name)
-        parent = "/dev/shm" if os.path.isdir("/dev/shm") else None  # a RAM disk
-        self.folder = Path(tempfile.mkdtemp(prefix="strangers-", dir=parent))
-        self.templates = Templates(self.program, self.folder)
-
-    def play(self, name):
-        """Plays the case of this name; returns it, its faults and a line about them."""
-        case = Case(name, self.folder / name, self.templates)
-        faults = case.run(self.program)
+    keeps_folder: also shows what the command has shown.
+    """
+    case = Case(name, templates)
+    faults = case.run()
+    if keeps_folder:
+        print(CONTROLS.sub(lambda found: ascii(found[0])[1:-1], BAR.sub("\n", case.shown)))
+        print(f"status {case.status}, {case.memory >> 20} MiB, kept: {case.folder}")
+    else:
+        shutil.rmtree(case.folder)
+    if faults:
         words = " ".join(case.arguments)
         if not words.startswith("-m"):
             words = f"main.py {words}"
-        return case, faults, f"{name}: {'; '.join(faults)}\n    python {words}"
-
-    def play_briefly(self, name):
-        """The same, without its folder; returns what there is to say of its faults."""
-        _, faults, line = self.play(name)
-        shutil.rmtree(self.folder / name)
-        return line if faults else ""
-
-    def play_again(self, name):
-        """Plays one case, keeps its folder and shows all; returns the number of its faults."""
-        case, faults, line = self.play(name)
-        print(line)
-        print(CONTROLS.sub(lambda found: ascii(found[0])[1:-1], BAR.sub("\n", case.shown)))
-        print(f"status {case.status}, {case.memory >> 20} MiB, kept: {case.folder}")
-        return len(faults)
+        raise RuntimeError(f"{'; '.join(faults)}\n    python {words}")
 
 
 def main():
@@ -646,15 +634,15 @@ def main():
     parser.add_argument("--only", metavar="CASE", help="this case alone, which keeps its folder")
     parser.add_argument("--checkout", type=Path, default=ROOT)
     options = parser.parse_args()
-    player = Player(options.checkout.resolve())
+    templates = Templates(options.checkout.resolve())
     if options.only:
-        return player.play_again(options.only)
+        return play(templates, options.only, keeps_folder=True)
     try:
         names = [f"{options.seed}-{number}" for number in range(options.cases)]
-        return play_all(player.play_briefly, names, options.jobs)
+        return min(1, play_all(partial(play, templates), names, options.jobs))
     finally:
-        shutil.rmtree(player.folder)
+        shutil.rmtree(templates.folder)
 
 
 if __name__ == "__main__":
-    sys.exit(min(1, main()))
+    sys.exit(main())
