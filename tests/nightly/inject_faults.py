@@ -558,10 +558,9 @@ class Scenario:
         expect(last.status == 0, f"undisturbed, it ended with {last.status}:", last.err)
         expect(last.run == self.run, f"{last.run} began beside {self.run}")
         compare(self.expected, work.outcome(last.run), work)
-        for path in self.template.glob("*/*"):
-            is_own = path.parent.name in (last.run, "text")
-            if path.is_file() and not is_own:
-                name = path.relative_to(self.template)
+        for path in self.template.rglob("*"):
+            name = path.relative_to(self.template)
+            if path.is_file() and name.parts[0] not in (last.run, "text"):
                 same = (work.folder / name).read_bytes() == path.read_bytes()
                 expect(same, f"{name}, of another run, has changed")
 
