@@ -1,12 +1,12 @@
-"""Measures, and asserts nothing; the last line is JSON.
+"""Measures, and asserts nothing.
 
     python tests/benchmark.py train              training steps in float32 and in bfloat16
     python tests/benchmark.py sample             sampling of one text and of sixteen
 
-train: beside PyTorch's steps (pip install torch), eager and compiled, in bfloat16 by autocast, and
-beside main.py's own functions without those of fast.py. sample: greedily, beside the
-exported model in transformers (pip install torch transformers) and llama.cpp (pip install gguf
-llama-cpp-python). What is compared is measured by turns, each training in a process of its own.
+train: beside PyTorch's compiled steps (pip install torch), in bfloat16 by autocast, and beside
+main.py's own functions without those of fast.py. sample: greedily, beside the exported model in
+transformers (pip install torch transformers) and llama.cpp (pip install gguf llama-cpp-python).
+What is compared is measured by turns, each training in a process of its own.
 """
 
 import argparse
@@ -31,29 +31,26 @@ sys.path.insert(0, str(ROOT))
 # Taken before main.py changes how threads wait, which would slow other programs down.
 ENVIRONMENT = dict(os.environ)
 TORCH_GPU = "mps" if sys.platform == "darwin" else "cuda"
-MIB = 2**20 if sys.platform == "darwin" else 2**10  # in the units of ru_maxrss
 
 
 def run(*command, **env):
-    """What a program prints, and the peak of its memory in MiB."""
-    process = subprocess.Popen(
+    """What a program prints."""
+    process = subprocess.run(
         [sys.executable, *map(str, command)],
         env=ENVIRONMENT | env,
         stdout=subprocess.PIPE,
         text=True,
     )
-    out = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
+    if process.returncode:
         sys.exit(f"this command failed: {' '.join(process.args)}")
-    return out, round(usage.ru_maxrss / MIB)
+    return process.stdout
 
 
 def call(function, *arguments):
-    """What `function(*arguments)`, of this file, returns in a fresh Python; its peak in MiB."""
+    """What `function(*arguments)`, of this file, returns in a fresh Python."""
     code = f"import benchmark, json; print(json.dumps(benchmark.{function}(*{arguments!r})))"
-    out, peak = run("-c", code, PYTHONPATH=str(Path(__file__).parent))
-    return json.loads(out.splitlines()[-1]), peak
+    out = run("-c", code, PYTHONPATH=str(Path(__file__).parent))
+    return json.loads(out.splitlines()[-1])
 
 
 def is_installed(package):
@@ -72,47 +69,30 @@ def machine(gpu):
     return versions
 
 
-def summary(values, digits=2):
-    values = sorted(round(value, digits) for value in values)
+def summary(values):
+    values = sorted(round(value, 2) for value in values)
     return {"median": statistics.median(values), "rounds": values}
 
 
 # ---- Training -----------------------------------------------------------------------------------
 
+SMALL = dict(dim=256, num_heads=4, context_size=64, batch_size=32)
+TINY = dict(dim=128, num_heads=4, context_size=64, batch_size=12)
+RECIPE = dict(mlp="swiglu", mlp_dim=704, qk_norm=True, optimizer="muon")
+GPT2 = dict(dim=768, num_heads=12, num_blocks=12, context_size=1024, batch_size=8)
 SHAPES = {  # flags of the model and its batches, the size of the vocabulary, steps in a round
     "default": (dict(dim=1024, num_heads=8, context_size=48, batch_size=32), 10_000, 2),
-    "small": (dict(dim=256, num_heads=4, context_size=64, batch_size=32), 10_000, 10),
-    "tiny": (dict(dim=128, num_heads=4, context_size=64, batch_size=12), 10_000, 40),
-    "tiny, few words": (dict(dim=128, num_heads=4, context_size=64, batch_size=12), 65, 100),
-    "small, as a recipe": (
-        dict(
-            **dict(dim=256, num_heads=4, num_blocks=4, context_size=64, batch_size=32),
-            **dict(mlp="swiglu", mlp_dim=704, qk_norm=True, optimizer="muon"),
-        ),
-        *(10_000, 10),
-    ),
-    "gpt2": (
-        dict(dim=768, num_heads=12, num_blocks=12, context_size=1024, batch_size=8), 50_000, 20
-    ),
-    "gpt2, as its recipe": (  # but for dropout
-        dict(
-            **dict(dim=768, num_heads=12, num_blocks=12, context_size=1024, batch_size=8),
-            **dict(mlp="swiglu", mlp_dim=2048, qk_norm=True, optimizer="muon"),
-        ),
-        *(50_257, 20),
-    ),
+    "small": (SMALL, 10_000, 10),
+    "tiny": (TINY, 10_000, 40),
+    "tiny, few words": (TINY, 65, 100),
+    "small, as a recipe": (SMALL | RECIPE, 10_000, 10),
+    "gpt2": (GPT2, 50_000, 20),  # for GPUs: a step takes minutes on a CPU
 }
-FOR_GPUS = ["gpt2", "gpt2, as its recipe"]  # a step takes minutes on a CPU
 OURS = ["main float32", "main bfloat16", "plain float32"]
-PYTORCH = ["eager float32", "eager bfloat16", "compiled float32", "compiled bfloat16"]
-REPEATED = ["deterministic float32", "deterministic bfloat16"]  # compiled, too; on a GPU
+PYTORCH = ["compiled float32", "compiled bfloat16"]
 COMPARED = [  # whose speed is divided by whose
-    ("main float32", "eager float32"),
     ("main float32", "compiled float32"),
-    ("main bfloat16", "eager bfloat16"),
     ("main bfloat16", "compiled bfloat16"),
-    ("main float32", "deterministic float32"),
-    ("main bfloat16", "deterministic bfloat16"),
     ("main bfloat16", "main float32"),
     ("main float32", "plain float32"),
 ]
@@ -123,9 +103,7 @@ def make_model(vocab_size, dim, num_heads, context_size, mlp="relu2", **others):
     import main
 
     shape = dict(num_blocks=4, mlp_dim=4 * dim, num_kv_heads=num_heads) | others
-    config = main.Config(
-        vocab_size, context_size, dim=dim, num_heads=num_heads, mlp=mlp, **shape
-    )
+    config = main.Config(vocab_size, context_size, dim=dim, num_heads=num_heads, mlp=mlp, **shape)
     model = main.LanguageModel(config)
     main.init_weights(model, 42)
     return model
@@ -159,17 +137,13 @@ def prepare(folder, shape, words, steps):
     np.save(f"{folder}/batches.npy", rows)
 
 
-def torch_steps(folder, kind, dtype, heads, gpu, optimizer):
-    """PyTorch's losses and seconds of each step; bfloat16 by autocast.
-
-    kind: eager, compiled, or deterministic, which is compiled and repeats each bit.
-    """
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # which the last one needs
+def torch_steps(folder, dtype, heads, gpu, optimizer):
+    """PyTorch's losses and seconds of each step; bfloat16 by autocast."""
     import torch
     import torch.nn.functional as F
 
     device = TORCH_GPU if gpu else "cpu"
-    torch.use_deterministic_algorithms(kind == "deterministic")
+
     if gpu:
         torch.set_float32_matmul_precision("high")  # TF32, as MLX's
     weights = np.load(f"{folder}/weights.npz")
@@ -234,6 +208,7 @@ def torch_steps(folder, kind, dtype, heads, gpu, optimizer):
             hidden = F.relu(hidden).square()
         return linear(hidden, f"{layer}.down_proj")
 
+    @torch.compile
     def model(tokens):
         hidden = F.embedding(tokens, parameters["model.embed_tokens.weight"])
         for block in blocks:
@@ -244,8 +219,6 @@ def torch_steps(folder, kind, dtype, heads, gpu, optimizer):
             hidden = hidden + transform(x, f"{block}.mlp")
         return linear(normalize(hidden, "model.norm"), "model.embed_tokens")
 
-    if kind != "eager":
-        model = torch.compile(model)
     losses = []
     seconds = []
     for batch in batches:
@@ -266,7 +239,7 @@ def torch_steps(folder, kind, dtype, heads, gpu, optimizer):
 
 
 def main_steps(folder, kind, dtype, line):
-    """The same of main.py, from its log, and the peak of its memory in MiB.
+    """The same of main.py, from its log.
 
     plain: main.py's own functions and one stream, on the fast BLAS.
     """
@@ -279,20 +252,20 @@ def main_steps(folder, kind, dtype, line):
     line = [*line, "--tokenizer", "word", "--dtype", dtype, "--lr_warmup", 0]
     line += ["--steps_per_report", 1, "--sample_tokens", 0]
     line += ["--data_dir", folder, "--save_dir", save_dir]
-    _, peak = run(ROOT / "main.py", *line, **env)
+    run(ROOT / "main.py", *line, **env)
     [log] = Path(save_dir).glob("*/log.csv")
     with open(log) as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
     losses = [float(row["loss"]) for row in rows]
     seconds = [float(row["ms_per_step"] or "nan") / 1000 for row in rows]  # the first has none
-    return (losses, seconds), peak
+    return losses, seconds
 
 
 def train(names, gpu, rounds, dtypes, warmup=20):
     """Trainings of the same model, from the same weights on the same batches, by turns."""
     from main import arguments_of
 
-    competitors = OURS + PYTORCH + (REPEATED if gpu else [])
+    competitors = OURS + PYTORCH
     if not is_installed("torch"):
         print("PyTorch is not installed (pip install torch): only plain MLX is compared with.")
         competitors = OURS
@@ -313,21 +286,21 @@ def train(names, gpu, rounds, dtypes, warmup=20):
                         result = main_steps(folder, kind, dtype, line)
                     else:
                         others = shape["num_heads"], gpu, shape.get("optimizer", "adamw")
-                        result = call("torch_steps", folder, kind, dtype, *others)
+                        result = call("torch_steps", folder, dtype, *others)
                     results[each].append(result)
         figures[name] = compare(results, warmup)
     return figures
 
 
 def compare(results, warmup):
-    """The figures of results {competitor: [((losses, seconds), peak), ...]}, one a round."""
-    figure = {"peak_mib": {}, "seconds a step": {}}
+    """The figures of results {competitor: [(losses, seconds), ...]}, one a round."""
+    figure = {"seconds a step": {}}
     taken = {}
     losses = {}
     for competitor, rounds in results.items():
-        taken[competitor] = [statistics.mean(seconds[warmup:]) for (_, seconds), _ in rounds]
+        taken[competitor] = [statistics.mean(seconds[warmup:]) for _, seconds in rounds]
         figure["seconds a step"][competitor] = round(statistics.median(taken[competitor]), 4)
-        (losses[competitor], _), figure["peak_mib"][competitor] = rounds[-1]
+        losses[competitor], _ = rounds[-1]
     for ours, theirs in COMPARED:
         if {ours, theirs} <= results.keys():
             ratios = [b / a for a, b in zip(taken[ours], taken[theirs])]
@@ -387,7 +360,6 @@ SAMPLED = {
 SAMPLED_COMPARED = [  # whose speed is divided by whose
     ("one text", "transformers"),
     ("one text", "llama.cpp"),
-    ("one text, 8 bits", "llama.cpp, 8 bits"),
     ("16 texts", "one text"),
     ("16 texts", "transformers, 16 texts"),
 ]
@@ -409,7 +381,7 @@ class Worker:
 
 
 def start_workers(model, folder, gpu):
-    """{name of a competitor: Worker}, of those that are installed, in float32 and 8 bits."""
+    """{name of a competitor: Worker}, of those that are installed."""
     from datasets import ByteTokenizer
     from extras.features.gguf import export_gguf
     from extras.features.huggingface import export_model
@@ -419,34 +391,23 @@ def start_workers(model, folder, gpu):
         export_model(model, ByteTokenizer(), f"{folder}/hf", None)
         workers["transformers"] = Worker(TRANSFORMERS, f"{folder}/hf", gpu)
     if is_installed("llama_cpp"):
-        for name, bits in (("llama.cpp", None), ("llama.cpp, 8 bits", 8)):
-            path = f"{folder}/{bits}.gguf"
-            export_gguf(model, ByteTokenizer(), path, bits)
-            worker = Worker(LLAMA_CPP, path, gpu)
-            try:
-                worker.speed(1)
-                workers[name] = worker
-            except (ValueError, OSError):  # 0.3.36 does so with 8 bits where there is AMX
-                print(f"{name} crashes on this machine")
+        export_gguf(model, ByteTokenizer(), f"{folder}/model.gguf", None)
+        workers["llama.cpp"] = Worker(LLAMA_CPP, f"{folder}/model.gguf", gpu)
     return workers
 
 
 def sample(gpu, rounds, count=100):
     """Tokens a second, greedily, by turns with what they are to be compared with."""
     import main
-    from extras.features.quantize import quantize
 
     main.use_device(gpu)
     figures = {}
     for name, shape in SAMPLED.items():
         model = make_model(**shape, context_size=1024, mlp="swiglu")
-        rounded = make_model(**shape, context_size=1024, mlp="swiglu")
-        quantize(rounded, 8, is_packed=gpu)
         with tempfile.TemporaryDirectory() as folder:
             workers = start_workers(model, folder, gpu)
             speeds = {
                 "one text": partial(speed, model, count),
-                "one text, 8 bits": partial(speed, rounded, count),
                 "16 texts": partial(speed, model, count, 16),
             }
             for other, worker in workers.items():
@@ -460,7 +421,7 @@ def sample(gpu, rounds, count=100):
             for worker in workers.values():
                 worker.process.communicate()
         taken = {each: values[1:] for each, values in taken.items()}  # the first warms up
-        figures[name] = {each: summary(values, 1) for each, values in taken.items()}
+        figures[name] = {each: summary(values) for each, values in taken.items()}
         for ours, theirs in SAMPLED_COMPARED:
             if theirs in taken:
                 ratios = [a / b for a, b in zip(taken[ours], taken[theirs])]
@@ -471,7 +432,7 @@ def sample(gpu, rounds, count=100):
 def measure(flags):
     """The figures of a part."""
     if flags.part == "train":
-        names = [name for name in SHAPES if flags.gpu or name not in FOR_GPUS]
+        names = [name for name in SHAPES if flags.gpu or name != "gpt2"]
         names = [flags.shape] if flags.shape else names
         return train(names, flags.gpu, flags.rounds, flags.dtype or ["float32", "bfloat16"])
     return sample(flags.gpu, flags.rounds)
@@ -487,10 +448,8 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=5, help="by turns (default: 5)")
     parser.add_argument("--gpu", action="store_true")
     options = parser.parse_args()
-    versions, _ = call("machine", options.gpu)
-    measured = {"machine": versions} | measure(options)
+    measured = {"machine": call("machine", options.gpu)} | measure(options)
     for name, figure in measured.items():
         print(name)
         for key, value in figure.items():
             print(f"    {key:<56} {value}")
-    print(json.dumps(measured))
