@@ -3,11 +3,10 @@
     dataset = load_dataset("ptb", "/tmp/lm")  # downloaded once, verified, encoded, memory-mapped
     dataset.tokenizer.decode(dataset.train.tokens[:20])
 
-Texts are streamed, so memory use hardly grows with the corpus. Sections: data types,
-tokenizers, corpora, the user's own text, streaming encoding, datasets and their cache, downloads.
+Texts are streamed, so memory use hardly grows with the corpus.
 
-The last two sections are what main.py and extras/ need, too: errors, hashes of code, files that
-appear whole, and the command line. They are here as importing this file does not import MLX.
+What follows the section Downloads is what main.py and extras/ need, too. It is here as importing
+this file does not import MLX.
 """
 
 import os
@@ -46,7 +45,6 @@ import shutil
 import sysconfig
 import tempfile
 import threading
-import time
 import zipfile
 import zlib
 from collections import Counter
@@ -71,8 +69,6 @@ def required_packages():
             "requirements.txt, or uv run python main.py (Windows: in WSL); on Linux, MLX needs "
             "glibc 2.35 or newer"
         )
-        if HERE in str(error):  # Python has imported a file beside this one instead
-            remedy = "rename this file of yours, which hides a package of the same name"
         name = os.path.basename(sys.argv[0]).replace("-m", "extras")
         print(f"{name}: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)
         sys.exit(2)
@@ -145,16 +141,24 @@ class RowFile(NamedTuple):
 #     bos           ids before each document and prompt, as some imported models expect
 #     unk           id of anything outside the vocabulary, or None
 #     byte_ids      ids of single bytes, each of which may be only a part of a character
-#     encode        text -> [N] array of ids, of token_dtype(vocab_size)
+#     dtype         of its ids, which follows from vocab_size
+#     encode        text -> [N] array of ids, of that dtype
 #     encode_batch  texts -> an iterable of such arrays
 #     decode        ids -> text
-#     unknown       text -> list of its pieces that become `unk`
+#     unknown       text -> list of its words (char: characters) of which a part becomes `unk`
 #     to_dict       {"kind": ..., "vocabulary": what the constructor takes, plain data}; saved in
 #                   full in every checkpoint
 #     train         class method: an iterable of texts, vocab_size -> tokenizer
 #
 # Texts arrive in blocks, see read_documents. After an edit of this file, they are encoded again.
 # Nothing depends on the order of a set, so the ids do not depend on Python's hash seed.
+
+
+def utf8(text):
+    """`text` made encodable as UTF-8: surrogate pairs joined, lone ones replaced by U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 class Tokenizer:
@@ -166,12 +170,20 @@ class Tokenizer:
     byte_ids = ()
     settings = {}  # of an imported model, see PackageTokenizer
 
+    @property
+    def dtype(self):
+        """The smallest dtype that holds all ids, in memory and on disk."""
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
     def encode_batch(self, texts):
         return map(self.encode, texts)
 
     def pieces(self, ids):
         """The characters or words of these ids; ids beyond the vocabulary are padding, left out."""
         return [self.id_to_text[token] for token in map(int, ids) if token < self.vocab_size]
+
+    def unknown(self, text):
+        return [word for word in text.split() if self.unk in self.encode(word)]
 
     def to_dict(self):
         return {"kind": self.kind, "vocabulary": self.vocabulary}
@@ -202,9 +214,6 @@ class ByteTokenizer(Tokenizer):
         # A model may sample invalid UTF-8, which is shown as U+FFFD.
         return data.decode("utf-8", "replace")
 
-    def unknown(self, text):
-        return []
-
     def to_dict(self):
         return {"kind": self.kind}
 
@@ -223,7 +232,7 @@ class CharTokenizer(Tokenizer):
         self.vocab_size = self.unk + 1
         self.id_to_text = vocabulary + "\ufffd"  # [id] -> character
         # [code point] -> id: looks up all characters of a text at once.
-        self.code_point_to_id = np.full(0x110000, self.unk, token_dtype(self.vocab_size))
+        self.code_point_to_id = np.full(0x110000, self.unk, self.dtype)
         self.code_point_to_id[[ord(character) for character in vocabulary]] = np.arange(self.unk)
 
     @classmethod
@@ -260,7 +269,6 @@ class WordTokenizer(Tokenizer):
         self.vocab_size = len(vocabulary)
         self.eos = self.word_to_id["<eos>"]
         self.unk = self.word_to_id["<unk>"]
-        self.dtype = token_dtype(self.vocab_size)
         self.id_to_text = list(vocabulary)  # [id] -> what decode joins with spaces
         self.id_to_text[self.eos] = "\n"
 
@@ -341,7 +349,6 @@ class PackageTokenizer(Tokenizer):
         self.package.no_padding()
         ids = self.package.get_vocab()
         self.vocab_size = max(ids.values()) + 1  # some ids may be unused
-        self.dtype = token_dtype(self.vocab_size)
         self.eos_token = eos
         self.usual_eos = next((ids[name] for name in END_TOKENS if name in ids), None)
         self.eos = ids.get(eos, self.usual_eos)
@@ -386,13 +393,6 @@ class PackageTokenizer(Tokenizer):
             # With skip_special_tokens, END would vanish from the text.
             return self.package.decode(list(map(int, ids)), skip_special_tokens=False)
 
-    def unknown(self, text):
-        text = utf8(text)
-        with explain_errors(TOKENIZER_FAILED):
-            encoding = self.package.encode(text, add_special_tokens=False)
-        pieces = zip(encoding.ids, encoding.offsets)
-        return [text[start:end] for token, (start, end) in pieces if token == self.unk]
-
     def to_dict(self):
         data = super().to_dict()
         # Defaults are omitted: they would change the hash by which checkpoints know their text.
@@ -419,7 +419,7 @@ KINDS.remove("file")
 
 
 def encode_after(tokenizer, previous_characters, texts):
-    """Encodes each text as a continuation of the character before it ("" at a start): ids [N].
+    """Yields the ids [N] of each text, as they follow the character before it ("" at a start).
 
     Some tokenizers put a space before whatever they encode.
     """
@@ -472,13 +472,8 @@ def read_whole(path):
 
 
 def describe_tokenizer(tokenizer):
-    """A tokenizer in words: "word tokenizer, 10,000-token vocabulary"."""
+    """Such as "word tokenizer, 10,000-token vocabulary"."""
     return f"{tokenizer.kind} tokenizer, {tokenizer.vocab_size:,}-token vocabulary"
-
-
-def token_dtype(vocab_size):
-    """The smallest dtype that holds all ids, in memory and on disk."""
-    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 # ---- Corpora ------------------------------------------------------------------------------------
@@ -667,8 +662,29 @@ def find_cut(span, at, marker):
 
 # ---- The user's own text ------------------------------------------------------------------------
 
-# Names of files with a document in each row, which extras/features/formats.py reads.
-ROW_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz)?)", re.DOTALL | re.IGNORECASE)
+
+def user_text(paths_of, valid_fraction, text_field, program_folders):
+    """{split: sources, [Span or RowFile, ...]} of the user's files.
+
+    paths_of: {split: [path, ...]}; "test" alone if it replaces that of a corpus. Files for
+    validation or testing are left out of "train", see set_aside; if there are none for validation,
+    a part of "train" is held out, see hold_out. program_folders: see find_text_files; text_field:
+    RowFile's `field`.
+    """
+    files = {split: find_files(paths, program_folders) for split, paths in paths_of.items()}
+    if "train" in files:
+        set_aside(files)
+    splits = {split: [] for split in files}
+    for split, found in files.items():
+        for path, _ in found.values():
+            source = whole(path, errors="strict")
+            if ROW_FILES.fullmatch(path.name):
+                source = RowFile(path, text_field)
+            splits[split].append(source)
+    if "train" in files and "valid" not in files:
+        splits |= hold_out(splits["train"], valid_fraction)
+    return splits
+
 
 # Names of files and folders that tell their split: valid/, train.txt, wiki.valid.tokens,
 # train-00000-of-00002.parquet. A name with other words, like "a train ride.txt", tells none.
@@ -685,86 +701,11 @@ def named_split(name):
     return found[-1] if found[-1] in SPLITS else "valid"  # or val, dev, validation
 
 
-LFS = b"version https://git-lfs"  # the first bytes of what git leaves in place of a large file
-# The first bytes of files that are not plain text -> what they are, and the remedy.
-NO_TEXT = {
-    b"%PDF": "a PDF: save its text, for example by pdftotext",
-    b"PK\x03\x04": "a zip archive, as .docx and .epub are: unpack it, and save its text",
-    b"\x1f\x8b": "compressed: unpack it by gzip -dc FILE > TEXT",
-    b"BZh": "compressed: unpack it by bzip2 -dc FILE > TEXT",
-    b"\xfd7zXZ": "compressed: unpack it by xz -dc FILE > TEXT",
-    b"\x28\xb5\x2f\xfd": "compressed: unpack it by zstd -dc FILE > TEXT",
-    LFS: "a pointer to a file in large-file storage: download that by git lfs pull",
-}
-# Suffixes of texts with markup, which is trained on, too.
-MARKUP_SUFFIXES = (".csv", ".htm", ".html", ".ipynb", ".json", ".rtf", ".tex", ".tsv", ".xml")
-
-
-def user_text(paths_of, valid_fraction, text_field, program_folders):
-    """{split: sources, [Span or RowFile, ...]} of the user's files.
-
-    paths_of: {split: [path, ...]}; only "test" if the rest is a corpus. Without "valid", a part of
-    "train" is held out: the files that are named for validation, else see hold_out. Files for
-    validation or testing are left out of the training text. program_folders: see find_text_files;
-    text_field: see RowFile.
-    """
-    files = {split: find_files(paths, program_folders) for split, paths in paths_of.items()}
-    if "train" in files:
-        files = set_aside(files)
-    splits = {split: [] for split in files}
-    for split, found in files.items():
-        for path, _ in found.values():
-            source = whole(path, errors="strict")
-            if ROW_FILES.fullmatch(path.name):
-                source = RowFile(path, text_field)
-            splits[split].append(source)
-    if "train" in files and "valid" not in files:
-        splits |= hold_out(splits["train"], valid_fraction)
-    return splits
-
-
-def set_aside(files):
-    """`files`, {split: see find_files}, without those for validation or testing in "train"."""
-    named = split_by_names(files["train"])
-    files = named | files
-    held_out = set().union(*named.values(), files.get("valid", ()), files.get("test", ()))
-    left_out = [name for key, (_, name) in files["train"].items() if key in held_out]
-    if len(left_out) == len(files["train"]) > 0:
-        print("All text is for validation or testing: it is used, as there is no other.")
-    elif left_out:
-        print(f"Not training on what is for validation or testing: {first_names(left_out)}")
-        for key in held_out:
-            files["train"].pop(key, None)
-    say_what_is_read(files["train"])
-    return files
-
-
-def first_names(names):
-    """The first five names of a list, and how many more there are."""
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return printable(" ".join(", ".join(name.lstrip("/") for name in names[:5]).split())) + more
-
-
-def say_what_is_read(files):
-    """Prints what may surprise the user of a text; files: see find_files."""
-    marked = []
-    crlf = []
-    for path, name in files.values():
-        if path.suffix.lower() in MARKUP_SUFFIXES:
-            marked.append(name)
-        if not ROW_FILES.fullmatch(path.name) and b"\r\n" in read_head(path):
-            crlf.append(name)
-    if marked:
-        print(f"Read as they are, with their markup: {first_names(marked)}")
-    if crlf:
-        print(f"Lines end as on Windows, in CR LF, which is trained on, too: {first_names(crlf)}")
-
-
 def find_files(paths, program_folders):
     """{(device, inode): (path, name)} of the texts that `paths` (files, folders, globs) match.
 
-    The name is what follows the parent folder of a path, or of the first wildcard in it. Of a
-    file's several names, by links, one that tells a split counts.
+    A name is relative to the parent folder of the path, or to the folder of its first wildcard. If
+    links give a file several names, one that tells a split counts.
     """
     found = {}
     for path in paths:
@@ -788,8 +729,8 @@ def find_text_files(path, program_folders):
     Files that are no text, or cannot be read, are left out with a message. Hidden files do not
     count, nor do those in `program_folders` (resolved paths, where this program keeps its files)
     unless `path` itself lies there. Links to folders are followed, but not to one above.
-    Raises UsageError if nothing matches, if no match is text, or if none of those named for
-    training is, and others are named for validation or testing (of the last one then).
+    Raises UsageError if nothing matches; and, with the reason for the last file left out, if no
+    match is text, or if none that is named for training is text but one for validation or testing.
     """
     program_folders = set(program_folders).difference(Path(os.path.realpath(path)).parents)
     queue = [(Path(path), Path(path).name, ())]  # path, name, real paths of the folders above
@@ -833,6 +774,19 @@ def find_text_files(path, program_folders):
     return sorted(files.items())
 
 
+# Names of files with a document in each row, which extras/features/formats.py reads.
+ROW_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz)?)", re.DOTALL | re.IGNORECASE)
+
+LFS = b"version https://git-lfs"  # the first bytes of what git leaves in place of a large file
+# The first bytes of files that are not plain text -> what they are, and the remedy.
+NO_TEXT = {
+    b"%PDF": "a PDF: save its text, for example by pdftotext",
+    b"PK\x03\x04": "a zip archive, as .docx and .epub are: unpack it, and save its text",
+    b"\x1f\x8b": "compressed: unpack it by gzip -dc FILE > TEXT",
+    LFS: "a pointer to a file in large-file storage: download that by git lfs pull",
+}
+
+
 def check_text(path):
     """Raises UsageError, with a remedy, if a file cannot be read or does not begin as a text."""
     if path.is_dir():
@@ -842,7 +796,8 @@ def check_text(path):
         raise UsageError(
             f"{path} is a pipe, a device or a socket: write its text to a file, and name that"
         )
-    begin = read_head(path)
+    with explain_errors(f"{path} cannot be read", OSError), open(path, "rb") as file:
+        begin = file.read(1 << 16)
     has_rows = ROW_FILES.fullmatch(path.name)
     for magic_bytes, what in NO_TEXT.items():
         if begin.startswith(magic_bytes) and (magic_bytes == LFS or not has_rows):
@@ -857,34 +812,33 @@ def check_text(path):
     next(read_pieces(whole(path, errors="strict")), "")
 
 
-def read_head(path):
-    """The first 64 KiB of a file."""
-    with explain_errors(f"{path} cannot be read", OSError), open(path, "rb") as file:
-        return file.read(1 << 16)
+def set_aside(files):
+    """Removes from "train" what is for validation or testing; files: {split: see find_files}.
 
-
-def encoding_error(path, start, error):
-    """The UsageError for a UnicodeDecodeError in bytes of a file, the first of them at `start`."""
-    if re.search(rb"[\0-\x08\x0e-\x1a]", error.object):
-        remedy = "it is no plain text: leave it out, or extract its text into another file"
-    elif error.object[: error.start].isascii():
-        remedy = "convert it (if Western European, by iconv -f CP1252 -t UTF-8 FILE > NEW)"
-    else:
-        remedy = "remove its damaged characters by iconv -c -f UTF-8 -t UTF-8 FILE > NEW"
-    remedy = remedy.replace("FILE", shlex.quote(str(path)))
-    return UsageError(f"{path} is not UTF-8 at byte {start + error.start:,}: {remedy}")
-
-
-def split_by_names(files):
-    """{split: files} of those named for validation or testing; {} if none is named for training.
-
-    files: see find_files.
+    If some files are named for training, those named for validation or testing become these splits,
+    unless others were given for them.
     """
-    found = {}
-    for key, (path, name) in files.items():
-        found.setdefault(named_split(name), {})[key] = (path, name)
-    found.pop(None, None)
-    return found if found.pop("train", None) else {}
+    named = {key: named_split(name) for key, (_, name) in files["train"].items()}
+    held_out = {*files.get("valid", ()), *files.get("test", ())}
+    if "train" in named.values():
+        for split in ("valid", "test"):
+            found = {key: files["train"][key] for key in named if named[key] == split}
+            held_out.update(found)
+            if found:
+                files.setdefault(split, found)
+    left_out = [name for key, (_, name) in files["train"].items() if key in held_out]
+    if len(left_out) == len(files["train"]) > 0:
+        print("All text is for validation or testing: it is used, as there is no other.")
+    elif left_out:
+        print(f"Not training on what is for validation or testing: {first_names(left_out)}")
+        for key in held_out:
+            files["train"].pop(key, None)
+
+
+def first_names(names):
+    """The first five names of a list, and how many more there are."""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return one_line(", ".join(name.lstrip("/") for name in names[:5])) + more
 
 
 def is_held_out(index, valid_fraction):
@@ -1035,6 +989,18 @@ def read_pieces(span):
             raise encoding_error(span.path, file.tell() - len(error.object), error) from None
 
 
+def encoding_error(path, start, error):
+    """The UsageError for a UnicodeDecodeError in bytes of a file, the first of them at `start`."""
+    if re.search(rb"[\0-\x08\x0e-\x1a]", error.object):
+        remedy = "it is no plain text: leave it out, or extract its text into another file"
+    elif error.object[: error.start].isascii():
+        remedy = "convert it (if Western European, by iconv -f CP1252 -t UTF-8 FILE > NEW)"
+    else:
+        remedy = "remove its damaged characters by iconv -c -f UTF-8 -t UTF-8 FILE > NEW"
+    remedy = remedy.replace("FILE", shlex.quote(str(path)))
+    return UsageError(f"{path} is not UTF-8 at byte {start + error.start:,}: {remedy}")
+
+
 def encode_documents(sources, tokenizer):
     """Yields (text, ids [N]) block by block, with `bos` before each document.
 
@@ -1043,12 +1009,12 @@ def encode_documents(sources, tokenizer):
     """
     blocks = read_documents(sources)
     if tokenizer.kind == "word":
-        blocks = itertools.chain(blocks, [("", "")])  # ends the last document, too
+        blocks = itertools.chain(blocks, [("", "")])  # an empty document, before which eos goes
     eos = tokenizer.eos
     if eos is None:
         blocks = begin_lines(blocks)
     last = eos  # as if a document had just ended: nothing goes before the first one
-    while batch := list(itertools.islice(blocks, 64)):  # 8 MiB of the user's own text
+    while batch := list(itertools.islice(blocks, 8)):  # encoded in parallel; 1 MiB of most texts
         texts, characters = zip(*batch)
         for (text, previous), ids in zip(batch, encode_after(tokenizer, characters, texts)):
             if not previous:  # it begins a document
@@ -1069,15 +1035,14 @@ def write_tokens(sources, tokenizer, path):
     """
     counts = Counter()
     digest = hashlib.sha256()
-    dtype = token_dtype(tokenizer.vocab_size)
     total = sum(source.stop - source.start for source in sources if type(source) is Span)  # bytes
     bar = progress_bar(total=total, unit="B", unit_scale=True, desc=path.name)
     with bar, atomic_write(path) as out:
         for text, ids in encode_documents(sources, tokenizer):
-            if ids.dtype != dtype or ids.max(initial=0) >= tokenizer.vocab_size:
+            if ids.dtype != tokenizer.dtype or ids.max(initial=0) >= tokenizer.vocab_size:
                 raise UsageError(
                     f"encode of the tokenizer {tokenizer.kind} must give ids below its vocab_size, "
-                    f"{tokenizer.vocab_size}, as {dtype.__name__}"
+                    f"{tokenizer.vocab_size}, as {tokenizer.dtype.__name__}"
                 )
             digest.update(ids)
             out.write(ids)
@@ -1120,13 +1085,13 @@ def load_dataset(
 
     dataset: a key of CORPORA; "text" stands for the user's files in `text`, `valid_text` and
         `test_text`. With a corpus, `test_text` replaces its test split.
-    data_dir: the folder for all files of the corpus; None for that of open_data_dir.
+    data_dir: the folder for all files of the corpus; by default save_dir, else see open_data_dir.
     tokenizer: a kind, the path of a tokenizer.json, or a tokenizer object. One of a kind is trained
         on the whole training split, even if only its first `train_tokens` ids are used.
     valid_fraction: the fraction of `text` held out for validation if there is no `valid_text`.
     mirror: see fetch.
     vocab_size: of the tokenizer "bpe".
-    save_dir: the folder of runs, whose files are not read as text; the default of data_dir.
+    save_dir: the folder of runs, whose files are not read as text.
     text_field: the field of JSON Lines and Parquet that holds the text.
 
     Raises UsageError if the user's files cannot be used, RunError for a failed download.
@@ -1146,10 +1111,11 @@ def load_dataset(
     if user_paths:
         program_folders = [Path(user_path(path)).resolve() for path in (data_dir, save_dir) if path]
         local_sources |= user_text(user_paths, valid_fraction, text_field, program_folders)
-    # One use of a text has a folder per version of its files and of datasets.py; two stay.
+    # `name` stands for one use of a text. It has a folder for each version of the text's files and
+    # of datasets.py; the two written last stay.
     key = [user_paths, valid_fraction, text_field, vocab_size, is_object and tokenizer.to_dict()]
-    name = f"{kind}-{digest_of(key)[:12]}"
-    cache = data_dir / dataset / f"{name}-{digest_of_inputs(local_sources)[:8]}"
+    name = f"{kind}-{hash_of_data(key)[:12]}"
+    cache = data_dir / dataset / f"{name}-{hash_of_inputs(local_sources)[:8]}"
     with hold_lock(cache):  # only one process encodes
         about = read_about(cache)
         if about is None:
@@ -1178,18 +1144,18 @@ def named_files(dataset, text, valid_text, test_text):
     return {split: [absolute(path) for path in paths] for split, paths in named if paths}
 
 
-def digest_of(data):
+def hash_of_data(data):
     """The SHA256 of plain data."""
     return hashlib.sha256(json.dumps(data).encode()).hexdigest()
 
 
-def digest_of_inputs(sources):
+def hash_of_inputs(sources):
     """A digest of this file and of local {split: sources}: their paths, cuts, sizes and times."""
     entries = [hash_of_code(SOURCE)]
     for source in itertools.chain(*sources.values()):
         status = os.stat(source.path)
         entries.append([repr(source), status.st_size, status.st_mtime_ns])
-    return digest_of(entries)
+    return hash_of_data(entries)
 
 
 def make_tokenizer(kind, sources, vocab_size, **options):
@@ -1208,7 +1174,7 @@ def write_splits(sources, tokenizer, cache):
         path = cache / f"{split}.tokens"
         about["splits"][split] = write_tokens(sources[split], tokenizer, path)
     with atomic_write(cache / "about.json") as file:
-        file.write(json.dumps(about | {"check": digest_of(about)}).encode())
+        file.write(json.dumps(about | {"check": hash_of_data(about)}).encode())
     return about
 
 
@@ -1216,7 +1182,7 @@ def read_about(cache):
     """What about.json says of the tokens in `cache`, or None if the text must be encoded."""
     try:
         about = json.loads((cache / "about.json").read_text("utf-8"))
-        if about.pop("check") != digest_of(about):
+        if about.pop("check") != hash_of_data(about):
             raise ValueError("about.json is not what was written")
         for split, counts in about["splits"].items():
             if hash_of_file(cache / f"{split}.tokens") != counts["sha256"]:
@@ -1232,12 +1198,12 @@ def read_about(cache):
 def map_dataset(name, cache, about, train_tokens):
     """The Dataset in a cache, memory-mapped. Raises UsageError if it has too few tokens."""
     tokenizer = tokenizer_from_dict(about["tokenizer"])
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = tokenizer.dtype
     splits = dict.fromkeys(SPLITS)
     hashes = {}
     for split, counts in about["splits"].items():
         path = cache / f"{split}.tokens"
-        identity = digest_of([counts.pop("sha256"), about["tokenizer"]])
+        identity = hash_of_data([counts.pop("sha256"), about["tokenizer"]])
         if split != "test":
             hashes[split] = identity  # checkpoints store these
         if path.stat().st_size < 2 * np.dtype(dtype).itemsize:
@@ -1261,8 +1227,8 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
     """Downloads <data_dir>/<folder>/<name>, unless it is already there; returns its path.
 
     corpus: the Corpus that lists the file; its hosts are tried in turn. mirror: a URL or a folder
-    that holds <folder>/<name>, tried instead. Raises RunError with the reason for each failure and
-    what the user can do.
+    that holds <folder>/<name>, tried instead. A download that was killed is resumed. Raises
+    RunError with the reason for each failure and what the user can do.
     """
     listed = re.search(rf"([0-9a-f]{{64}}) +(\d+) +{re.escape(name)}\n", corpus.files)
     if not listed:
@@ -1282,8 +1248,16 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
         for source in sources:
             # requests raises OSErrors, except a ValueError for a malformed redirect.
             try:
-                transfer(source, partial_path, sha256, int(size))
+                if "://" in source:
+                    download(source, partial_path, int(size))
+                else:
+                    shutil.copyfile(user_path(source), partial_path)
+                if hash_of_file(partial_path) != sha256:
+                    partial_path.unlink()
+                    raise OSError("its SHA256 is not the expected one")
             except (OSError, ValueError) as error:
+                while error.__context__ is not None:  # requests and urllib3 wrap the first one
+                    error = error.__context__
                 reasons.append(without_passwords(f"{source}: {one_line(error)}"))
                 continue
             print(f"Downloaded {without_passwords(source)} (verified) to {path}")
@@ -1296,25 +1270,11 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
     )
 
 
-def transfer(source, path, sha256, size):
-    """Downloads or copies a file to `path`, and checks its SHA256. Raises OSError or ValueError."""
-    while True:
-        is_resumed = path.exists()  # an earlier process has left it unfinished
-        if "://" in source:
-            download(source, path, size)
-        else:
-            shutil.copyfile(user_path(source), path)
-        if hash_of_file(path) == sha256:
-            return
-        path.unlink()
-        if not is_resumed:
-            raise OSError("its SHA256 is not the expected one")
-
-
 def download(address, path, size):
     """Appends to `path` the bytes that it lacks of the `size` bytes at an address.
 
-    Raises OSError or ValueError after four tries, or at once if another try would not help.
+    A connection that breaks is opened again, as long as each one brings more. Raises OSError or
+    ValueError.
     """
     import requests  # here, because importing it takes a fifth of a second
 
@@ -1324,22 +1284,14 @@ def download(address, path, size):
     }
     options = {"stream": True, "timeout": 30, "hooks": {"response": close_redirect}}  # seconds
     path.touch()
-    host_answered = False
-    for pause in (0, 1, 4, 16):  # seconds
-        time.sleep(pause)
-        have = path.stat().st_size
-        if have >= size:
-            return
+    while (have := path.stat().st_size) < size:
         headers["Range"] = f"bytes={have}-"
         try:
             with requests.get(address, headers=headers, **options) as response:
-                host_answered = True
                 return receive(response, path, have, size)
-        except requests.RequestException as error:
-            reason = cause_of(error)
-        if not host_answered:  # a dead host is not worth the wait
-            break
-    raise OSError(reason)
+        except requests.RequestException:
+            if path.stat().st_size <= have:
+                raise
 
 
 def close_redirect(response, **_):
@@ -1351,31 +1303,22 @@ def close_redirect(response, **_):
 def receive(response, path, start, size):
     """Writes to `path` a response that should begin at byte `start` of a file.
 
-    Raises requests.RequestException if another try may help, OSError if it will not.
+    Raises requests.RequestException if the connection breaks, OSError for any other failure.
     """
-    status = response.status_code
-    if status == 429 or status >= 500:
-        response.raise_for_status()
     if not response.ok:
-        raise OSError(f"HTTP status {status}")
-    if status != 206:
+        raise OSError(f"HTTP status {response.status_code}")
+    if response.status_code != 206:
         start = 0  # a server may ignore the range and send the whole file
     bar = progress_bar(total=size, initial=start, unit="B", unit_scale=True, desc=path.stem)
     with bar, open(path, "ab" if start else "wb") as out:
         for chunk in response.iter_content(1 << 16):  # an incomplete chunk is lost
             bar.update(out.write(chunk))
             if out.tell() > size:  # a server must not fill the disk
+                out.truncate(0)
                 raise OSError(f"more than {size:,} bytes")
 
 
-def cause_of(error):
-    """The message of the first exception, which requests and urllib3 have wrapped in their own."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return str(error)
-
-
-# ---- Shared with main.py ------------------------------------------------------------------------
+# ---- Errors and messages ------------------------------------------------------------------------
 
 
 class UsageError(Exception):
@@ -1418,7 +1361,7 @@ def printable(text):
 
 
 def one_line(error):
-    """The message of an exception on one line; it may quote an untrusted file or server."""
+    """An exception's message, or an untrusted text, on one line and printable."""
     return printable(" ".join(str(error).split()))
 
 
@@ -1435,30 +1378,155 @@ def progress_bar(**options):
     return tqdm(**options)
 
 
+# ---- Programs -----------------------------------------------------------------------------------
+
+
+def run_program(name, function):
+    """Runs the program `name` and exits; `function` takes the arguments that were typed.
+
+    First, it makes the standard streams usable: they may be closed, or unable to encode a text.
+    """
+    for stream_name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, stream_name) is None:  # it was closed at startup
+            setattr(sys, stream_name, open(os.devnull, "r+", encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not those of a notebook's %run
+            stream.reconfigure(errors="replace")
+    sys.exit(run_command(name, function, sys.argv[1:]))
+
+
+def run_command(name, function, arguments):
+    """Calls `function(arguments)` and returns the exit status of the program `name`.
+
+    That is what the function returns (0 for None), 2 for a request that cannot be met, or 1 for a
+    failure; both are reported in one line on stderr.
+    """
+    if os.getpid() == 1:  # a container's first process ignores signals by default
+        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signal_number, lambda signal_number, _: os._exit(128 + signal_number))
+    line = None
+    status = 1
+    try:
+        result = function(arguments) or 0
+        sys.stdout.flush()  # a full disk is noticed here at the latest
+        return result
+    except BrokenPipeError:  # the reader of stdout is gone, for example head
+        pass
+    except (UsageError, ImportError) as error:
+        line = one_line(error)
+        if isinstance(error, ImportError):  # a package that only one feature needs
+            line += ": pip install -r requirements.txt"
+        status = 2
+    except MemoryError as error:
+        reason = one_line(error) or "out of memory"
+        line = f"{reason}: give a smaller --batch_size or --context_size"
+    except (RunError, OSError) as error:
+        line = one_line(error)
+    with contextlib.suppress(OSError):  # the status still tells of the failure
+        if line is not None:
+            print(f"{name}: {line}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        discard(sys.stdout)  # or Python would try again at exit, and complain
+    return status
+
+
+def discard(stream):
+    """Drops what is written to a stream from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def alias_running_module(path):
-    """Lets an `import` find the file at `path`, its __file__, if it runs as __main__."""
+    """If the file at `path` runs as __main__, lets an `import` of its name find this module."""
     running = sys.modules["__main__"]
     if getattr(running, "__file__", None) == path:  # and not cProfile's, for example
         sys.modules[Path(path).stem] = running
 
 
-def import_fast(name, path):
-    """Imports extras/features/fast.py; returns it, or None without that file, and its FastVersions.
+def extra(name):
+    """The module `extras.features.<name>`. Raises UsageError if its file is missing.
 
-    It has to choose a BLAS before MLX loads one, so call this before MLX is imported. name, path:
-    main.py's.
+    main.py and datasets.py work on their own; everything else is a file in extras/, imported only
+    when needed. If the module needs a package that is not installed, the ModuleNotFoundError
+    propagates.
     """
-    home = os.path.dirname(os.path.realpath(path))
+    try:
+        return importlib.import_module(f"extras.features.{name}")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("extras"):
+            raise
+    raise UsageError(
+        f"extras/features/{name}.py, or a file that it imports, is missing: "
+        "copy the project's folder extras next to main.py"
+    )
+
+
+# ---- Code, and its faster version ---------------------------------------------------------------
+
+
+def is_left_out(node, child):
+    """Whether a node's child does nothing: a docstring, or an f-string's empty text (3.12)."""
+    if isinstance(child, ast.Expr):
+        return isinstance(child.value, ast.Constant)
+    return isinstance(node, ast.JoinedStr) and child.value == ""
+
+
+def words_of_code(source):
+    """Python code as a list of words, which comments, docstrings and layout do not change.
+
+    They are the same in all versions of Python, whose syntax trees differ in empty fields only.
+    Code that cannot be parsed is split at white space.
+    """
+    try:
+        nodes = [ast.parse(source)]
+    except (SyntaxError, ValueError):
+        return source.split()
+    words = []
+    for node in nodes:  # which grows
+        words.append(type(node).__name__)
+        for name, value in ast.iter_fields(node):
+            # `kind` is the u of u"", and `ctx` follows from where a node stands.
+            if value is None or value == [] or name in ("kind", "ctx"):
+                continue
+            words.append(name)
+            for child in value if isinstance(value, list) else [value]:
+                if not isinstance(child, ast.AST):
+                    words.append(repr(child))
+                elif not is_left_out(node, child):
+                    words.append("")
+                    nodes.append(child)
+    return words
+
+
+@functools.cache
+def hash_of_code(source):
+    """The SHA256 of Python code, see words_of_code."""
+    return hash_of_data(words_of_code(source))
+
+
+def source_of_definition(name, source):
+    """The source of a function or class, without decorators; "" if it is not there."""
+    lines = rf"^(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # to the next statement
+    found = re.search(lines, source, flags=re.MULTILINE)
+    return found[0] if found else ""
+
+
+def import_fast(name, path):
+    """Imports extras/features/fast.py and MLX; returns (fast.py or None, the FastVersions).
+
+    fast.py has to choose a BLAS before MLX loads one. name, path: main.py's __name__ and __file__.
+    """
     if name == "__main__":
         alias_running_module(path)
         for module_name, module in [*sys.modules.items()]:
             # Left by a notebook's last %run. fast.py stays, as its choice of a BLAS is final.
             is_extra = module_name.startswith("extras.") and module_name != "extras.features.fast"
-            if is_extra or user_module_path(module, home):
+            if is_extra or user_module_path(module):
                 del sys.modules[module_name]
     fast = None
     with required_packages():
-        if os.path.exists(f"{home}/extras/features/fast.py") and not os.environ.get("DISABLE_FAST"):
+        if os.path.exists(f"{HERE}/extras/features/fast.py") and not os.environ.get("DISABLE_FAST"):
             from extras.features import fast
         import mlx.core as mx
 
@@ -1499,135 +1567,17 @@ class FastVersions:
 NOT_USERS = re.compile(r"(main|datasets)\.py|(extras|tests|.*site-packages)/.*|\..*|.*(?<!\.py)")
 
 
-def user_module_path(module, home):
-    """The path of a module below the folder `home` if it is one of the user's own, else None.
+def user_module_path(module):
+    """The path of a module below HERE if it is one of the user's own, else None.
 
     Own modules lie beside main.py or in folders below, but not in those of an environment.
     """
     path = str(getattr(getattr(module, "__spec__", 0), "origin", 0))
-    inside = path.removeprefix(f"{home}/")
+    inside = path.removeprefix(f"{HERE}/")
     return None if inside == path or NOT_USERS.fullmatch(inside) else inside
 
 
-def run_command(name, function, arguments):
-    """Calls `function(arguments)` and returns the exit status of the program `name`.
-
-    That is what the function returns (0 for None), 2 for a request that cannot be met, or 1 for a
-    failure; both are reported in one line on stderr.
-    """
-    if os.getpid() == 1:  # a container's first process ignores signals by default
-        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signal_number, lambda signal_number, _: os._exit(128 + signal_number))
-    line = None
-    status = 1
-    try:
-        result = function(arguments) or 0
-        sys.stdout.flush()  # a full disk is noticed here at the latest
-        return result
-    except BrokenPipeError:  # the reader of stdout is gone, for example head
-        pass
-    except (UsageError, ImportError) as error:
-        line = one_line(error)
-        if isinstance(error, ImportError):  # a package that only one feature needs
-            line += ": pip install -r requirements.txt"
-        status = 2
-    except MemoryError as error:
-        reason = one_line(error) or "out of memory"
-        line = f"{reason}: give a smaller --batch_size or --context_size"
-    except (RunError, OSError) as error:
-        line = one_line(error)
-    with contextlib.suppress(OSError):  # the status still tells of the failure
-        if line is not None:
-            print(f"{name}: {line}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        discard(sys.stdout)  # or Python would try again at exit, and complain
-    return status
-
-
-def run_program(name, function):
-    """Runs the program `name` and exits; `function` takes the arguments that were typed.
-
-    Makes the standard streams usable before, which may be closed, or unable to encode a text.
-    """
-    for stream_name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, stream_name) is None:  # it was closed at startup
-            setattr(sys, stream_name, open(os.devnull, "r+", encoding="utf-8"))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not those of a notebook's %run
-            stream.reconfigure(errors="replace")
-    sys.exit(run_command(name, function, sys.argv[1:]))
-
-
-def discard(stream):
-    """Drops what is written to a stream from now on."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def extra(name):
-    """The module `extras.features.<name>`. Raises UsageError if its file is missing.
-
-    main.py and datasets.py work on their own; everything else is a file in extras/, imported only
-    when needed. If the module needs a package that is not installed, the ModuleNotFoundError
-    propagates.
-    """
-    try:
-        return importlib.import_module(f"extras.features.{name}")
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("extras"):
-            raise
-    raise UsageError(
-        f"extras/features/{name}.py, or a file that it imports, is missing: "
-        "copy the project's folder extras next to main.py"
-    )
-
-
-def is_nothing(node, child):
-    """Whether a node's child does nothing: a docstring, or an f-string's empty text (3.12)."""
-    if isinstance(child, ast.Expr):
-        return isinstance(child.value, ast.Constant)
-    return isinstance(node, ast.JoinedStr) and child.value == ""
-
-
-def words_of_code(source):
-    """Python code as a list of words, which comments, docstrings and layout do not change.
-
-    They are the same in all versions of Python, whose syntax trees differ in empty fields only.
-    Code that cannot be parsed is split at white space.
-    """
-    try:
-        nodes = [ast.parse(source)]
-    except (SyntaxError, ValueError):
-        return source.split()
-    words = []
-    for node in nodes:  # which grows
-        words.append(type(node).__name__)
-        for name, value in ast.iter_fields(node):
-            # `kind` is the u of u"", and `ctx` follows from where a node stands.
-            if value is None or value == [] or name in ("kind", "ctx"):
-                continue
-            words.append(name)
-            for child in value if isinstance(value, list) else [value]:
-                if not isinstance(child, ast.AST):
-                    words.append(repr(child))
-                elif not is_nothing(node, child):
-                    words.append("")
-                    nodes.append(child)
-    return words
-
-
-@functools.cache
-def hash_of_code(source):
-    """The SHA256 of Python code, see words_of_code."""
-    return digest_of(words_of_code(source))
-
-
-def source_of_definition(name, source):
-    """The source of a function or class, without decorators; "" if it is not there."""
-    lines = rf"^(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # to the next statement
-    found = re.search(lines, source, flags=re.MULTILINE)
-    return found[0] if found else ""
+# ---- Folders ------------------------------------------------------------------------------------
 
 
 def user_path(path):
@@ -1693,6 +1643,9 @@ def make_writable(folder):
     tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
 
 
+# ---- Compiled code ------------------------------------------------------------------------------
+
+
 def cpu_info():
     """What Linux says about the CPU; "" if nothing."""
     with contextlib.suppress(OSError):
@@ -1708,7 +1661,7 @@ def open_kernel_dir():
     no home, or it cannot hold code, the folder is a temporary one, deleted at exit.
     """
     if CACHE is not None:
-        instructions = digest_of(re.findall("^(?:flags|Features).*", cpu_info(), re.M)[:1])[:8]
+        instructions = hash_of_data(re.findall("^(?:flags|Features).*", cpu_info(), re.M)[:1])[:8]
         system = [platform.machine(), *platform.libc_ver(), instructions]
         # Raise the 3 if code that was compiled before must not be loaded again.
         folder = CACHE / "-".join(["code", "3", *system])
@@ -1757,10 +1710,13 @@ def use_compiler(folder, command):
                 library.unlink()
 
 
-def flock(file, wait=True):
+# ---- Files that appear whole --------------------------------------------------------------------
+
+
+def lock_file(file, wait=True):
     """Locks an open file, or its descriptor, until it is closed, if the file system has locks.
 
-    While another process holds the lock, it waits, or raises BlockingIOError.
+    wait: for a process that holds the lock; if False, raises BlockingIOError instead.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1775,7 +1731,7 @@ def hold_lock(folder):
     """Makes a folder, and holds its lock: one process at a time is in such a block."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as lock:
-        flock(lock)
+        lock_file(lock)
         remove_leftovers(folder)
         yield
 
@@ -1852,13 +1808,6 @@ def hash_of_file(path, algorithm=hashlib.sha256, opener=None):
     return digest.hexdigest()
 
 
-def utf8(text):
-    """`text` made encodable as UTF-8: surrogate pairs joined, lone ones replaced by U+FFFD."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
 # ---- Flags and the command line -----------------------------------------------------------------
 
 
@@ -1894,16 +1843,15 @@ NONNEGATIVE = number(float, 0)
 FRACTION = number(float, 0, 1)
 
 
-def one_of(choices, remedy=""):
-    """A flag's type: one of these words; remedy: ends the message about any other word."""
+def one_of(choices):
+    """A flag's type: one of these words, in upper or lower case."""
 
     def convert(text):
         if text.lower() in choices:
             return text.lower()
-        listed = ", ".join(choices)
-        raise argparse.ArgumentTypeError(f"must be one of {listed}, not {text}{remedy}")
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}, not {text}")
 
-    convert.choices = choices
+    convert.metavar = f"{{{','.join(choices)}}}"
     return convert
 
 
@@ -1925,11 +1873,7 @@ path_name.metavar = "PATH"
 # The flags that choose a text, {group: {name: Flag}}; main.py has these and others.
 TEXT_FLAGS = {
     "data": {
-        "dataset": Flag(
-            "ptb",
-            one_of([*CORPORA], ": download another corpus, and name its files by --text"),
-            "training corpus",
-        ),
+        "dataset": Flag("ptb", one_of(CORPORA), "training corpus"),
         "text": Flag([], nonempty, "train on your own files, folders, glob patterns"),
         "valid_text": Flag([], nonempty, "validation files (default: a share of --text)"),
         "valid_fraction": Flag(0.1, number(float, 0.001, 0.5), "share of --text held out"),
@@ -1957,11 +1901,10 @@ TEXT_FLAGS = {
 }
 
 
-@functools.cache
-def other_names():
-    """{a flag: its names in other programs}; {} without extras/."""
+def hint_table(name):
+    """A table of extras/features/hints.py; {} without extras/."""
     with contextlib.suppress(UsageError):
-        return extra("hints").ALIASES
+        return getattr(extra("hints"), name)
     return {}
 
 
@@ -1998,10 +1941,9 @@ class Parser(argparse.ArgumentParser):
     def hint(self, word):
         """What to do instead of a word that no flag takes; "" if nothing is known."""
         name = word.partition("=")[0].lstrip("-").removeprefix("no-").lower()
-        with contextlib.suppress(UsageError):  # without extras/
-            for names, hint in extra("hints").NOT_HERE.items():
-                if name in names.split():
-                    return hint
+        for names, hint in hint_table("NOT_HERE").items():
+            if name in names.split():
+                return hint
         if not word.startswith("-") and "=" not in word:
             return (
                 "no flag takes it: a switch has no value, a text with blanks needs quotes, and "
@@ -2035,8 +1977,6 @@ def add_flags(group, flags):
     """Adds flags, {name: Flag}, to an argparse parser, or to a group of one."""
     for name, flag in flags.items():
         metavar = getattr(flag.convert, "metavar", "TEXT")
-        if hasattr(flag.convert, "choices"):
-            metavar = f"{{{','.join(flag.convert.choices)}}}"
         options = {"type": flag.convert, "metavar": metavar}
         if flag.convert is bool:
             options = {"action": argparse.BooleanOptionalAction}
@@ -2045,7 +1985,7 @@ def add_flags(group, flags):
         has_default = str(flag.default) not in ("None", "False", "[]")
         default = f" (default: {flag.default})" if has_default else ""
         group.add_argument(f"--{name}", help=flag.help + default, **options)
-        for other in other_names().get(name, "").split():
+        for other in hint_table("ALIASES").get(name, "").split():
             group.add_argument(f"--{other}", dest=name, help=argparse.SUPPRESS, **options)
 
 
@@ -2060,13 +2000,7 @@ def main(arguments):
     for flags in [*TEXT_FLAGS.values(), more]:
         add_flags(parser, flags)
     options = vars(parser.parse_args(arguments))
-    file = options.pop("save_tokenizer", None)
-    if file:
-        file = Path(file)
-        if os.path.lexists(file):
-            raise UsageError(f"--save_tokenizer {file} exists: name another file, or delete it")
-        with explain_errors(f"cannot write {file}: name another file", OSError):
-            make_writable(file.parent)
+    path = options.pop("save_tokenizer", None)
     usual = "text" if "text" in options else "ptb"
     dataset = load_dataset(**{"dataset": usual} | options)
     print(f"{dataset.name}: {describe_tokenizer(dataset.tokenizer)}")
@@ -2077,11 +2011,12 @@ def main(arguments):
             print(f"{name:<5}{len(split.tokens):>14,} tokens{size}")
     print(f"in {dataset.folder}")
     print(printable(f"begins {dataset.tokenizer.decode(dataset.train.tokens[:100])!r}"))
-    if file:
+    if path:
         package = extra("huggingface").package_of(dataset.tokenizer)
-        with atomic_write(file) as out:
-            out.write(package.to_str().encode())
-        print(f"its tokenizer is {file}")
+        problem = f"cannot write --save_tokenizer {path}: name another file"
+        with explain_errors(problem, OSError), open(path, "xb") as file:  # "x": a new one
+            file.write(package.to_str().encode())
+        print(f"its tokenizer is {path}")
 
 
 if __name__ == "__main__":

@@ -762,7 +762,7 @@ class Batches:
 
     def __init__(self, tokens, context_size, rows_per_step, seed):
         if len(tokens) <= context_size:  # a window is L inputs plus one token, the last target
-            remedy = "give more text or --train_tokens"
+            remedy = "use a longer text or --train_tokens"
             if len(tokens) > 1:
                 remedy += f" or --context_size {len(tokens) - 1}"
             raise UsageError(
@@ -2315,8 +2315,7 @@ def read_code(flag_values):
     if flag_values.get("teacher"):
         paths += ["extras/features/distil.py"]
     modules = [*sys.modules.values()]
-    user_paths = [datasets.user_module_path(module, str(HERE)) for module in modules]
-    paths += filter(None, user_paths)
+    paths += filter(None, map(datasets.user_module_path, modules))
     for path in paths:
         if path not in LOADED_SOURCES and (HERE / path).exists():
             LOADED_SOURCES[path] = (HERE / path).read_text("utf-8", errors="replace")
@@ -3321,7 +3320,7 @@ def locked_folder(folder):
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            datasets.flock(descriptor, wait=False)
+            datasets.lock_file(descriptor, wait=False)
         except BlockingIOError:
             raise UsageError(
                 f"{folder.name} is being trained by another process: wait for it, or start another "

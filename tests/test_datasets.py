@@ -306,22 +306,23 @@ def test_a_space_that_a_tokenizer_puts_before_a_text_stands_there_alone(tmp_path
         assert joined == before + after
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_memory_does_not_grow_with_the_text(tmp_path):
     """Even if it is a single line, or a single word."""
     program = """
-import resource, sys, datasets
+import pathlib, sys, datasets
 datasets.load_dataset("text", sys.argv[1], text=sys.argv[2:], tokenizer="byte")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(pathlib.Path("/proc/self/status").read_text())
 """
     peaks = []
-    for size in (1, 16):  # MB
+    for size in (10, 30):  # MB
         paths = [tmp_path / f"lines{size}", tmp_path / f"word{size}"]
         paths[0].write_bytes(b"words of a line\n" * (size << 16))
         paths[1].write_bytes(b"x" * (size << 20))
         command = [sys.executable, "-c", program, tmp_path / f"data{size}", *paths]
         out = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
-        peaks.append(int(out.split()[-1]))  # KiB, on macOS bytes
-    assert peaks[1] / peaks[0] < 1.5
+        peaks.append(int(re.search(rb"VmHWM:\s+(\d+) kB", out)[1]))
+    assert peaks[1] / peaks[0] < 1.3
 
 
 def test_bpe_of_a_single_word_is_learned_quickly():
@@ -458,14 +459,6 @@ def test_many_files_are_split_whole(tmp_path, count, fraction, valid):
     splits = texts_of(tmp_path, *write(tmp_path, documents), valid_fraction=fraction)
     train = [documents[i] for i in range(count) if i not in valid]
     assert splits == {"train": "|".join(train), "valid": "|".join(documents[i] for i in valid)}
-
-
-def test_what_may_surprise_is_said(tmp_path, capsys):
-    files = {"page.html": "<p>brown fox\n" * 9, "notes.txt": "the quick brown fox\r\n" * 9}
-    texts_of(tmp_path, lay(tmp_path / "text", files) / "*")
-    markup, windows, *_ = capsys.readouterr().out.splitlines()
-    assert markup == "Read as they are, with their markup: page.html"
-    assert windows == "Lines end as on Windows, in CR LF, which is trained on, too: notes.txt"
 
 
 def test_a_share_by_bytes(tmp_path, capsys):
@@ -791,7 +784,7 @@ def test_a_tokenizer_for_other_programs(tmp_path, text):
     ("--datset ptb", "unrecognized arguments: --datset (--dataset?; --help lists all flags)"),
     ("--vocab_size 5", "--vocab_size: must be at least 257"),
     ("--tokenizer=", "--tokenizer: is empty"),
-    ("--text {0} --save_tokenizer {0}", "--save_tokenizer {0} exists: name another file"),
+    ("--text {0} --save_tokenizer {0}", "cannot write --save_tokenizer {0}: name another file"),
     ("--text {0} --tokenizer {0}", "must be a Hugging Face tokenizer.json, or one of auto, byte"),
 ])  # fmt: skip
 def test_mistakes_in_preparing(line, words, text, tmp_path):

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from datasets import CONTROLS, RunError, UsageError, explain_errors, flock
+from datasets import CONTROLS, RunError, UsageError, explain_errors, lock_file
 
 
 def read_prompt_lines(path):
@@ -38,7 +38,7 @@ def append_lines(path, heads):
     out = open(path, "a+b")
     busy = f"{path} is being written by another process: wait for it, or name another --output"
     with explain_errors(busy, BlockingIOError):
-        flock(out, wait=False)
+        lock_file(out, wait=False)
     out.seek(0)  # read only once locked, or another process's last lines could be missed
     lines = out.read().split(b"\n")
     # With the key that follows: `"max_tokens": 20` alone would also be the beginning of 200.

@@ -53,7 +53,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 
-from datasets import UsageError, atomic_write, cpu_info, digest_of, hold_lock, open_kernel_dir
+from datasets import UsageError, atomic_write, cpu_info, hash_of_data, hold_lock, open_kernel_dir
 from datasets import use_compiler
 from extras.common.limits import count_cores
 
@@ -190,7 +190,7 @@ def load_forwarder():
         # UsageError: no folder can hold code, so MLX cannot compile, either.
         with contextlib.suppress(UsageError, OSError, subprocess.SubprocessError):
             about = [source.read_text("utf-8"), options]
-            path = open_kernel_dir() / f"blas-{digest_of(about)[:12]}.so"
+            path = open_kernel_dir() / f"blas-{hash_of_data(about)[:12]}.so"
             compile_once(path, [compiler, "-shared", "-fPIC", "-O3", *options, source])
             return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     return None
@@ -788,7 +788,7 @@ def use_precompiled_header():
     status = os.stat(compiler)
     about = [mx.__version__, compiler, status.st_size, status.st_mtime_ns]
     about += [MLX_OPTIONS, OWN_OPTIONS]
-    folder = code_dir / f"compiler-{digest_of(about)[:12]}"
+    folder = code_dir / f"compiler-{hash_of_data(about)[:12]}"
     header = folder / f"{PREAMBLE}.gch"
     include = Path(mx.__file__).parent / "include"
     options = [*MLX_OPTIONS, *OWN_OPTIONS, "-I", include, "-x", "c++-header"]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import RunError, UsageError, digest_of, explain_errors, flock, hash_of_file
+from datasets import RunError, UsageError, hash_of_data, explain_errors, lock_file, hash_of_file
 from datasets import open_no_follow
 from extras.common.limits import count_cores
 from extras.versus import ledger
@@ -114,7 +114,7 @@ class Comparison:
         with open(path, "a+", errors="replace", opener=open_no_follow) as output:
             while not self.is_stopped:
                 with contextlib.suppress(BlockingIOError):
-                    flock(output, wait=False)
+                    lock_file(output, wait=False)
                     break
                 time.sleep(0.2)
             return retry_once(self.train_and_judge, side, seed, output)
@@ -224,7 +224,7 @@ class Comparison:
         """
         asked = [text and text[1:] for text in (side.valid, side.test)]  # all but the tokens
         code = [hash_of_file(WORKER.with_name(name)) for name in ("judge.py", "worker.py")]
-        digest = digest_of([record["id"], side.tokens_sha256, asked, code])
+        digest = hash_of_data([record["id"], side.tokens_sha256, asked, code])
         path = side.folder / f"judged-{digest}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):
             valid, test, fault = json.loads(path.read_text("utf-8"))

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import RunError, UsageError, digest_of, explain_errors, hash_of_file, hold_lock
+from datasets import RunError, UsageError, hash_of_data, explain_errors, hash_of_file, hold_lock
 from datasets import one_line, words_of_code
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -273,7 +273,7 @@ def copy_commit(commit, folder):
 
 def identify(side, *others):
     """A digest of all that decides how the runs of a side end; others: more of it, plain data."""
-    return digest_of([side.identity, side.tokens_sha256, side.code_words, *others])[:12]
+    return hash_of_data([side.identity, side.tokens_sha256, side.code_words, *others])[:12]
 
 
 def install(side, folder):
