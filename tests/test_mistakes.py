@@ -174,7 +174,7 @@ MISTAKES = [
     ("--text ~nobody-here/a.txt", "~nobody-here/a.txt: no such user", "write the folder out"),
     ("--text empty.txt", "there is no text in", "give other files"),
     ("--text tiny.txt", "no text is left for training or validation", "give more text"),
-    ("--text short.txt --context_size 5000", "has 95 tokens", "a longer text or --train_tokens or --context_size 94"),
+    ("--text short.txt --context_size 5000", "has 95 tokens", "tokens or --context_size 94"),
     ("--text picture.png", "picture.png holds null characters", "it is no plain text"),
     ("--text book.pdf", "book.pdf is a PDF", "save its text"),
     ("--text book.docx", "book.docx is a zip archive", "unpack it"),

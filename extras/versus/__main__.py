@@ -27,8 +27,8 @@ try:  # nothing imports main.py here: the current one may be broken
     from extras.versus import ledger
     from extras.versus.judge import DEFAULT_TOKENS, DIVERGED
     from extras.versus.runs import Comparison, tune
-    from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, bounds_of, decide, summarize
-    from extras.versus.sequential import unchanged_outcome
+    from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, add_test_options, bounds_of
+    from extras.versus.sequential import decide, summarize
     from extras.versus.sides import SideError, copied_sides, is_flags
     from extras.versus.verdict import PAIRS_HEADER, SIDES, describe_numbers, describe_pair
     from extras.versus.verdict import describe_verdict, list_side_differences
@@ -39,8 +39,8 @@ except Exception as error:
 
 def main(arguments):
     """Does what the arguments say; returns the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signal_number, stop)
     options, common = read_arguments(arguments)
     if options.list:
         return ledger.print_list(options.list)
@@ -80,14 +80,10 @@ def read_arguments(arguments):
         description=__doc__,
     )
     add = parser.add_argument
-    sides = "a commit, or flags in quotes"
-    add("before", metavar="SIDE", type=str.strip, nargs="?", help=sides)
+    add("before", metavar="SIDE", type=str.strip, nargs="?", help="a commit, or flags in quotes")
     add("after", metavar="SIDE", type=str.strip, nargs="?", help="another (your files)")
-    race = f"exactly this number (without it, a race: {min(RACE_BOUNDS)} to {max(RACE_BOUNDS)})"
-    add("--pairs", type=number(int, 2), help=race)
+    add_test_options(parser)
     add("--seeds", type=int, help="the first seed (that of --seed, or 42)")
-    margin = "a difference that is smaller than this does not matter"
-    add("--margin", type=number(float, 0), help=margin)
     tokens = f"scored tokens of each text, evenly spaced ({DEFAULT_TOKENS:,}); 0: all"
     add("--tokens", type=number(int, 0), default=DEFAULT_TOKENS, help=tokens)
     tune = "a flag and its values: each side takes its best one, by seeds that are not compared"
@@ -130,7 +126,7 @@ def check_sameness(comparison):
     """Prints whether both sides end in the same weights; returns 0 if so, else 1."""
     first_seed = comparison.first_seed
     seeds = range(first_seed, first_seed + (comparison.options.pairs or 2))
-    is_same = unchanged_outcome([pair for _, *pair in comparison.train_pairs(seeds)]) == "same"
+    is_same = all(before.id == after.id for _, before, after in comparison.train_pairs(seeds))
     what = "The same" if is_same else "Different"
     print(f"{what} weights after {SAME_STEPS} steps, seeds {seeds[0]} to {seeds[-1]}.")
     return int(not is_same)
@@ -141,8 +137,7 @@ def run_comparison(comparison):
     options = comparison.options
     bounds = bounds_of(options.pairs)
     print_start(comparison)
-    results = ledger.read_results(comparison.ledger)
-    entry = ledger.begin_entry(comparison.describe(), results)
+    entry = ledger.begin_entry(comparison.ledger, comparison.describe())
     result = compare(comparison, entry, comparison.first_seed, options.margin, bounds)
     record_and_print(comparison, result)
 
@@ -150,24 +145,22 @@ def run_comparison(comparison):
 def keep_or_drop(comparison):
     """Prints whether to keep an edit; returns the exit status.
 
-    An edit is kept only with a test text, equal steps, training text and number of tokens read, and
-    about equal time.
+    An edit is kept only if there is a test text, if both sides have the same number of steps, the
+    same training text and the same number of tokens read, and if it takes about as long.
 
-    A few pairs on used seeds sort out most edits; "before" is likely to be trained there already.
-    If the edit looks promising there, a race on seeds that chose nothing has to confirm it.
+    First, a screen: a few pairs on seeds that were used before, where "before" is probably trained
+    already. Most edits end there. A promising one has to win a race on fresh seeds.
     """
     options = comparison.options
     if comparison.sides[0].test is None:
         raise UsageError("--gate needs text that the runs do not see: name some with --test_text")
     before, after = [sum(map(len, side.code_words.values())) for side in comparison.sides]
     margin = options.margin if after < before else None  # only less code is kept without a gain
-    results = ledger.read_results(comparison.ledger)
-    entry = ledger.begin_entry(comparison.describe(), results, options.again)
-    comparison_id = entry["comparison"]
+    entry = ledger.begin_entry(comparison.ledger, comparison.describe(), options.again)
     decisions = [
         result
-        for result in results
-        if result["comparison"] == comparison_id and "kept" in result
+        for result in ledger.read_results(comparison.ledger)
+        if result["comparison"] == entry["comparison"] and "kept" in result
     ]
     if decisions and not decisions[-1]["kept"] and not options.again:
         message = "It was dropped before: --again tries it on new seeds."

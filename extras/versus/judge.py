@@ -118,12 +118,12 @@ class Judge(Worker):
         return self.examine(text, times=0)[0]
 
     def examine(self, text, times=MAX_REPEATS):
-        """Mean nats/token, and how predictions see what they must not, or None.
+        """The mean loss in nats/token; what predictions depend on and must not see, or None.
 
         Windows are as long as the side's context; each span begins a new one. The model predicts
-        each scored batch again in the same shape, with its rows in reverse order, and in each row
-        with other tokens from one position, its cut, on. It does so until each position was a cut,
-        at most `times` times; cuts are evenly spaced.
+        each scored batch again in the same shape, with its rows in reverse order, and with other
+        tokens in each row from some position, its cut, on. That is done until each position has
+        been a cut, but at most `times` times; cuts are evenly spaced.
         """
         width = self.side.context_size
         windows = []

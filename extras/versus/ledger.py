@@ -13,27 +13,28 @@ def read_results(path):
     """The results in a ledger, the last of each try, newest at the end; [] if there is no file."""
     lines = path.read_bytes().splitlines() if path.exists() else []
     results = {}
-    for number, line in reversed([*enumerate(lines, 1)]):
+    for number, line in enumerate(lines, 1):
         problem = f"{path}, line {number} is no comparison: if a disk has damaged it, delete it"
         with explain_errors(problem, ValueError, TypeError, KeyError, raises=RunError):
             older = {"look": 1, "asked": None, "baseline": None}  # older commits lack these
             result = older | json.loads(line)
             key = (result["comparison"], str(result["asked"]), result["look"])
-            results.setdefault(key, result)
-    return [*reversed(results.values())]
+            results.pop(key, None)  # so that the newest comes last
+            results[key] = result
+    return [*results.values()]
 
 
-def begin_entry(described, results, again=False):
-    """The entry of a comparison with the number of the try, `look`, {name: value}.
+def begin_entry(path, described, again=False):
+    """What a ledger will say of a comparison: `described`, `look` and `fresh`, {name: value}.
 
-    described: see Comparison.describe. Tries are counted by baseline: another edit, other seeds or
-    more pairs are the next. A repeated command is the same, unless `again` is set and it has ended.
-    It has the first of its `fresh` seeds, by which no comparison before it has judged.
+    described: see Comparison.describe. look: the number of this try among all with its baseline;
+    another edit, other seeds or more pairs are the next one. A repeated command is the same try,
+    unless `again` is set and it has ended. fresh: a seed that no earlier comparison has reached.
     """
     asked = [described["comparison"], described["asked"]]
     fresh = described["asked"]["seed"] + max(SCREEN_BOUNDS)
     try_number = 1
-    for result in reversed(results):
+    for result in reversed(read_results(path)):
         is_same = [result["comparison"], result["asked"]] == asked
         if is_same and not (again and result["outcome"]):
             return described | {name: result[name] for name in ("look", "fresh")}
@@ -45,7 +46,7 @@ def begin_entry(described, results, again=False):
 
 def record(path, result):
     """Appends a result to a ledger."""
-    with open(path, "a", encoding="utf-8", opener=open_no_follow) as file:
+    with open(path, "a", opener=open_no_follow) as file:
         file.write(json.dumps(result) + "\n")
 
 
@@ -60,8 +61,7 @@ def print_list(name):
     for result in results:
         interval = ""
         if "difference" in result:
-            low, high = result["low"], result["high"]
-            interval = f"{result['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+            interval = "{difference:+.4f} ({low:+.4f} to {high:+.4f})".format(**result)
         commits = ", ".join(result["commits"])
         print(
             f"{result['date']}  {len(result['seeds']):>2} pairs  {interval:<30}{result['verdict']} "

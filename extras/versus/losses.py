@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import Parser, UsageError, explain_errors, number, printable, run_program
-from extras.versus.sequential import RunScore, bounds_of, decide, paired_differences, summarize
+from datasets import Parser, UsageError, explain_errors, printable, run_program
+from extras.versus.sequential import RunScore, add_test_options, bounds_of, decide
+from extras.versus.sequential import paired_differences, summarize
 from extras.versus.verdict import PAIRS_HEADER, SIDES, VERDICTS
 from extras.versus.verdict import describe_best, describe_numbers, describe_pair
 
@@ -28,10 +29,7 @@ def main(arguments):
     parser = Parser(prog="python -m extras.versus.losses", description=__doc__)
     file_help = "CSV with the columns side, seed, loss and, if sides were tuned, a setting"
     parser.add_argument("file", metavar="FILE", help=file_help)
-    pairs_help = "exactly this number (without it, a race)"
-    parser.add_argument("--pairs", type=number(int, 2), help=pairs_help)
-    margin_help = "a difference that is smaller than this does not matter"
-    parser.add_argument("--margin", type=number(float, 0), help=margin_help)
+    add_test_options(parser)
     options = parser.parse_args(arguments)
     setting, losses = read_losses(options.file)
     best_values = []
@@ -51,39 +49,44 @@ def main(arguments):
         if not seeds:
             print(f"Next: train both sides on other seeds, {best}.")
             return
-    judge(seeds, before, after, options, condition)
+    print_verdict(seeds, before, after, options, condition)
 
 
-def judge(seeds, before, after, options, condition):
-    """Prints the pairs that count and the verdict; before, after: {seed: loss}."""
-    bounds = bounds_of(options.pairs)
-    pairs = []
-    outcome = None
-    print(PAIRS_HEADER)
-    for seed in seeds:
-        print(describe_pair(seed, before[seed], after[seed]))
-        pairs.append((RunScore("before", before[seed]), RunScore("after", after[seed])))
-        if not math.isfinite(before[seed] + after[seed]):
-            print("Cannot tell: a run of this pair has diverged.")
-            return
-        outcome = decide(bounds, options.margin, pairs)
-        if outcome:
-            break
-    if not outcome:
-        next_look = min(look for look in bounds if look > len(pairs))
-        print(f"No verdict yet: the next look is after {next_look} pairs.")
-        return
-    if np.ptp(paired_differences(pairs)) <= 1e-9 * abs(before[seeds[0]]):
-        why = "without effect, or the losses have too few digits"
-        print(f"Cannot tell: all differences are the same, so seeds are {why}.")
-        return
-    asked = {"pairs": options.pairs, "margin": options.margin}
-    result = {"seeds": seeds[: len(pairs)], "outcome": outcome, "unit": "in loss", "asked": asked}
-    result |= summarize(pairs, bounds[len(pairs)])
-    print(*describe_numbers(result), sep="\n")
-    if len(pairs) < len(seeds):
-        print(f"Pairs after the first {len(pairs)} do not count.")
-    print(f"{VERDICTS[outcome].format(**result, pairs=len(pairs))}, {condition}.")
+def read_losses(path):
+    """The tuned setting's name (None without one), and the losses, {side: {value: {seed: loss}}}.
+
+    The loss of a run that has diverged (nan, inf) is infinite. Raises UsageError if the file is
+    malformed, has only one side, or has a run twice.
+    """
+    with explain_errors(f"{path} is no CSV file in UTF-8"):
+        text = Path(path).read_text("utf-8-sig")  # with a byte-order mark or without
+        table = csv.reader(text.splitlines())
+        lines = [[printable(cell.strip()) for cell in cells] for cells in table]
+    header, *lines = lines or [[]]
+    columns = ["side", "seed", "loss"]
+    settings = [name for name in header if name not in columns]
+    if sorted(header) != sorted(columns + settings[:1]):
+        raise UsageError(
+            f"{path}: its first line is not side,seed,loss (or side,seed,learning_rate,loss, or "
+            "with another setting that was tuned)"
+        )
+    losses = {side: {} for side in SIDES}
+    for line_number, cells in enumerate(lines, 2):
+        if not any(cells):
+            continue
+        problem = f"{path}, line {line_number}: not like {','.join(header)} with before or after"
+        with explain_errors(problem):
+            run = dict(zip(header, cells, strict=True))
+            value = float(run[settings[0]]) if settings else 0
+            loss = float(run["loss"])
+            of_value = losses[run["side"]].setdefault(f"{value:.15g}", {})
+        if run["seed"] in of_value:
+            raise UsageError(f"{path}, line {line_number}: this run is there twice")
+        of_value[run["seed"]] = loss if math.isfinite(loss) else math.inf
+    for side in SIDES:
+        if not losses[side]:
+            raise UsageError(f"{path} has no run of the side {side!r}")
+    return (settings or [None])[0], losses
 
 
 def choose_value(side, setting, losses):
@@ -115,42 +118,34 @@ def choose_value(side, setting, losses):
     return best, {*seeds}
 
 
-def read_losses(path):
-    """The tuned setting's name (None without one), and the losses, {side: {value: {seed: loss}}}.
-
-    The loss of a run that has diverged (nan, inf) is infinite. Raises UsageError if the file is
-    malformed, has only one side, or has a run twice.
-    """
-    with explain_errors(f"{path} is no CSV file in UTF-8", OSError, ValueError, csv.Error):
-        text = Path(path).read_text("utf-8-sig")  # with a byte-order mark or without
-        table = csv.reader(text.splitlines())
-        lines = [[printable(cell.strip()) for cell in cells] for cells in table]
-    header, *lines = lines or [[]]
-    settings = [name for name in header if name not in ("side", "seed", "loss")]
-    if len(header) != 3 + len(settings[:1]) or len({*header} - {*settings}) != 3:
-        raise UsageError(
-            f"{path}: its first line is not side,seed,loss (or side,seed,learning_rate,loss, or "
-            "with another setting that was tuned)"
-        )
-    losses = {side: {} for side in SIDES}
-    for line_number, cells in enumerate(lines, 2):
-        if not any(cells):
-            continue
-        problem = f"{path}, line {line_number}: not like {','.join(header)} with before or after"
-        with explain_errors(problem, ValueError, KeyError):
-            run = dict(zip(header, cells, strict=True))
-            value = float(run[settings[0]]) if settings else 0
-            if not math.isfinite(value):
-                raise ValueError("it has no place among the others")
-            loss = float(run["loss"])
-            of_value = losses[run["side"]].setdefault(f"{value:.15g}", {})
-        if run["seed"] in of_value:
-            raise UsageError(f"{path}, line {line_number}: this run is there twice")
-        of_value[run["seed"]] = loss if math.isfinite(loss) else math.inf
-    for side in SIDES:
-        if not losses[side]:
-            raise UsageError(f"{path} has no run of the side {side!r}")
-    return (settings or [None])[0], losses
+def print_verdict(seeds, before, after, options, condition):
+    """Prints the pairs that count and the verdict; before, after: {seed: loss}."""
+    bounds = bounds_of(options.pairs)
+    pairs = []
+    print(PAIRS_HEADER)
+    for seed in seeds:
+        print(describe_pair(seed, before[seed], after[seed]))
+        pairs.append((RunScore("before", before[seed]), RunScore("after", after[seed])))
+        if not math.isfinite(before[seed] + after[seed]):
+            print("Cannot tell: a run of this pair has diverged.")
+            return
+        outcome = decide(bounds, options.margin, pairs)
+        if outcome:
+            break
+    else:
+        next_look = min(look for look in bounds if look > len(pairs))
+        print(f"No verdict yet: the next look is after {next_look} pairs.")
+        return
+    if np.ptp(paired_differences(pairs)) <= 1e-9 * abs(before[seeds[0]]):
+        why = "without effect, or the losses have too few digits"
+        print(f"Cannot tell: all differences are the same, so seeds are {why}.")
+        return
+    result = {"seeds": seeds[: len(pairs)], "outcome": outcome, "unit": "in loss"}
+    result |= {"asked": vars(options)} | summarize(pairs, bounds[len(pairs)])
+    print(*describe_numbers(result), sep="\n")
+    if len(pairs) < len(seeds):
+        print(f"Pairs after the first {len(pairs)} do not count.")
+    print(f"{VERDICTS[outcome].format(**result, pairs=len(pairs))}, {condition}.")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The runs of a comparison: trains both sides with the same seeds, and has them judged."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -29,10 +30,10 @@ OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
 # Flags of runs: one checkpoint is kept, and nothing sampled.
 RUN_FLAGS = ["--keep=1", f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
 NUM_TUNING_SEEDS = 2  # seeds by which --tune chooses
-# A run is endless if, by the clock, it takes more than GRACE seconds plus ENDLESS times the
-# processor time of the longest run that has ended: machines may be busy.
-ENDLESS = 30
-GRACE = 600
+# A run is killed if it takes longer, by the clock, than MIN_TIMEOUT seconds plus TIMEOUT_FACTOR
+# times the processor time of the longest run that has ended: machines may be busy.
+TIMEOUT_FACTOR = 30
+MIN_TIMEOUT = 600
 BYTES_PER_PARAMETER = 12  # of a checkpoint: one float32, and two in the optimizer
 
 
@@ -40,21 +41,18 @@ class Comparison:
     """Two Sides and their runs; those of one side differ only in their seeds."""
 
     def __init__(self, options, common, copies, tuned=((), ())):
-        """options, common: see read_arguments; copies: see copied_sides; tuned: flags of each side.
-        """
+        """options, common: see read_arguments; copies: see copied_sides; tuned: flags by side."""
         self.options = options
         self.common = common
         self.tuning_note = None  # or a condition of the verdict: the values that --tune has chosen
-        self.commits = [copy.commit for copy in copies]
         compared = ["diff", "--no-index", "--no-color", "--no-ext-diff", "0", "1"]
         self.patch = git("-C", copies[0].folder.parent, *compared).decode(errors="replace")
         sides = []
         for copy, last_flags in zip(copies, tuned):
-            sides.append(make_side(copy, [*common, *copy.flags, *last_flags]))
+            words = [*common, *copy.flags, *last_flags]
+            sides.append(retry_once(make_side, copy, words))
         before, after = sides
         check_models(sides)
-        is_same = before.tokenizer == after.tokenizer
-        self.unit = "nats/token" if is_same else "bits per byte"
         texts = [read_texts(sides, split, options.tokens) for split in ("valid", "test")]
         self.first_seed = before.flags["seed"] if options.seeds is None else options.seeds
         self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
@@ -65,20 +63,15 @@ class Comparison:
         plain = {*before.edited_functions, *after.edited_functions}
         self.plain_functions = ",".join(sorted(plain))
         self.environment = os.environ | {"PLAIN_FUNCTIONS": self.plain_functions}
-        # Whatever the number of steps, the baseline is the same.
-        identity = before.identity | {"num_iters": None}
-        self.baseline = identify(before._replace(identity=identity))
         folder = Path(before.flags["save_dir"], "versus").absolute()
         check_ignored(folder)
         self.ledger = folder / ledger.NAME
         self.sides = []
         for side, valid, test in zip(sides, *texts):
-            words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", *RUN_FLAGS]
             side_id = identify(side, side.versions, self.plain_functions)
             # The number of cores decides how sums are rounded.
             path = folder / f"{side_id}.{len(self.core_shares[0])}"
-            side = side._replace(words=words, valid=valid, test=test)
-            self.sides.append(install(side, path))
+            self.sides.append(install(side._replace(valid=valid, test=test), path))
         self.run_seconds = []  # of finished runs
 
     def train_pairs(self, seeds):
@@ -123,10 +116,11 @@ class Comparison:
         """Trains a run, unless it has ended, and judges it; output: the file for what it prints."""
         if self.is_stopped:
             raise RunError("stopped")
-        record = newest_record(side.folder, seed)
+        num_iters = side.flags["num_iters"]
         path = side.folder / f"seconds-{seed}.json"
-        if not record or record["iteration"] < side.flags["num_iters"]:
-            is_new = not record
+        record = newest_record(side.folder, seed)
+        is_new = not record
+        if is_new or record["iteration"] < num_iters:
             output.truncate(0)
             status, seconds = self.train(side, seed, output)
             record = newest_record(side.folder, seed)
@@ -137,53 +131,30 @@ class Comparison:
                     return RunScore(fault=DIVERGED)
                 raise error
             if is_new:  # all of the run was measured
-                path.write_text(json.dumps(seconds))
+                path.write_text(str(seconds))
         if record["tokens_sha256"] != side.tokens_sha256:
             fault = "has changed meanwhile: repeat, or name a --test_text that is no part of it"
             raise UsageError(f"the text of {side.name} {fault}")
         if self.options.same:  # only the weights count
             return RunScore(record["id"])
         *scores, fault = self.judge(side, record)
-        steps, expected = record["iteration"], side.flags["num_iters"]
-        if steps != expected:
-            fault = f"it has taken {steps:,} steps, not {expected:,}"
+        if record["iteration"] != num_iters:
+            fault = f"it has taken {record['iteration']:,} steps, not {num_iters:,}"
         seconds = math.nan
-        if path.exists():
-            with contextlib.suppress(ValueError):  # a full disk has left it empty
-                seconds = float(path.read_text())
-                self.run_seconds.append(seconds)
+        with contextlib.suppress(OSError, ValueError):  # it was resumed, or the disk was full
+            seconds = float(path.read_text())
+            self.run_seconds.append(seconds)
         return RunScore(record["id"], *scores, fault, record["tokens_seen"], seconds)
-
-    def describe(self):
-        """What was compared, {name: value}, for a result in the ledger."""
-        before, after = self.sides
-        options = self.options
-        asked = {name: getattr(options, name) for name in ("pairs", "tokens", "margin", "gate")}
-        return {
-            # Without the number of cores: with others, it is the same comparison.
-            "comparison": f"{before.folder.stem} {after.folder.stem}",
-            "baseline": self.baseline,
-            "asked": asked | {"seed": self.first_seed},
-            "date": time.strftime("%Y-%m-%d %H:%M"),
-            "before": before.name,
-            "after": after.name,
-            "commits": self.commits,
-            "flags": shlex.join(self.common),
-            "unit": self.unit,
-            "steps": [side.flags["num_iters"] for side in self.sides],
-            "versions": [before.versions, after.versions],
-            "patch": self.patch,
-            "tuned": self.tuning_note,
-        }
 
     def train(self, side, seed, output):
         """Starts or resumes a run and waits for it; returns its exit status and time in seconds.
 
         The time is the processor's, which other programs do not prolong; on a GPU, the clock's.
         Raises SideError if it takes far longer than those that have ended, RunError if the disk is
-        full.
+        full, OSError if the folder was deleted.
         """
-        words = [*side.words, f"--seed={seed}", f"--save_dir={side.folder}"]
+        words = [*side.words, f"--steps_per_eval={side.flags['num_iters']}", *RUN_FLAGS]
+        words += [f"--seed={seed}", f"--save_dir={side.folder}"]
         began = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, side.folder / "main.py", *words],
@@ -193,38 +164,37 @@ class Comparison:
             stdout=output,
             stderr=output,
         )
-        error = None
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if pid:
-                break
-            elapsed = time.monotonic() - began
-            if elapsed > GRACE + ENDLESS * max(self.run_seconds, default=math.inf):
-                error = SideError(f"{side.name} cannot run: it does not end")
-            if not side.folder.exists():
-                error = RunError(f"{side.folder} was deleted while a run wrote there: repeat")
-            elif shutil.disk_usage(side.folder).free < BYTES_PER_PARAMETER * side.num_parameters:
-                error = RunError(f"no space is left for {side.folder}: make some, and repeat")
-            if self.is_stopped:
-                error = RunError("stopped")
-            if error:
-                process.kill()
-            time.sleep(0.05)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if error:
-            raise error
+        pid = 0
+        try:
+            while not pid:
+                if self.is_stopped:
+                    raise RunError("stopped")
+                elapsed = time.monotonic() - began
+                if elapsed > MIN_TIMEOUT + TIMEOUT_FACTOR * max(self.run_seconds, default=math.inf):
+                    raise SideError(f"{side.name} cannot run: it does not end")
+                free = shutil.disk_usage(side.folder).free
+                if free < BYTES_PER_PARAMETER * side.num_parameters:
+                    raise RunError(f"no space is left for {side.folder}: make some, and repeat")
+                time.sleep(0.05)
+                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+        finally:  # does nothing to a process that has ended
+            process.kill()
+            process.wait()
+        seconds = usage.ru_utime + usage.ru_stime
         if self.on_gpu:
-            return process.returncode, time.monotonic() - began
-        return process.returncode, usage.ru_utime + usage.ru_stime
+            seconds = time.monotonic() - began
+        return os.waitstatus_to_exitcode(status), seconds
 
     def judge(self, side, record):
         """The scores of a checkpoint on both texts, and what is wrong with them, see RunScore.
 
         Keeps them in a file in the side's folder.
         """
-        asked = [text and text[1:] for text in (side.valid, side.test)]  # all but the tokens
+        asked = []
+        for text in filter(None, (side.valid, side.test)):
+            asked.append([hashlib.sha256(text.tokens).hexdigest(), text.spans, text.scale])
         code = [hash_of_file(WORKER.with_name(name)) for name in ("judge.py", "worker.py")]
-        digest = hash_of_data([record["id"], side.tokens_sha256, asked, code])
+        digest = hash_of_data([record["id"], asked, code])
         path = side.folder / f"judged-{digest}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):
             valid, test, fault = json.loads(path.read_text("utf-8"))
@@ -234,6 +204,31 @@ class Comparison:
             judged = judge.examine_run(side.valid, side.test, recorded)
         path.write_text(json.dumps(judged), "utf-8")
         return judged
+
+    def describe(self):
+        """What was compared, {name: value}, for a result in the ledger."""
+        before, after = self.sides
+        options = self.options
+        asked = {name: getattr(options, name) for name in ("pairs", "tokens", "margin", "gate")}
+        # Whatever the number of steps, the baseline is the same.
+        identity = before.identity | {"num_iters": None}
+        is_same = before.tokenizer == after.tokenizer
+        return {
+            # Without the number of cores: with others, it is the same comparison.
+            "comparison": f"{before.folder.stem} {after.folder.stem}",
+            "baseline": identify(before._replace(identity=identity)),
+            "asked": asked | {"seed": self.first_seed},
+            "date": time.strftime("%Y-%m-%d %H:%M"),
+            "before": before.name,
+            "after": after.name,
+            "commits": [before.commit, after.commit],
+            "flags": shlex.join(self.common),
+            "unit": "nats/token" if is_same else "bits per byte",
+            "steps": [side.flags["num_iters"] for side in self.sides],
+            "versions": [before.versions, after.versions],
+            "patch": self.patch,
+            "tuned": self.tuning_note,
+        }
 
 
 def recorded_evaluation(record, valid):
@@ -251,7 +246,7 @@ def tune(options, common, copies):
     """
     flag, _, listed = options.tune.partition("=")
     flag = flag.replace("-", "_")
-    with explain_errors(f"--tune {options.tune}: the values are no numbers", ValueError):
+    with explain_errors(f"--tune {options.tune}: the values are no numbers"):
         values = sorted(listed.split(","), key=float)
     means = []  # [2] for each value
     for value in values:

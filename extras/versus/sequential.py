@@ -6,17 +6,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from datasets import number
+
 # {pairs after which a race looks: the |t| beyond which a difference counts}. A group-sequential
 # test like Pocock's (1977), for t, with levels of 1.2 to 1.9 % at each look. In all, 5 % of edits
 # without effect are called helpful or harmful if differences are normal (simulate_verdicts.py). An
 # interval of this width is a repeated confidence interval (Jennison and Turnbull 1989).
 RACE_BOUNDS = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
-# Times half an interval: the difference that is found four times in five, if differences are normal
-# (by simulation, 1.35 to 1.40 in a race, 1.43 to 1.45 with --pairs).
-DETECTABLE = 1.4
+# The minimum detectable effect, at a power of 80 %, in half-widths of the interval. (By simulation
+# of normal differences, 1.35 to 1.40 in a race, 1.43 to 1.45 with --pairs.)
+MDE_FACTOR = 1.4
 FUTILITY_BOUND = 0.7  # from six pairs on, a race without --margin ends if |t| is below it
-# The same of --gate on seeds that were used before, where t has to be below minus that; see
-# tests/nightly/simulate_verdicts.py.
+# {pairs after which the screen of --gate looks: it goes on only if t is below minus this}. It has
+# seeds that were used before; see tests/nightly/simulate_verdicts.py.
 SCREEN_BOUNDS = {2: 0, 6: 1.8}
 
 
@@ -29,6 +31,14 @@ class RunScore(NamedTuple):
     fault: str | None = None  # DIVERGED, or what is wrong with the score, see Judge
     tokens_seen: int | None = None  # in training
     seconds: float = math.nan  # see Comparison.train; nan if those of a part are unknown
+
+
+def add_test_options(parser):
+    """Adds --pairs, see bounds_of, and --margin, see `decide`."""
+    race = f"exactly this number (without it, a race: {min(RACE_BOUNDS)} to {max(RACE_BOUNDS)})"
+    parser.add_argument("--pairs", type=number(int, 2), help=race)
+    margin = "a difference that is smaller than this does not matter"
+    parser.add_argument("--margin", type=number(float, 0), help=margin)
 
 
 def bounds_of(pairs):
@@ -68,11 +78,6 @@ def paired_differences(pairs, name="score"):
     return after - before
 
 
-def unchanged_outcome(pairs):
-    """The outcome if no loss has changed: "same", or "alike" if weights have (unused ones)."""
-    return "same" if all(before.id == after.id for before, after in pairs) else "alike"
-
-
 def decide(bounds, margin, pairs):
     """The outcome after these pairs, a key of VERDICTS; None: more are needed.
 
@@ -84,7 +89,8 @@ def decide(bounds, margin, pairs):
     is_last = len(pairs) == max(bounds)
     differences = paired_differences(pairs)
     if not differences.any():
-        return unchanged_outcome(pairs)
+        is_same = all(before.id == after.id for before, after in pairs)
+        return "same" if is_same else "alike"  # other weights, such as unused ones
     if bounds is SCREEN_BOUNDS:
         *_, t = confidence_interval(differences - (margin or 0))
         if t >= -critical_value:
@@ -95,7 +101,7 @@ def decide(bounds, margin, pairs):
         return "hurt"
     if t < -critical_value:
         test = paired_differences(pairs, "test_score")
-        is_better_there = confidence_interval(test, critical_value)[3] < -critical_value
+        is_better_there = confidence_interval(test)[3] < -critical_value
         # Is it clearly less there than on validation text?
         if confidence_interval(differences - test)[3] < -critical_value:
             return "partly" if is_better_there else "valid only"
@@ -122,7 +128,7 @@ def summarize(pairs, critical_value=None):
         "difference": mean,
         "low": low,
         "high": high,
-        "detectable": DETECTABLE * (high - low) / 2,
+        "detectable": MDE_FACTOR * (high - low) / 2,
         "agree": int((np.sign(differences) == np.sign(mean)).sum()),
         "scores_before": before.tolist(),
         "scores_after": after.tolist(),

@@ -18,7 +18,7 @@ from datasets import RunError, UsageError, hash_of_data, explain_errors, hash_of
 from datasets import one_line, words_of_code
 
 WORKER = Path(__file__).with_name("worker.py")
-HERE = Path(os.path.abspath(__file__)).parents[2]  # not resolved: extras/ may be a link
+HERE = WORKER.parents[2]  # not resolved: extras/ may be a link
 
 # Paths of tests, hidden files, pages, and what programs leave: they do not decide how a run ends.
 IGNORED_FILES = r"tests/|(.*/)?\.|.*(\.(md|rst|ipynb|svg|png|jpg|pdf|pyc|log|out)|~)$"
@@ -34,22 +34,23 @@ class Copy(NamedTuple):
     flags: list  # those that were typed
     commit: str  # its short SHA1
     folder: Path
-    linked: list  # this and the next: see Side
-    code_words: dict
+    linked: list  # its files that were too large for a copy
+    code_words: dict  # its files but pages and tests, {path in its folder: what counts of it}
 
 
 class Side(NamedTuple):
-    """One of the two things that are compared, as worker.py describes it."""
+    """One of the two things that are compared: a Copy, and what its code says of its flags."""
 
-    name: str  # what was typed
-    folder: Path  # a copy of its files
+    name: str  # this and the next four are those of the Copy
+    commit: str
+    folder: Path
+    linked: list
+    code_words: dict
     words: list  # its flags as a command line, with models by their ids
     flags: dict  # the values of all flags, as its main.py resolves them
     identity: dict  # the values of those that decide how a run ends, and the ids of its models
     edited_functions: list  # its main.py's functions edited since fast.py was written
-    linked: list  # its files that were too large for a copy
     files: dict  # of checkpoints that its flags name, {path in its folder: original path}
-    code_words: dict  # its files but pages and tests, {path in its folder: what counts of it}
     versions: dict  # what its last bits depend on: libraries, device and the like
     num_parameters: int  # of its model
     vocab_size: int
@@ -58,6 +59,132 @@ class Side(NamedTuple):
     tokenizer: dict  # its to_dict()
     valid: tuple | None = None  # the Text on which it is scored, see judge.py
     test: tuple | None = None  # another, if there is one
+
+
+def is_flags(side):
+    """Whether a side is the current files, with or without flags, and not a commit."""
+    return not side or side.startswith("-")
+
+
+@contextlib.contextmanager
+def copied_sides(options):
+    """The Copies of both sides, which are deleted at the end of the block."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(os.path.realpath(temporary))
+        yield copy_side(options.before, folder / "0"), copy_side(options.after, folder / "1")
+
+
+def copy_side(typed, folder):
+    """The Copy of a commit, or of the current files for flags; folder: is made for it."""
+    name = typed or "your files"
+    flags = []
+    commit = "HEAD"
+    folder.mkdir()
+    if is_flags(typed):
+        with explain_errors(f"{name} cannot be read as flags"):
+            flags = shlex.split(typed or "")
+        names = list_files("--cached", "--others") or files_without_git()
+    else:
+        commit = typed
+        names = copy_commit(typed, folder) + list_files("--others")
+    linked = copy_files(names, folder)
+    code_words = {}
+    for path in sorted(folder.rglob("*")):
+        source = str(path.relative_to(folder))
+        if path.is_file() and not re.match(IGNORED_FILES, source):
+            code_words[source] = words_of_file(path)
+    commit = git("rev-parse", "--short", commit).decode().strip()
+    return Copy(name, flags, commit, folder, linked, code_words)
+
+
+def git(*words, **options):
+    """What a git command prints in the program's folder: bytes, none without git or repository.
+
+    options: of subprocess.run.
+    """
+    options = {"stderr": subprocess.PIPE} | options
+    with contextlib.suppress(FileNotFoundError):
+        command = ["git", "-C", HERE, *words]
+        return subprocess.run(command, stdout=subprocess.PIPE, **options).stdout
+    return b""
+
+
+def list_files(*kinds):
+    """The paths of files that git lists and does not ignore; kinds: options of `git ls-files`."""
+    names = git("ls-files", "-z", "--exclude-standard", *kinds)
+    return os.fsdecode(names).split("\0")[:-1]
+
+
+def files_without_git():
+    """The paths of the files beside main.py, and of all files in packages there."""
+    paths = [*HERE.iterdir()]
+    for package in HERE.glob("*/__init__.py"):
+        paths += package.parent.rglob("*")
+    return [str(path.relative_to(HERE)) for path in paths if path.is_file()]
+
+
+def copy_commit(commit, folder):
+    """Copies the program as it is in a commit; returns the paths of repositories in it.
+
+    These are not copied, as git does not keep their files.
+    """
+    # Its SHA1, or why there is none.
+    tree = git("rev-parse", f"{commit}:./", stderr=subprocess.STDOUT).decode(errors="replace")
+    tree = one_line(tree)
+    git_folder = git("rev-parse", "--absolute-git-dir").strip()
+    environment = os.environ | {
+        "GIT_DIR": git_folder,
+        "GIT_WORK_TREE": folder,
+        "GIT_INDEX_FILE": folder.with_suffix(".index"),
+    }
+    for words in (["read-tree", tree], ["checkout-index", "--all"]):
+        git("-C", folder, *words, env=environment)
+    if not (folder / "datasets.py").exists():
+        what = f"is no commit with this program, in a git repository at {HERE}"
+        raise UsageError(f"{commit} {what} ({tree[-200:]})")
+    names = []
+    for path, folders, files in os.walk(folder):
+        if not folders + files:  # git keeps no empty folder: this is a submodule's
+            os.rmdir(path)
+            names.append(os.path.relpath(path, folder))
+    return names
+
+
+def copy_files(names, folder):
+    """Copies the program's current files, since the user may go on editing them.
+
+    A file that exists in `folder` stays. Links large files, and folders that git lists, such as a
+    repository in this one; returns their names.
+    """
+    linked = []
+    total = 0  # bytes
+    for name in names:
+        path = HERE / name
+        target = folder / name
+        if os.path.lexists(target) or not path.exists():  # git also lists deleted files
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        size = path.stat().st_size
+        if path.is_dir() or size > MAX_COPIED_FILE_BYTES or total + size > MAX_COPIED_BYTES:
+            target.symlink_to(path)
+            linked.append(name)
+        else:
+            shutil.copy(path, target)
+            total += size
+    return linked
+
+
+def words_of_file(path):
+    """What counts of a file, a list: of Python code, not layout and comments.
+
+    A linked file may be too large to be read each time: it is known by its size and time.
+    """
+    if path.is_symlink():
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns]
+    if path.suffix == ".py":
+        return words_of_code(path.read_text("utf-8", errors="replace"))
+    return [hash_of_file(path)]
 
 
 class SideError(RunError):
@@ -69,7 +196,7 @@ class KilledError(SideError):
 
 
 def retry_once(function, *arguments):
-    """What a function returns; if it raises KilledError, it runs again."""
+    """Calls a function; once more if it raises KilledError."""
     try:
         return function(*arguments)
     except KilledError:
@@ -135,140 +262,11 @@ class Worker:
             raise process_error(self.name, self.process.returncode, self.messages.read()) from None
 
 
-def is_flags(side):
-    """Whether a side is the current files, with or without flags, and not a commit."""
-    return not side or side.startswith("-")
-
-
-@contextlib.contextmanager
-def copied_sides(options):
-    """The Copies of both sides, which are deleted at the end of the block."""
-    with tempfile.TemporaryDirectory() as temporary:
-        folders = [Path(os.path.realpath(temporary), name) for name in ("0", "1")]
-        yield [copy_side(*side) for side in zip((options.before, options.after), folders)]
-
-
-def copy_side(typed, folder):
-    """The Copy of a commit, or of the current files for flags; folder: is made for it."""
-    name = typed or "your files"
-    flags = []
-    commit = "HEAD"
-    folder.mkdir()
-    if is_flags(typed):
-        with explain_errors(f"{name} cannot be read as flags", ValueError):
-            flags = shlex.split(typed or "")
-        names = list_files("--cached", "--others") or files_without_git()
-    else:
-        commit = typed
-        names = copy_commit(typed, folder) + list_files("--others")
-    linked = copy_files(names, folder)
-    code_words = {}
-    for path in sorted(folder.rglob("*")):
-        source = str(path.relative_to(folder))
-        if path.is_file() and not re.match(IGNORED_FILES, source):
-            code_words[source] = words_of_file(path)
-    commit = git("rev-parse", "--short", commit).decode().strip()
-    return Copy(name, flags, commit, folder, linked, code_words)
-
-
 def make_side(copy, words):
-    """The Side of a Copy with these flags."""
-    answer = retry_once(describe, copy.name, copy.folder, words)
-    return Side(copy.name, copy.folder, code_words=copy.code_words, linked=copy.linked, **answer)
-
-
-def describe(name, folder, words):
-    """Asks the code of a side for the fields of a Side and more, see worker.py."""
-    with Worker(name, folder, "describe", *words) as worker:
-        return worker.ask()
-
-
-def git(*words, **options):
-    """What a git command prints in the program's folder: bytes, none without git or repository.
-
-    options: of subprocess.run.
-    """
-    options = {"stderr": subprocess.PIPE} | options
-    with contextlib.suppress(FileNotFoundError):
-        command = ["git", "-C", HERE, *words]
-        return subprocess.run(command, stdout=subprocess.PIPE, **options).stdout
-    return b""
-
-
-def list_files(*kinds):
-    """The paths of files that git lists and does not ignore; kinds: options of `git ls-files`."""
-    names = git("ls-files", "-z", "--exclude-standard", *kinds)
-    return os.fsdecode(names).split("\0")[:-1]
-
-
-def files_without_git():
-    """The paths of the files beside main.py, and of all files in packages there."""
-    paths = [*HERE.iterdir()]
-    for package in HERE.glob("*/__init__.py"):
-        paths += package.parent.rglob("*")
-    return [str(path.relative_to(HERE)) for path in paths if path.is_file()]
-
-
-def words_of_file(path):
-    """What counts of a file, a list: of Python code, not layout and comments.
-
-    A linked file may be too large to be read each time: it is known by its size and time.
-    """
-    if path.is_symlink():
-        status = path.stat()
-        return [status.st_size, status.st_mtime_ns]
-    if path.suffix == ".py":
-        return words_of_code(path.read_text("utf-8", errors="replace"))
-    return [hash_of_file(path)]
-
-
-def copy_files(names, folder):
-    """Copies the program's current files, since the user may go on editing them.
-
-    A file that exists in `folder` stays. Links large files, and folders that git lists, such as a
-    repository in this one; returns their names.
-    """
-    linked = []
-    total = 0  # bytes
-    for name in names:
-        path = HERE / name
-        target = folder / name
-        if os.path.lexists(target) or not path.exists():  # git also lists deleted files
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        size = path.stat().st_size
-        if path.is_dir() or size > MAX_COPIED_FILE_BYTES or total + size > MAX_COPIED_BYTES:
-            target.symlink_to(path)
-            linked.append(name)
-        else:
-            shutil.copy(path, target)
-            total += size
-    return linked
-
-
-def copy_commit(commit, folder):
-    """Copies the program as it is in a commit; returns the paths of repositories in it.
-
-    These are not copied, as git does not keep their files.
-    """
-    tree = git("rev-parse", f"{commit}:./", stderr=subprocess.STDOUT).decode(errors="replace")
-    git_folder = git("rev-parse", "--absolute-git-dir").decode().strip()
-    environment = os.environ | {
-        "GIT_DIR": git_folder,
-        "GIT_WORK_TREE": folder,
-        "GIT_INDEX_FILE": folder.with_suffix(".index"),
-    }
-    for words in (["read-tree", tree.strip()], ["checkout-index", "--all"]):
-        git("-C", folder, *words, env=environment)
-    if not (folder / "datasets.py").exists():
-        what = f"is no commit with this program, in a git repository at {HERE}"
-        raise UsageError(f"{commit} {what} ({one_line(tree)[-200:]})")
-    names = []
-    for entry in os.fsdecode(git("ls-tree", "-rz", "--full-tree", tree.strip())).split("\0"):
-        if entry.startswith("160000"):  # the mode of a submodule; its folder is empty
-            names.append(entry.partition("\t")[2])
-            (folder / names[-1]).rmdir()
-    return names
+    """The Side of a Copy with these flags; its code answers, see `describe` in worker.py."""
+    name, _, *fields = copy
+    with Worker(name, copy.folder, "describe", *words) as worker:
+        return Side(name, *fields, **worker.ask())
 
 
 def identify(side, *others):
@@ -291,7 +289,7 @@ def install(side, folder):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.link(path, target)
             partial.rename(folder)
-    with explain_errors(f"a copy was changed: delete {folder}", OSError):
+    with explain_errors(f"a copy was changed: delete {folder}"):
         for source, words in side.code_words.items():
             if words_of_file(folder / source) != words:
                 raise OSError(f"{source} is not that of {side.name}")

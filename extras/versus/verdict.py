@@ -25,7 +25,7 @@ VERDICTS = {
     "cannot tell": "Cannot tell: {fault}",
 }
 PAIRS_HEADER = f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}"
-COUNTED = ("helped", "partly", "hurt", "valid only")  # what chance alone yields once in twenty
+SIGNIFICANT = ("helped", "partly", "hurt", "valid only")  # by chance alone, once in twenty
 
 
 def describe_pair(seed, before, after):
@@ -46,7 +46,8 @@ def describe_numbers(result):
     if pairs > 3 and "correlation" in result:  # of two, it is 1 or -1
         line += f"; correlation of the sides {result['correlation']:.2f}"
     yield line
-    if result["outcome"] in COUNTED and not result["asked"]["pairs"] and pairs < max(RACE_BOUNDS):
+    is_significant = result["outcome"] in SIGNIFICANT
+    if is_significant and not result["asked"]["pairs"] and pairs < max(RACE_BOUNDS):
         yield "It ended once the difference was clear: the true one is likely smaller."
     if result["outlier"] is not None:
         seed = result["seeds"][result["outlier"]]
@@ -70,7 +71,7 @@ def describe_verdict(result):
     if outcome == "same" and not pairs:
         verdict = "Nothing that counts differs between the sides, so nothing is trained"
     verdict = ", ".join([verdict, *list_conditions(result)])
-    if result["look"] > 1 and outcome in COUNTED:
+    if result["look"] > 1 and outcome in SIGNIFICANT:
         verdict += f": try {result['look']}"
     return f"{verdict}."
 

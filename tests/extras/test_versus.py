@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import anchors
 import main
@@ -18,7 +19,7 @@ from conftest import TEXT, TINY, copy_program, edit, newest, run, saved, start
 from datasets import RunError, UsageError, load_dataset
 from extras.versus import __main__ as versus
 from extras.versus import runs, sides
-from extras.versus.judge import DIVERGED
+from extras.versus.judge import DIVERGED, Text
 from extras.versus.ledger import read_results
 from extras.versus.sequential import RunScore
 from extras.versus.verdict import list_side_differences
@@ -401,7 +402,9 @@ def side_of(folder, name, code):
     empty = sides.Side(*[None] * (len(sides.Side._fields) - 2))
     return empty._replace(
         name=name,
+        commit="1234567",
         code_words={"main.py": code.split()},
+        identity={},
         folder=folder,
         words=[],
         flags={"num_iters": 300},
@@ -425,12 +428,9 @@ class Drawn(runs.Comparison):
             side_of(folder / "before", "HEAD", "x = 1"),
             side_of(folder / f"after {code}", "your files", code),
         ]
-        self.baseline = "a baseline"
         self.first_seed = self.options.seeds or 42
         self.plain_functions = ""
         self.patch = ""
-        self.commits = ["1234567"] * 2
-        self.unit = "nats/token"
         self.tuning_note = None
         self.ledger = folder / "comparisons.jsonl"
         self.after = after
@@ -573,7 +573,7 @@ DEATHS = [
 @pytest.mark.parametrize("code, reason", DEATHS)
 def test_a_run_that_dies(code, reason, tmp_path, monkeypatch):
     """By itself: if it does so again, the machine is not to blame."""
-    monkeypatch.setattr(runs, "GRACE", 1)
+    monkeypatch.setattr(runs, "MIN_TIMEOUT", 1)
     with pytest.raises(sides.SideError, match=reason):
         Drawn(tmp_path, None, code=code).run_after()
 
@@ -585,9 +585,23 @@ def test_a_full_disk(tmp_path, monkeypatch):
     assert not isinstance(caught.value, sides.SideError)
 
 
+def test_a_score_is_kept_for_its_text(tmp_path, monkeypatch):
+    """Another test text with as many tokens is another one."""
+    judge = MagicMock()
+    judge.__enter__().examine_run = lambda valid, test, _: [1.0, float(test.tokens[0]), None]
+    monkeypatch.setattr(runs, "Judge", lambda *_: judge)
+    comparison = Drawn(tmp_path, None)
+    valid = Text(np.arange(9, dtype=np.uint32), [(0, 8)], 1)
+    scores = []
+    for test in (valid, Text(valid.tokens + 1, *valid[1:]), valid):
+        side = comparison.sides[0]._replace(valid=valid, test=test)
+        scores.append(comparison.judge(side, {"id": "a", "path": None, "evaluations": []})[1])
+    assert scores == [0, 1, 0] and judge.__enter__.call_count == 1 + 2, "the third one was kept"
+
+
 def test_a_deleted_folder(tmp_path):
     code = "import os, time; here = os.getcwd(); os.rename(here, here + ' moved'); time.sleep(99)"
-    with pytest.raises(RunError, match="was deleted while a run wrote there"):
+    with pytest.raises(FileNotFoundError):
         Drawn(tmp_path, None, code=code).run_after()
 
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import anchors
-from extras.versus.verdict import COUNTED
+from extras.versus.verdict import SIGNIFICANT
 
 MODEL = "--text text.txt --test_text test.txt --dim 16 --num_blocks 1 --num_heads 2 "
 MODEL += "--context_size 16 --batch_size 8 --num_iters 150 --learning_rate 3e-2 --lr_warmup 5 "
@@ -89,7 +89,7 @@ def count_verdicts(way, edits, seed):
         copy_project(folder)
         for number, (place, first_seed) in enumerate(zip(places.tolist(), seeds.tolist()), 1):
             result = compare(folder, way, place, first_seed)
-            num_called += result["outcome"] in COUNTED
+            num_called += result["outcome"] in SIGNIFICANT
             num_kept += result.get("kept", False)
             interval = ""
             if "difference" in result:
