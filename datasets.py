@@ -1360,14 +1360,14 @@ def printable(text):
     return CONTROLS.sub("\ufffd", text)
 
 
-def one_line(error):
-    """An exception's message, or an untrusted text, on one line and printable."""
-    return printable(" ".join(str(error).split()))
-
-
 def without_passwords(text):
     """`text` without the user names and passwords in its URLs."""
     return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
+
+
+def one_line(error):
+    """An exception's message, or an untrusted text: on one line, printable, without passwords."""
+    return printable(without_passwords(" ".join(str(error).split())))
 
 
 def progress_bar(**options):

@@ -2125,7 +2125,7 @@ def model_from_checkpoint(checkpoint):
     contents = checkpoint.open()
     files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
     if checkpoint.flags["lora_rank"]:
-        files |= extra("kept_models").kept_model_files(checkpoint, "init_from")
+        files |= extra("kept_models").kept_base_files(checkpoint)
     return LoadedModel(contents.load_model(), contents.tokenizer, checkpoint.id, files)
 
 

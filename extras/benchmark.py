@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from datasets import UsageError
 from extras.features.memory import memory_of_step
-from extras.features.steps import open_run
+from extras.features.steps import rebuild_run
 from main import FLAGS, Decoder, SingleProcess, fast, load_inputs, make_run, make_step
 from main import ineffective_flag_notices, open_checkpoint, read_command_line, resolve_flags
 from main import train_step, use_device
@@ -48,7 +48,7 @@ def main(arguments):
     if flags.identifier:
         checkpoint = open_checkpoint(flags).checkpoint
         flags = resolve_flags(flags.explicit, checkpoint.flags)
-        run = open_run(checkpoint.folder, flags, checkpoint, checkpoint)
+        run = rebuild_run(flags, checkpoint, checkpoint)
     else:
         inputs = load_inputs(flags)
         flags = inputs.flags

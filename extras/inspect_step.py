@@ -16,21 +16,19 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from datasets import Flag, UsageError, number, printable
-from extras.features.steps import check_program, open_run
+from datasets import COUNT, Flag
+from extras.features.steps import check_program, rebuild_run
 from main import find_checkpoint, list_checkpoints, make_step, token_metrics, train_step
 
 
 def main(arguments):
     """Shows what these arguments name."""
-    rows = Flag(1, number(int, 0, 10**6), "texts to show, most changed first")
+    rows = Flag(1, COUNT, "texts to show, most changed first")
     parser = make_parser("inspect_step", __doc__, "gpu", "data_dir", "mirror", rows=rows)
     parser.add_argument("step", metavar="RUN@STEP", help="the step that ended in this checkpoint")
     flags = read_flags(parser, arguments)
     checkpoints = list_checkpoints(flags.save_dir)
     after = find_checkpoint(flags, checkpoints, flags.step)
-    if after.iteration == 0:
-        raise UsageError(f"{flags.step} is before the first step: name a later one")
     run, _, _ = after.folder.name.partition("@")
     before = find_checkpoint(flags, checkpoints, f"{run}@{after.iteration - 1}")
     print_step(flags, before, after)
@@ -41,12 +39,12 @@ def print_step(command_flags, before, after):
     flags = flags_of_run(command_flags, before)
     flags.num_iters = after.segments[-1].num_iters
     check_program(f"{after.folder.name}, step {after.iteration:,},", flags, after.segments[-1])
-    run = open_run(before.folder, flags, before, before)
+    run = rebuild_run(flags, before, before)
     inputs, targets = copy.copy(run.batches).next()
     losses_before = losses_of(run.model, inputs, targets, flags.batch_size)
     weights = dict(tree_flatten(run.model.trainable_parameters()))
-    watched = Watched(run.optimizer)
-    metrics = train_step(run, make_step(run.model, watched, flags, teacher=run.teacher))
+    recorder = GradientRecorder(run.optimizer)
+    metrics = train_step(run, make_step(run.model, recorder, flags, teacher=run.teacher))
     losses_after = losses_of(run.model, inputs, targets, flags.batch_size)
     texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
     print(f"{before.folder.name} -> {after.folder.name}: {', '.join(texts)}")
@@ -54,13 +52,13 @@ def print_step(command_flags, before, after):
         f"{losses_before.size} tokens of the batch: mean loss {losses_before.mean():.4f} before, "
         f"{losses_after.mean():.4f} after; {np.mean(losses_after < losses_before):.0%} fell"
     )
-    print_norms(weights, watched.seen["gradients"], run.model)
+    print_norms(weights, recorder.seen["gradients"], run.model)
     changes = np.abs(losses_after - losses_before).mean(axis=1)
     for row in np.argsort(-changes)[: command_flags.rows].tolist():
         print_text(row, targets[row], losses_before[row], losses_after[row], run.dataset.tokenizer)
 
 
-class Watched:
+class GradientRecorder:
     """An optimizer that keeps the gradients of its last update, for make_step."""
 
     def __init__(self, optimizer):
@@ -91,17 +89,17 @@ def print_norms(weights, gradients, model):
     """Prints the norms of gradients and of what was added to the weights, block by block."""
     gradients = dict(tree_flatten(gradients))
     after = dict(tree_flatten(model.trainable_parameters()))
-    parts = {}
-    for name in weights:
-        parts.setdefault(part_of_model(name), []).append(name)
+    parts = {}  # {part: sums of squares [3]: of weights, gradients and updates}
+    for name, before in weights.items():
+        arrays = [before, gradients[name], after[name] - before]
+        squares = np.array([mx.square(array).sum().item() for array in arrays])
+        part = part_of_model(name)
+        parts[part] = parts.get(part, 0) + squares
     print(f"{'':<20}{'weights':>12}{'gradient':>12}{'update':>12}{'relative':>12}")
-    for part, names in parts.items():
-        of_weights = norm([weights[name] for name in names])
-        of_update = norm([after[name] - weights[name] for name in names])
-        of_gradient = norm([gradients[name] for name in names])
-        relative = of_update / of_weights if of_weights else np.inf
-        norms = f"{of_weights:>12.4g}{of_gradient:>12.4g}{of_update:>12.4g}{relative:>12.2g}"
-        print(f"{part:<20}{norms}")
+    for part, squares in parts.items():
+        weight, gradient, update = np.sqrt(squares).tolist()
+        relative = update / weight if weight else np.inf
+        print(f"{part:<20}{weight:>12.4g}{gradient:>12.4g}{update:>12.4g}{relative:>12.2g}")
 
 
 def part_of_model(name):
@@ -113,17 +111,12 @@ def part_of_model(name):
     return f"block {words[1]} {kind}"
 
 
-def norm(arrays):
-    """The Euclidean norm of all numbers in some arrays."""
-    return sum(mx.square(array.astype(mx.float32)).sum().item() for array in arrays) ** 0.5
-
-
 def print_text(row, targets, before, after, tokenizer):
     """Prints the tokens of a row that were predicted, with the loss of each before and after."""
     print(f"\nrow {row}: {before.mean():.4f} -> {after.mean():.4f}")
     for token, first, second in zip(targets.tolist(), before.tolist(), after.tolist()):
-        piece = printable(repr(tokenizer.decode([token])))
-        print(f"{first:>9.4f}{second:>9.4f}{second - first:>+9.4f}  {piece}")
+        piece = tokenizer.decode([token])
+        print(f"{first:>9.4f}{second:>9.4f}{second - first:>+9.4f}  {piece!r}")
 
 
 if __name__ == "__main__":

@@ -21,30 +21,26 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import Flag, UsageError, explain_errors, printable, user_path, utf8
+from datasets import Flag, UsageError, explain_errors, user_path
 from extras.features.list import distinguishing_flags
 from extras.common.ngrams import losses_of_ngrams
 from main import read_log, reload_data
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
-LINES = ["solid", "dashed", "dashdot", "dotted"]
 STYLES = {"train": {"alpha": 0.4}, "valid": {"marker": "o", "markersize": 4}}
+NGRAM_LINES = ["solid", "dashed", "dashdot", "dotted"]  # of 1-grams to 4-grams
 
 
 def main(arguments):
     """Plots as these arguments specify."""
-    program_flags = {
-        "identifier": IDENTIFIERS,
-        "ngrams": Flag(
-            False, bool, "with the losses of 1-grams to 4-grams, counted on the training text"
-        ),
-    }
-    parser = make_parser("plot", __doc__, "data_dir", "mirror", **program_flags)
+    ngrams = Flag(False, bool, "with losses of 1-grams to 4-grams, counted on the training text")
+    own_flags = {"identifier": IDENTIFIERS, "ngrams": ngrams}
+    parser = make_parser("plot", __doc__, "data_dir", "mirror", **own_flags)
     parser.add_argument("file", metavar="FILE", help="the picture to write")
     flags = read_flags(parser, arguments)
     checkpoints = select_checkpoints(flags)
-    lines = count_ngrams(flags, checkpoints) if flags.ngrams else []
-    plot_runs(checkpoints, flags.file, lines)
+    ngram_losses = count_ngrams(flags, checkpoints) if flags.ngrams else []
+    plot_runs(checkpoints, flags.file, ngram_losses)
 
 
 def count_ngrams(flags, checkpoints):
@@ -56,16 +52,15 @@ def count_ngrams(flags, checkpoints):
     return losses_of_ngrams(*splits, dataset.tokenizer.vocab_size)
 
 
-def plot_runs(checkpoints, path, lines=()):
+def plot_runs(checkpoints, path, ngram_losses):
     """Plots training and validation losses against iterations and against minutes of training.
 
-    checkpoints: some of each run, newest first. The legend names the flags in which the runs
-    differ, and each run's best validation loss. The first twentieth of a curve is not drawn. Losses
-    are in nats/token, or in bits per byte if the runs have different tokens. lines: see
-    count_ngrams. Raises UsageError if no run has reported anything yet, or if `path` cannot be
-    written.
+    checkpoints: some of each run, newest first; ngram_losses: see count_ngrams. The legend names
+    the flags in which the runs differ, and each run's best validation loss. The first twentieth of
+    a curve is not drawn. Losses are in nats/token, or in bits per byte if the runs have different
+    tokens. Raises UsageError if no run has reported anything yet, or if `path` cannot be written.
     """
-    folders = {checkpoint.folder.name: checkpoint.folder for checkpoint in checkpoints}
+    folders = {checkpoint.folder for checkpoint in checkpoints}
     flags_by_run = distinguishing_flags(checkpoints)
     column = "loss"
     unit = "nats/token"
@@ -77,16 +72,16 @@ def plot_runs(checkpoints, path, lines=()):
     by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
     by_iteration.set(xlabel="iteration", ylabel=f"loss ({unit})")
     by_minute.set(xlabel="minutes of training")
-    for i, run in enumerate(sorted(folders)):
+    for i, folder in enumerate(sorted(folders)):
         for split, style in STYLES.items():
-            iterations, seconds, losses = columns_of(folders[run] / "log.csv", split, column)
+            iterations, seconds, losses = columns_of(folder / "log.csv", split, column)
             if not len(losses):
                 continue
-            label = f"{split} {run}"
+            label = f"{split} {folder.name}"
             if split == "valid":
                 best = losses.argmin()
                 label += f": best {losses[best]:.4f} at {iterations[best]:,.0f}"
-                flags = textwrap.wrap(printable(utf8(flags_by_run[run])), 50)
+                flags = textwrap.wrap(flags_by_run[folder.name], 50)
                 label = "\n".join([label, *flags])
             first = len(losses) // 20  # those before are so high that others would look flat
             style = style | {"color": f"C{i}"}
@@ -97,9 +92,9 @@ def plot_runs(checkpoints, path, lines=()):
             f"the runs in {checkpoints[0].folder.parent} have reported nothing yet (see "
             "--steps_per_report): train them on, or check --save_dir"
         )
-    for others, loss in enumerate(lines):
-        style = {"color": "gray", "linewidth": 0.7, "linestyle": LINES[others]}
-        by_iteration.axhline(loss, label=f"{others + 1}-gram, counted: {loss:.4f}", **style)
+    for order, (loss, line) in enumerate(zip(ngram_losses, NGRAM_LINES), 1):
+        style = {"color": "gray", "linewidth": 0.7, "linestyle": line}
+        by_iteration.axhline(loss, label=f"{order}-gram, counted: {loss:.4f}", **style)
         by_minute.axhline(loss, **style)
     legend = figure.legend(loc="outside right upper", fontsize="small")
     for text in legend.get_texts():
@@ -126,14 +121,10 @@ def columns_of(log, split, column):
 
 def make_figure(width, height):
     """An empty matplotlib figure; width and height are in inches."""
-    with explain_errors("plots need matplotlib: pip install -U 'matplotlib>=3.7'", ImportError):
-        os.environ.pop("MPLBACKEND", None)  # a notebook's, which this Python may lack
-        import matplotlib.figure  # not pyplot: nothing is shown on a screen
+    os.environ.pop("MPLBACKEND", None)  # a notebook's, which this Python may lack
+    from matplotlib.figure import Figure  # not pyplot: nothing is shown on a screen
 
-        if matplotlib.__version_info__ < (3, 7):
-            raise ImportError(f"not {matplotlib.__version__}")
-
-    return matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure, path):

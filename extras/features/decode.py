@@ -61,7 +61,7 @@ class BatchCache(KVCache):
 
 
 class BatchDecoder:
-    """A model that continues B texts, lists of at least one id, which may also grow and be cut.
+    """A model that continues B texts: lists of one id or more, to which callers may append, too.
 
     As in main.py's Decoder, if a text outgrows the context, its last context_size // 2 tokens are
     read again.
@@ -126,7 +126,7 @@ class BatchDecoder:
             cache.values[row, :, :length] = other.values[0, :, :length]
         self.num_read[row] = length
 
-    def draw(self, flags, seeds, count=1):
+    def sample(self, flags, seeds, count=1):
         """Ids [B, count], sampled after each of the last `count` tokens of every text."""
         logits = self.next_token_logits(count).flatten(0, 1)  # [B * count, V]
         prefixes = []  # the window up to each of those tokens
@@ -137,16 +137,16 @@ class BatchDecoder:
                 keys.append([seed, end])
         logits = process_logits(logits, flags, prefixes)
 
-        def draw_one(row, key):
+        def sample_one(row, key):
             return sample_token(row, flags, key)
 
-        ids = mx.vmap(draw_one)(logits, mx.array(keys, mx.uint32))
+        ids = mx.vmap(sample_one)(logits, mx.array(keys, mx.uint32))
         return np.array(ids).reshape(-1, count)
 
     def generate(self, max_tokens, flags, seeds):
         """Samples the texts' next ids `max_tokens` times; appends them and yields each list."""
         for _ in range(max_tokens):
-            ids = self.draw(flags, seeds)[:, 0].tolist()
+            ids = self.sample(flags, seeds)[:, 0].tolist()
             for text, token in zip(self.texts, ids):
                 text.append(token)
             yield ids
@@ -167,32 +167,29 @@ class SpeculativeDecoder:
         self.ids = ids
         self.decoder = BatchDecoder(model, [ids])
         self.draft_decoder = BatchDecoder(draft_model, [ids])  # shares the same list
-        self.num_proposed = 0  # tokens of the draft in the last reply
+        self.num_proposed = 0  # tokens of the draft
         self.num_accepted = 0
 
     def generate(self, max_tokens, flags, seed):
         """Yields `max_tokens` ids and appends them to the text."""
-        self.num_proposed = 0
-        self.num_accepted = 0
         num_final = len(self.ids)  # tokens that are final
         end = num_final + max_tokens
         try:
             while num_final < end:
-                ids = self.draw(end - num_final, flags, seed)
-                for token in ids:
+                for token in self.sample(end - num_final, flags, seed):
                     num_final += 1
                     yield token
         finally:
             self.drop_after(num_final)  # what was sampled but not consumed
 
-    def draw(self, max_tokens, flags, seed):
+    def sample(self, max_tokens, flags, seed):
         """Samples between one and `max_tokens` ids and appends them to the text."""
         num_final = len(self.ids)
         # Beyond this, the window would move.
         room = self.decoder.model.config.context_size - (num_final - self.decoder.window_starts[0])
         num_wanted = max(0, min(self.num_draft_tokens, room, max_tokens - 1))
         proposals = [token for [token] in self.draft_decoder.generate(num_wanted, flags, [seed])]
-        ids = self.decoder.draw(flags, [seed], num_wanted + 1)[0].tolist()
+        ids = self.decoder.sample(flags, [seed], num_wanted + 1)[0].tolist()
         num_accepted = 0
         while num_accepted < num_wanted and proposals[num_accepted] == ids[num_accepted]:
             num_accepted += 1

@@ -4,7 +4,7 @@
     python main.py --text shards/ --text_field content      in a field of another name
 
 datasets.py calls this file for what its ROW_FILES match. Everything is streamed: a row has at most
-MOST_BYTES, and whatever is wrong with a stranger's file is one line.
+MAX_BYTES, and whatever is wrong with a stranger's file is one line.
 """
 
 import gzip
@@ -14,10 +14,10 @@ import re
 
 from datasets import UsageError, explain_errors, one_line, utf8
 
-MOST_BYTES = 1 << 24  # of a row, as JSON or as a text
+MAX_BYTES = 1 << 24  # of a row, as JSON or as a text
 BATCH_ROWS = 16  # rows of a Parquet file that are in memory at once
-# Types of columns that may hold texts, as pyarrow spells them; writers need not say which bytes do.
-TEXTS = re.compile(r"(dictionary<values=)?(large_)?(string|binary)(_view)?\b.*")
+# Types of columns that may hold texts, as pyarrow spells them; some writers call a text binary.
+TEXT_TYPES = re.compile(r"(dictionary<values=)?(large_)?(string|binary)(_view)?\b.*")
 
 
 def read_rows(file):
@@ -43,10 +43,10 @@ def read_json_lines(path, field):
     opened = gzip.open if path.suffix.lower() == ".gz" else open
     with opened(path, "rb") as file:
         for number in itertools.count(1):
-            line = file.readline(MOST_BYTES + 1)
+            line = file.readline(MAX_BYTES + 1)
             if not line:
                 return
-            if len(line) > MOST_BYTES:
+            if len(line) > MAX_BYTES:
                 raise long_row_error(path, number)
             if line.isspace():
                 continue
@@ -70,23 +70,23 @@ def read_parquet(path, field):
     # A buffer, as a file may be a single group of rows; pre_buffer would keep all that was read.
     with parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
         columns = file.schema_arrow
-        texts = [column.name for column in columns if TEXTS.fullmatch(str(column.type))]
+        texts = [column.name for column in columns if TEXT_TYPES.fullmatch(str(column.type))]
         if field not in texts:
             raise missing_text_error(path, 1, field, texts)
         number = 1
         for batch in file.iter_batches(BATCH_ROWS, columns=[field], use_threads=False):
             column = batch.column(0).cast(pyarrow.large_string())
             for length in compute.binary_length(column).to_pylist():
-                if length is not None and length > MOST_BYTES:
+                if length is not None and length > MAX_BYTES:
                     raise long_row_error(path, number)
                 number += 1
             yield from column.to_pylist()
 
 
 def long_row_error(path, number):
-    """The UsageError for a row of more than MOST_BYTES."""
+    """The UsageError for a row of more than MAX_BYTES."""
     return UsageError(
-        f"row {number:,} of {path} has more than {MOST_BYTES:,} bytes: cut it into several rows, "
+        f"row {number:,} of {path} has more than {MAX_BYTES:,} bytes: cut it into several rows, "
         "or name its text as a file of its own"
     )
 

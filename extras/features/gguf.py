@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from datasets import UsageError, atomic_write, end_of_text, explain_errors, utf8
-from extras.features.huggingface import CHAT_TEMPLATE, find_counterpart, package_of
+from extras.features.huggingface import CHAT_TEMPLATE, find_model_type, package_of
 from main import rope_frequencies
 
 # What llama.cpp calls the fields of our Config.
@@ -43,7 +43,7 @@ def export_gguf(model, tokenizer, path, bits):
     tokenizer, if the package is missing, or if the file exists or cannot be written.
     """
     path = Path(path)
-    kind = find_counterpart(model.config)
+    kind = find_model_type(model.config)
     content = tokenizer_content(tokenizer)
     with explain_errors("GGUF needs a package: pip install -U gguf", ImportError, KeyError):
         import gguf
@@ -76,41 +76,38 @@ def export_gguf(model, tokenizer, path, bits):
 
 
 def convert_weights(model, names, is_permuted):
-    """The weights by their names in GGUF, [(name, array), ...].
+    """Yields each weight with its name in GGUF: (name, array).
 
     names: the package's map of names. is_permuted: whether RoPE pairs neighbouring dimensions
     there, as for all but Qwen2 and Qwen3; here it pairs dimensions i and i + d/2.
     """
     config = model.config
-    converted = []
     for name, weight in tree_flatten(model.parameters()):
         array = np.array(weight)
         layer_name, _, kind = name.rpartition(".")  # kind: weight or bias
         if is_permuted and layer_name.endswith(("q_proj", "k_proj")):
             halves = array.reshape(-1, 2, config.head_dim // 2, config.dim)
             array = halves.swapaxes(1, 2).reshape(array.shape)
-        converted.append((f"{names[layer_name]}.{kind}", array))
+        yield f"{names[layer_name]}.{kind}", array
     if config.rope_scaling:
         # How many times slower each pair of dimensions rotates than without scaling.
         plain = rope_frequencies(config.head_dim, config.rope_theta)
         scaled = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        converted.append(("rope_freqs.weight", (plain / scaled).astype(np.float32)))
-    return converted
+        yield "rope_freqs.weight", (plain / scaled).astype(np.float32)
 
 
 # ---- Tokenizers ---------------------------------------------------------------------------------
 def tokenizer_content(tokenizer):
     """What the tokenizer.json of a tokenizer says. Raises UsageError if llama.cpp has none such."""
     content = json.loads(package_of(tokenizer).to_str())
-    cut = content["pre_tokenizer"] or {}
-    wanted = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    is_cut_so = wanted.items() <= cut.items()
     model = content["model"]
-    is_plain = not content["normalizer"] and len(tokenizer.bos) < 2
-    for name in ("ignore_merges", "end_of_word_suffix"):  # which GGUF has no fields for
-        is_plain = is_plain and not model.get(name)
-    is_like_gpt2 = is_cut_so and model["type"] == "BPE" and is_plain
-    if not is_like_gpt2 and tokenizer.kind != "byte":
+    pre_tokenizer = content["pre_tokenizer"] or {}
+    wanted = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    is_like_gpt2 = model["type"] == "BPE" and wanted.items() <= pre_tokenizer.items()
+    # What GGUF has no fields for.
+    more = [content["normalizer"], model.get("ignore_merges"), model.get("end_of_word_suffix")]
+    is_plain = not any(more) and len(tokenizer.bos) < 2
+    if tokenizer.kind != "byte" and not (is_like_gpt2 and is_plain):
         raise UsageError(
             f"llama.cpp has no {tokenizer.kind} tokenizer that splits text like this one: train "
             "with --tokenizer bpe or byte, or export a folder for transformers; for other models, "

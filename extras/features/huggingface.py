@@ -7,7 +7,8 @@
     python -m extras.export DIR --quantize 4   the same with packed weights, for mlx_lm
 
 Our weights have the same names as their Llama's, so only configuration and tokenizer are converted.
-A folder is read as transformers reads it. What it would compute and we cannot is refused.
+A folder is read as transformers reads it. A model that transformers would compute otherwise than
+main.py does is refused.
 """
 
 import contextlib
@@ -16,7 +17,6 @@ import json
 import os
 import re
 import sys
-from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,13 +24,11 @@ from mlx.utils import tree_flatten
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from datasets import LFS, PackageTokenizer, UsageError, atomic_write, end_of_text, explain_errors
-from datasets import extra, one_line, read_whole, without_passwords
+from datasets import extra, one_line, read_whole
 from extras.features.memory import describe_shortage
 from main import Config, LanguageModel, LoadedModel, from_untrusted, load_arrays, sha1_of_file
 from main import sha1_of_text
 
-# The fields of our Config and their defaults, also of those that you have added.
-CONFIG_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
 # Their `model_type`, and what is not plain in our Config. An export is of the first that fits.
 MODEL_TYPES = {
     "llama": {"mlp": "swiglu"},
@@ -87,8 +85,6 @@ BODY_PREFIX = re.compile(r"^(.*?\.)??(?=(embed_tokens|layers|norm)\.)")
 HEAD_PREFIX = re.compile(r"^.*\.(?=lm_head\.)")
 # What the hub calls a model: ORG/NAME, perhaps with a branch or a commit.
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w.-]*))?", re.ASCII)
-# Our models have not learned a chat format: a chat is the concatenated texts of its messages.
-CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
 # ---- Import -------------------------------------------------------------------------------------
@@ -107,7 +103,7 @@ def open_by_name(name):
     return import_model(download_model(*found.groups()))
 
 
-def download_model(repository, revision=None):
+def download_model(repository, revision):
     """The folder of a model on the hub, named by its commit; only what is missing is downloaded.
 
     Address, key and cache are those of huggingface_hub: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and
@@ -115,24 +111,23 @@ def download_model(repository, revision=None):
     """
     fault = f"{repository} is no folder here, and cannot be downloaded from the Hugging Face hub"
     with explain_errors(f"{fault}: pip install huggingface_hub", ImportError):
-        import huggingface_hub
+        from huggingface_hub import snapshot_download
         from huggingface_hub.utils import disable_progress_bars
     if not sys.stderr.isatty():
         disable_progress_bars()
-    download = partial(huggingface_hub.snapshot_download, repository)
     # Others hold the same weights in other formats or precisions.
-    weights = ["model.safetensors", "model-*-of-*.safetensors"]
+    files = [*TEXT_FILES, "model.safetensors", "model-*-of-*.safetensors"]
     try:
-        folder = Path(download(revision=revision, allow_patterns=TEXT_FILES))
+        folder = snapshot_download(repository, revision=revision, allow_patterns=TEXT_FILES)
+        folder = Path(folder)
         with explain_errors(f"{repository} cannot be used: name another model"):
             read_texts(folder)  # before gigabytes are downloaded in vain
-        return Path(download(revision=folder.name, allow_patterns=[*TEXT_FILES, *weights]))
+        return snapshot_download(repository, revision=folder.name, allow_patterns=files)
     except UsageError:
         raise
     except Exception as error:  # of many kinds, with messages of many lines
-        reason = without_passwords(one_line(error))  # it may quote HF_ENDPOINT
         remedy = "check its name, the network and HF_TOKEN"
-        raise UsageError(f"{fault}: {remedy} ({reason:.300})") from None
+        raise UsageError(f"{fault}: {remedy} ({one_line(error):.300})") from None
 
 
 def import_model(folder):
@@ -196,8 +191,7 @@ def find_file(folder, name):
 def read_config(folder):
     """Our Config for the config.json in a folder, tied or not as that says.
 
-    Raises UsageError if a model with these settings computes something else than ours: better no
-    model than such a one.
+    Raises UsageError if a model with these settings computes anything that ours does not.
     """
     if (folder / "adapter_config.json").exists():
         raise UsageError("it has an adapter: merge that into its base with peft, and save the sum")
@@ -210,7 +204,7 @@ def read_config(folder):
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     # 10,000 is what transformers assumes where older files say nothing.
     settings = {"rope_theta": 1e4} | entries | rope | {"rope_type": rope_type}
-    fields = CONFIG_DEFAULTS | MODEL_TYPES[kind]
+    fields = {**MODEL_TYPES[kind]}
     supported = SUPPORTED | {"hidden_act": [THEIR_ACTIVATIONS[fields["mlp"]]]}
     for name, values in supported.items():
         value = settings.get(name)
@@ -252,25 +246,26 @@ def read_tokenizer(folder, vocab_size):
     """
     text = read_whole(find_file(folder, "tokenizer.json"))
     config = read_tokenizer_config(folder)
-    settings = json.loads(text)
-    added = settings.get("added_tokens") or []
+    content = json.loads(text)
+    added = content.get("added_tokens") or []
     usable = [token for token in added if token["id"] < vocab_size]
     if len(usable) < len(added):
-        text = json.dumps(settings | {"added_tokens": usable})
+        text = json.dumps(content | {"added_tokens": usable})
     package = PackageTokenizer(text).package
     decoder = config.get("added_tokens_decoder") or {}
     named = {int(token): name_of_token(entry) for token, entry in decoder.items()}
     # `eos_token_id` of config.json is not used: it may be an unintended default.
     eos = name_of_token(config.get("eos_token"))
-    named |= {package.token_to_id(eos): eos} if eos else {}
+    if eos:
+        named[package.token_to_id(eos)] = eos
     for token, name in named.items():
         if token is None or (token < vocab_size and package.id_to_token(token) != name):
             raise UsageError(f"its tokenizer.json lacks the token {name} of another file: add it")
-    options = {"bos": read_bos(package), "settings": read_settings(folder, config, package)}
-    tokenizer = PackageTokenizer(text, eos=eos, **options)
-    if tokenizer.vocab_size > vocab_size:
+    settings = read_settings(folder, config, package)
+    tokenizer = PackageTokenizer(text, eos=eos, bos=read_bos(package), settings=settings)
+    size = tokenizer.vocab_size
+    if size > vocab_size:
         # MLX does not check indices: it would read beyond the embeddings.
-        size = tokenizer.vocab_size
         raise UsageError(f"its tokenizer has {size} tokens, its vocab_size is {vocab_size}")
     return tokenizer
 
@@ -280,8 +275,7 @@ def read_bos(package):
     encoding = package.encode("a")
     if all(encoding.special_tokens_mask):
         raise UsageError("its tokenizer gives no token to the letter a")
-    count = [*encoding.special_tokens_mask, 0].index(0)
-    return encoding.ids[:count]
+    return encoding.ids[: encoding.special_tokens_mask.index(0)]
 
 
 def name_of_token(entry):
@@ -344,7 +338,7 @@ def read_weights(files):
             if name.endswith("rotary_emb.inv_freq"):  # older folders hold RoPE's speeds, too
                 continue
             if weight.dtype not in (mx.float32, mx.float16, mx.bfloat16):
-                # MLX reads FP8, for one, as the integers of its bits.
+                # FP8, for example, which MLX reads as uint8.
                 raise UsageError(f"{name} is neither float32, float16 nor bfloat16")
             name = BODY_PREFIX.sub("model.", HEAD_PREFIX.sub("", name))
             if name in weights:
@@ -354,6 +348,10 @@ def read_weights(files):
 
 
 # ---- Export -------------------------------------------------------------------------------------
+# Our models have not learned a chat format: a chat is the concatenated texts of its messages.
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
 def export_model(model, tokenizer, folder, bits):
     """Writes a folder that transformers and mlx_lm load (only transformers for Arcee's relu2).
 
@@ -362,7 +360,7 @@ def export_model(model, tokenizer, folder, bits):
     if the folder cannot be written or already holds a model, which a run might need unchanged.
     """
     folder = Path(folder)
-    kind = find_counterpart(model.config)
+    kind = find_model_type(model.config)
     # A reader of the folder would take any other weights for parts of the exported model.
     taken = sorted([*folder.glob("[!.]*.json"), *folder.glob("[!.]*.safetensors")])
     if taken:
@@ -417,12 +415,13 @@ def write_files(folder, model, texts):
             file.flush()
 
 
-def find_counterpart(config):
+def find_model_type(config):
     """Their model_type for a model of this Config. Raises UsageError if there is none."""
     unusual_fields = {}
-    for name, value in vars(config).items():
-        if name not in (*THEIR_NAMES, "untie", "rope_scaling") and value != CONFIG_DEFAULTS[name]:
-            unusual_fields[name] = value
+    for field in dataclasses.fields(config):  # also those that you have added
+        value = getattr(config, field.name)
+        if field.name not in (*THEIR_NAMES, "untie", "rope_scaling") and value != field.default:
+            unusual_fields[field.name] = value
     for kind, its_fields in MODEL_TYPES.items():
         if unusual_fields == its_fields:
             return kind

@@ -36,10 +36,10 @@ def keep_file(path, target):
         shutil.copyfileobj(original, file)
 
 
-def kept_model_files(checkpoint, flag_name):
-    """The files of such a model, {name in a folder of its own: path}."""
+def kept_base_files(checkpoint):
+    """The files of the base of a LoRA run, {path from the run's folder: path}."""
     files = {}
-    for path in (checkpoint.folder / flag_name).rglob("*"):
+    for path in (checkpoint.folder / "init_from").rglob("*"):
         if path.is_file() and not path.is_symlink():  # which a stranger's may be
             files[str(path.relative_to(checkpoint.folder))] = path
     return files

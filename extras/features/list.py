@@ -3,17 +3,9 @@
 import math
 import shlex
 
-from datasets import printable
+from datasets import printable, utf8
 from main import IDENTITY_FLAGS, NO_CHECKPOINT, Evaluation, arguments_of
 from main import best_checkpoint, list_checkpoints
-
-
-def group_by_run(checkpoints):
-    """The checkpoints of each run, {run: [Checkpoint, ...]}, in the order that they have here."""
-    runs = {}
-    for checkpoint in checkpoints:
-        runs.setdefault(checkpoint.folder.name, []).append(checkpoint)
-    return runs
 
 
 def list_runs(save_dir):
@@ -27,7 +19,9 @@ def list_runs(save_dir):
     if not checkpoints:
         print(NO_CHECKPOINT.format(save_dir))
         return
-    runs = group_by_run(checkpoints)
+    runs = {}  # {run: its checkpoints, newest first}
+    for checkpoint in checkpoints:
+        runs.setdefault(checkpoint.folder.name, []).append(checkpoint)
     flags_by_run = distinguishing_flags(checkpoints)
     tokenizers = set()
     for newest, *_ in runs.values():
@@ -47,7 +41,7 @@ def list_runs(save_dir):
         if checkpoint.evaluation:
             loss = checkpoint.evaluation.bits_per_byte if in_bits else checkpoint.evaluation.loss
             columns = f"{loss:>12.4f}{checkpoint.evaluation.num_tokens:>12,}"
-        flags = printable(flags_by_run[checkpoint.folder.name])
+        flags = flags_by_run[checkpoint.folder.name]
         columns += f"{checkpoint.iteration:>12,}  {checkpoint.id[:12]}  {flags}"
         print(f"{checkpoint.folder.name:<24}{trained:>20}{columns}")
 
@@ -55,19 +49,19 @@ def list_runs(save_dir):
 def distinguishing_flags(checkpoints):
     """The flags that tell the runs of these checkpoints apart, {run: "--dim=32 --seed=1"}.
 
-    Of each run, the newest checkpoint counts.
+    checkpoints: newest first. Of each run, the newest counts.
     """
-    newest = [group[0] for group in group_by_run(checkpoints).values()]
+    newest = {checkpoint.folder.name: checkpoint for checkpoint in reversed(checkpoints)}
     names = []
     for name in IDENTITY_FLAGS:
-        if len({str(checkpoint.flags[name]) for checkpoint in newest}) > 1:
+        if len({str(checkpoint.flags[name]) for checkpoint in newest.values()}) > 1:
             names.append(name)
     texts = {}
-    for checkpoint in newest:
+    for run, checkpoint in newest.items():
         values = {}
         for name in names:
             values[name] = checkpoint.flags[name]
             if isinstance(values[name], list) and len(values[name]) > 3:
                 values[name] = [*values[name][:2], f"({len(values[name]) - 2:,} more)"]
-        texts[checkpoint.folder.name] = shlex.join(arguments_of(values))
+        texts[run] = printable(utf8(shlex.join(arguments_of(values))))
     return texts

@@ -4,9 +4,7 @@
     python main.py --evaluate valid --quantize 4            scores them
     python -m extras.export DIR --quantize 4                writes a smaller model for mlx_lm
 
-16 bits means float16.
-
-Quantization is for inference only: checkpoints always hold float32.
+16 bits are float16. Quantization is for inference only: checkpoints always hold float32.
 """
 
 import sys

@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import os
 
-from datasets import UsageError, explain_errors, one_line, without_passwords
+from datasets import UsageError, explain_errors, one_line
 from main import RECORDED_FLAGS, arguments_of, get_values, say, sha1_of_text
 
 
@@ -106,7 +106,7 @@ class Dashboards:
     def __init__(self, run):
         self.boards = {}
         for name in parse_report_to(run.flags.report_to):
-            with self.losing(name):
+            with self.dropping(name):
                 self.boards[name] = BOARDS[name](run)
 
     def append(self, row):
@@ -115,21 +115,21 @@ class Dashboards:
         for name in row.keys() - {"iteration", "split"}:
             metrics[f"{row['split']}/{name}"] = row[name]
         for name, board in [*self.boards.items()]:
-            with self.losing(name):
+            with self.dropping(name):
                 board.show(row["iteration"], metrics)
 
     def close(self):
         """Waits until the dashboards have all that they were told."""
         for name, board in [*self.boards.items()]:
-            with self.losing(name):
+            with self.dropping(name):
                 board.close()
 
     @contextlib.contextmanager
-    def losing(self, name):
+    def dropping(self, name):
         """Leaves out a dashboard that fails in this block."""
         try:
             yield
         except Exception as error:  # of any type: the packages have their own
             self.boards.pop(name, None)
-            reason = without_passwords(one_line(error))[:300] or type(error).__name__
+            reason = one_line(error)[:300] or type(error).__name__
             say(f"--report_to {name} failed, the run goes on: {reason}")

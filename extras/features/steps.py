@@ -89,7 +89,8 @@ def recompute(command_flags, earlier, later, step, folder):
     folder.mkdir()
     for name in kept_model_flags(flags):
         shutil.copytree(later.folder / name, folder / name)
-    run = open_run(folder, flags, earlier, later)
+    run = rebuild_run(flags, earlier, later)
+    run.folder = folder
     step_fn = make_step(run.model, run.optimizer, flags, teacher=run.teacher)
     with progress_bar(total=later.iteration - start, unit="step", desc=what) as bar:
         while run.iteration < later.iteration:
@@ -120,7 +121,7 @@ def check_program(what, flags, segment):
         raise UsageError(f"{what} was computed with other versions: {changes}")
 
 
-def open_run(folder, flags, checkpoint, kin):
+def rebuild_run(flags, checkpoint, kin):
     """The run in the state of a checkpoint, or before its first step if that is None.
 
     kin: a checkpoint of the same run, with whose text and models it is trained.
@@ -131,4 +132,4 @@ def open_run(folder, flags, checkpoint, kin):
     dataset = reload_data(flags, kin)
     models = open_kept_models(flags, kin)
     inputs = Inputs(flags, dataset, models, kin.parents, read_code(vars(flags)))
-    return make_run(folder, inputs, contents)
+    return make_run(kin.folder, inputs, contents)
