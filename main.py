@@ -2,13 +2,13 @@
 
     python main.py --config first    train on Python's own library, two minutes; rerun to resume
     python main.py --inference       sample interactively from the newest checkpoint
-    python main.py                   resume the newest run; without any, train a large one (GPUs)
+    python main.py                   resume the newest run; without any, train a large model
     python main.py --help            list all flags
 
-The sections before Runs train, and are there to be edited: model, loss and optimizer, batches,
-evaluation, training. The rest samples, saves and resumes runs, and reads flags; a command begins
-in `execute`, near the end. datasets.py turns text into token ids. These two files work alone;
-every other feature is a file in extras/.
+The sections before Runs are there to be edited: model, loss and optimizer, batches, evaluation,
+training, sampling. The rest saves and resumes runs, reports, and reads flags; a command begins in
+`execute`, near the end. datasets.py turns text into token ids. These two files work alone; every
+other feature is a file in extras/.
 
 A function under @fast_version has a faster copy in extras/features/fast.py, which runs in its place
 until you edit the function here. MLX is lazy: operations build a graph, which mx.eval computes.
@@ -47,7 +47,8 @@ from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, TEXT_FLAGS, Flag, RunEr
 from datasets import absolute, explain_errors, extra, new_file, nonempty, number, one_of
 from datasets import open_no_follow, printable, publish, sync, user_path
 
-# fast: extras/features/fast.py, or None. It chooses a BLAS, and MLX uses the one loaded before it.
+# `fast` is extras/features/fast.py, or None. It comes before MLX, which takes the BLAS that is
+# already loaded.
 fast, fast_version = datasets.import_fast(__name__, __file__)
 
 import mlx.core as mx
@@ -88,11 +89,11 @@ class Config:
     qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
 
     def __post_init__(self):
-        resolve_config(self)  # raises ValueError if values conflict
+        resolve_config(self)  # checks the values, and fills in head_dim
 
 
-# The flags of the command line, {group: {name: Flag(default, type, help)}}. SIZE is a whole number
-# from 1 on, COUNT from 0 on. Most rows stand beside their code; the section Flags has the rest.
+# The flags of the command line, {group: {name: Flag(default, convert, help)}}. SIZE is a whole
+# number from 1 on, COUNT from 0 on. Most rows stand beside their code, others in the section Flags.
 FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
 
 FLAGS["model"] = {
@@ -422,7 +423,7 @@ class LanguageModel(nn.Module):
     def __call__(self, tokens, caches=None, dropout_masks=None, logits_to_keep=None):
         """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all.
 
-        Training and evaluation skip this, and call `model` and `logits`: edit those.
+        Only sampling calls this. Training and evaluation call `model`, then `logits`: edit those.
         """
         hidden = self.model(tokens, caches, dropout_masks)  # [B, L, D]
         if logits_to_keep is not None:
@@ -433,7 +434,7 @@ class LanguageModel(nn.Module):
         """Logits [B, L, V] float32 of final hidden states [B, L, D].
 
         A softcap, a bias or a scale goes here: it holds in training, evaluation and sampling.
-        Until you edit this class, the loss and the metrics of fast.py do without this method.
+        fast.py computes logits itself, until you edit one of LOGITS_CODE.
         """
         output_layer = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
         return output_layer(hidden).astype(mx.float32)
@@ -446,6 +447,35 @@ class LanguageModel(nn.Module):
         return self.model.embed_tokens.weight
 
 
+def resolve_config(config):
+    """Raises ValueError if the values of a Config conflict; computes `head_dim` if it is None."""
+    for name, value in vars(config).items():
+        if type(value) is int and not 1 <= value <= datasets.MAX_INT32:
+            raise ValueError(f"{name} {value} is not from 1 to {datasets.MAX_INT32}")
+    if config.mlp not in MLPS:
+        raise ValueError(f"mlp {config.mlp} is not one of {', '.join(MLPS)}")
+    if not {*map(type, config.rope_scaling or [])} <= {int, float}:
+        raise ValueError("rope_scaling is not a list of numbers")
+    if config.head_dim is None:  # imported models set it, and H * d may differ from D
+        divisor = 2 * config.num_heads  # a head's dimension must be even: RoPE rotates pairs
+        if config.dim % divisor:
+            suggested_dim = divisor * max(1, round(config.dim / divisor))
+            raise ValueError(
+                f"dim {config.dim} is not a multiple of 2 * num_heads {config.num_heads}: "
+                f"try {suggested_dim}"
+            )
+        config.head_dim = config.dim // config.num_heads
+    if config.head_dim % 2 or config.head_dim > 2**16:
+        raise ValueError(f"head_dim {config.head_dim} is not an even number up to {2**16}")
+    if config.context_size * config.num_kv_heads * config.head_dim > datasets.MAX_INT32:
+        raise ValueError(f"context_size {config.context_size}: too many keys for MLX, give less")
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"num_kv_heads {config.num_kv_heads} does not divide num_heads {config.num_heads}: "
+            f"try {math.gcd(config.num_heads, config.num_kv_heads)}"
+        )
+
+
 def normal_init(name, shape, seed):
     """A standard normal array of this shape, to initialize a parameter.
 
@@ -456,7 +486,7 @@ def normal_init(name, shape, seed):
     return mx.array(rng.standard_normal(shape, np.float32))
 
 
-# A matrix whose name ends so begins as 0, see init_weights.
+# The ends of the names of matrices that start at zero.
 ZERO_INIT = ("o_proj.weight", "down_proj.weight", "lm_head.weight")
 
 
@@ -494,8 +524,7 @@ def init_weights(model, seed):
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
-# fast.py computes logits without these, so an edit of any of them would have no effect there: the
-# plain loss and metrics run instead.
+# fast.py's loss and metrics inline these. If you edit one, the plain versions below run.
 LOGITS_CODE = [Embedding, LanguageModel, Linear, linear_product]
 
 
@@ -682,7 +711,7 @@ def linear_schedule(iteration, flags):
 
 
 def cooldown_progress(iteration, flags):
-    """The completed fraction of the cooldown: 0 before it, 1 at step `num_iters`, after the last.
+    """The completed fraction of the cooldown: 0 before it; 1 would be at `num_iters`, the end.
 
     The cooldown is the last fraction `lr_cooldown` of the steps after warmup.
     """
@@ -722,8 +751,8 @@ def learning_rate_at(iteration, flags):
 def update_average(average, weights, iteration, fraction):
     """The average of the weights over about the last `fraction` of the steps taken.
 
-    average: the average before step `iteration`, counted from 0, a tree of arrays; None if it
-    starts here. weights: those after the step. Step s of n enters with a coefficient about
+    average: the average before step `iteration`, counted from 0, a tree of arrays; None before the
+    first step. weights: those after the step. Step s of n enters with a coefficient about
     proportional to (s / n) ^ (1 / fraction - 1) (Shamir & Zhang 2013; Karras et al. 2024), so the
     average depends neither on where the run will end nor on where it was interrupted.
     """
@@ -982,7 +1011,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return {"loss": loss, "gradient_norm": norm}
 
     def step_fn(dropout_rate, inputs, targets, row_keys):
-        # A sum over all positions, times this, is the mean once all_mean has divided by ranks.size.
+        # Each rank has a sum over its own positions. With this factor, all_mean gives the mean.
         scale = ranks.size / targets.size
         scaled_sums = partial(loss_and_gradients, scale, dropout_rate)
         # This rank's rows of each micro-batch.
@@ -1036,7 +1065,7 @@ def train(run, interrupts, ranks):
             if is_done or stop_signal:
                 break
 
-            is_first_after_save = run.is_saved
+            is_first_after_save = not run.has_unsaved_steps
             metrics = train_step(run, step_fn)
             if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
                 raise divergence_error(run, "loss or gradient", run.iteration - 1)
@@ -1080,8 +1109,8 @@ def train_step(run, step_fn):
 def validate(run, interrupts, ranks, reporter):
     """Evaluates the validation split, unless a signal arrives.
 
-    It scores the first --eval_tokens (0: all), and at most as many as the run trains on between
-    two evaluations, so that short trials need not wait.
+    It scores the first --eval_tokens tokens, but no more than are trained on between evaluations,
+    so that short trials need not wait; with 0, all.
 
     The evaluation at the end of --max_minutes is shown and logged, but not recorded: an
     uninterrupted run would have none there. Raises RunError if the loss is not finite.
@@ -1103,198 +1132,9 @@ def validate(run, interrupts, ranks, reporter):
     if run.is_evaluation_due():
         bits = bits_per_byte(metrics["loss"], run.dataset.valid)
         run.evaluations.append(Evaluation(run.iteration, metrics["loss"], len(tokens) - 1, bits))
-        run.is_saved = False
+        run.has_unsaved_steps = True
     if reporter:
         reporter.report_evaluation(metrics, seconds)
-
-
-# ---- Runs ---------------------------------------------------------------------------------------
-
-
-class Evaluation(NamedTuple):
-    """The validation loss, the mean over `num_tokens` predicted tokens."""
-
-    iteration: int
-    loss: float  # in nats per token
-    num_tokens: int
-    bits_per_byte: float
-
-
-@dataclasses.dataclass
-class Segment:
-    """A part of a run that was trained by the same code, in the same environment, to the same end.
-
-    Segments that differ only in where they begin are equal.
-    """
-
-    iteration: int = dataclasses.field(compare=False)  # at which it begins
-    num_iters: int  # at which its schedules end
-    code_sha1: str  # see sha1_of_code
-    versions: dict  # of the environment, see list_versions
-
-
-def comparable_evaluations(evaluations):
-    """The evaluations on the same number of tokens as the last one."""
-    return [
-        evaluation
-        for evaluation in evaluations
-        if evaluation.num_tokens == evaluations[-1].num_tokens
-    ]
-
-
-def best_evaluation(evaluations):
-    """The comparable evaluation with the lowest loss, the first of equal ones; None without any."""
-    evaluations = comparable_evaluations(evaluations)
-    return min(evaluations, key=lambda evaluation: evaluation.loss, default=None)
-
-
-@dataclasses.dataclass(kw_only=True, eq=False)
-class Progress:
-    """A run's progress: recorded in every checkpoint, and restored on resume.
-
-    Give a new field a default, as older checkpoints lack it.
-    """
-
-    iteration: int = 0  # steps done
-    tokens_seen: int = 0
-    seconds: float = 0.0  # of training, without the first step after each start, which compiles
-    evaluations: list = dataclasses.field(default_factory=list)  # of type Evaluation
-    recent_steps: int = 0  # of the current report interval
-    recent_loss: float = 0.0  # the sum of their losses
-
-    @property
-    def evaluation(self):
-        """The Evaluation at the current iteration, or None."""
-        for evaluation in self.evaluations:
-            if evaluation.iteration == self.iteration:
-                return evaluation
-        return None
-
-
-PROGRESS_FIELDS = [field.name for field in dataclasses.fields(Progress)]
-
-
-@dataclasses.dataclass(eq=False)
-class Run(Progress):
-    """A training run: its model, its data and its progress."""
-
-    folder: Path  # where it is saved, see find_folder
-    flags: argparse.Namespace
-    dataset: datasets.Dataset
-    model: LanguageModel
-    optimizer: optim.Optimizer
-    batches: Batches
-    teacher: LanguageModel | None
-    parents: dict  # ids of the models that it began with, see Checkpoint
-    segments: list  # see Segment; the last is current
-    code: dict  # see read_code
-    average: dict | None = None  # with --average: the averaged weights, a tree; None at first
-
-    has_stepped: bool = False  # in this process
-    checkpoint_id: str | None = None  # of the last checkpoint
-    saved_at: float = 0.0  # see Checkpoint
-    is_saved: bool = True  # no changes since the last save; a new run has nothing to lose
-
-    def snapshot(self):
-        """All that training changes: numbers, {name: value}, and a tree of arrays.
-
-        A checkpoint saves it, and ranks receive it. If a step should remember more: a number is a
-        field of Progress, an array belongs here and in `restore`.
-        """
-        numbers = get_values(self, PROGRESS_FIELDS)
-        numbers |= get_values(self.batches, ["epoch", "cursor", "offset"])
-        arrays = {
-            "weights": self.model.trainable_parameters(),  # for a LoRA run, only the adapters
-            "optimizer": self.optimizer.state,
-            "perm": mx.array(self.batches.perm),
-        }
-        if self.average:
-            arrays["average"] = self.average
-        return numbers, arrays
-
-    def restore(self, numbers, arrays):
-        """Goes back to a `snapshot`; arrays: its tree flattened, {name: array}.
-
-        It may be untrusted: raises an exception (of any type) if it does not fit.
-        """
-        perm = np.array(arrays.pop("perm"))
-        expected = {"weights": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
-        if any(name.startswith("average.") for name in arrays):
-            expected["average"] = expected["weights"]
-        check_arrays(arrays, expected)
-        tree = tree_unflatten(arrays)  # only now, as a name like "weights.999999999" makes a list
-        self.model.update(tree["weights"])
-        self.optimizer.state = tree["optimizer"]
-        self.batches.seek(numbers["epoch"], numbers["cursor"], numbers["offset"], perm)
-        for name in PROGRESS_FIELDS:
-            setattr(self, name, numbers[name])
-        self.evaluations = [Evaluation(*evaluation) for evaluation in self.evaluations]
-        if self.flags.average:
-            self.average = tree.get("average")
-        elif "average" in tree:  # a branch without --average: the losses are those of the average
-            self.evaluations = []
-
-    @property
-    def versions(self):
-        """The current environment, see list_versions."""
-        return self.segments[-1].versions
-
-    @property
-    def epochs(self):
-        """Passes over the training text."""
-        return self.tokens_seen / len(self.dataset.train.tokens)
-
-    def count_step(self, num_tokens, seconds, loss):
-        """Counts a step that has just been taken."""
-        if self.iteration % self.flags.steps_per_report == 0:  # the steps before were reported
-            self.recent_steps = 0
-            self.recent_loss = 0.0
-        self.iteration += 1
-        self.is_saved = False
-        self.tokens_seen += num_tokens
-        if self.has_stepped:
-            self.seconds += seconds
-        self.has_stepped = True
-        self.recent_steps += 1
-        self.recent_loss += loss
-
-    def is_evaluation_due(self):
-        """Whether to evaluate now: every `steps_per_eval` iterations, and at the end."""
-        interval = self.flags.steps_per_eval
-        if not interval or self.iteration == 0:
-            return False
-        return self.iteration % interval == 0 or self.iteration == self.flags.num_iters
-
-    def is_save_due(self):
-        """Whether the schedule calls for a save at the current iteration."""
-        return self.iteration % self.flags.steps_per_save == 0 or self.is_evaluation_due()
-
-    def evaluations_since_best(self):
-        """How many evaluations in a row brought no new best, for --patience.
-
-        Only evaluations at multiples of `steps_per_eval` count: an extended run has one more, at
-        its old end, and would stop elsewhere than a run that was longer from the start.
-        """
-        interval = self.flags.steps_per_eval or math.inf
-        losses = []
-        for evaluation in comparable_evaluations(self.evaluations):
-            if evaluation.iteration % interval == 0:
-                losses.append(evaluation.loss)
-        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
-
-    def is_out_of_patience(self):
-        """Whether --patience ends the run."""
-        return self.evaluations_since_best() >= (self.flags.patience or math.inf)
-
-    @contextlib.contextmanager
-    def using_average(self):
-        """Puts the averaged weights, if there are any, into the model, and afterwards its own."""
-        weights = self.model.trainable_parameters()
-        self.model.update(self.average or weights)
-        try:
-            yield self.model
-        finally:
-            self.model.update(weights)
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -1618,6 +1458,195 @@ def warn_about_prompt(conversation, prompt):
         warn('The prompt is this text itself; for a file\'s: --prompt "$(cat FILE)"')
 
 
+# ---- Runs ---------------------------------------------------------------------------------------
+
+
+class Evaluation(NamedTuple):
+    """The validation loss, the mean over `num_tokens` predicted tokens."""
+
+    iteration: int
+    loss: float  # in nats per token
+    num_tokens: int
+    bits_per_byte: float
+
+
+@dataclasses.dataclass
+class Segment:
+    """A part of a run that was trained by the same code, in the same environment, to the same end.
+
+    Segments that differ only in where they begin are equal.
+    """
+
+    iteration: int = dataclasses.field(compare=False)  # at which it begins
+    num_iters: int  # at which its schedules end
+    code_sha1: str  # see sha1_of_code
+    versions: dict  # of the environment, see list_versions
+
+
+def comparable_evaluations(evaluations):
+    """The evaluations on the same number of tokens as the last one."""
+    return [
+        evaluation
+        for evaluation in evaluations
+        if evaluation.num_tokens == evaluations[-1].num_tokens
+    ]
+
+
+def best_evaluation(evaluations):
+    """The comparable evaluation with the lowest loss, the first of equal ones; None without any."""
+    evaluations = comparable_evaluations(evaluations)
+    return min(evaluations, key=lambda evaluation: evaluation.loss, default=None)
+
+
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Progress:
+    """A run's progress: recorded in every checkpoint, and restored on resume.
+
+    Give a new field a default, as older checkpoints lack it.
+    """
+
+    iteration: int = 0  # steps done
+    tokens_seen: int = 0
+    seconds: float = 0.0  # of training, without the first step after each start, which compiles
+    evaluations: list = dataclasses.field(default_factory=list)  # of type Evaluation
+    recent_steps: int = 0  # of the current report interval
+    recent_loss: float = 0.0  # the sum of their losses
+
+    @property
+    def evaluation(self):
+        """The Evaluation at the current iteration, or None."""
+        for evaluation in self.evaluations:
+            if evaluation.iteration == self.iteration:
+                return evaluation
+        return None
+
+
+PROGRESS_FIELDS = [field.name for field in dataclasses.fields(Progress)]
+
+
+@dataclasses.dataclass(eq=False)
+class Run(Progress):
+    """A training run: its model, its data and its progress."""
+
+    folder: Path  # where it is saved, see find_folder
+    flags: argparse.Namespace
+    dataset: datasets.Dataset
+    model: LanguageModel
+    optimizer: optim.Optimizer
+    batches: Batches
+    teacher: LanguageModel | None
+    parents: dict  # ids of the models that it began with, see Checkpoint
+    segments: list  # see Segment; the last is current
+    code: dict  # see read_code
+    average: dict | None = None  # with --average: the averaged weights, a tree; None at first
+
+    has_stepped: bool = False  # in this process
+    checkpoint_id: str | None = None  # of the last checkpoint
+    saved_at: float = 0.0  # see Checkpoint
+    has_unsaved_steps: bool = False  # steps or evaluations since the last save
+
+    def snapshot(self):
+        """All that training changes: numbers, {name: value}, and a tree of arrays.
+
+        A checkpoint saves it, and ranks receive it. If a step should remember more: a number is a
+        field of Progress, an array belongs here and in `restore`.
+        """
+        numbers = get_values(self, PROGRESS_FIELDS)
+        numbers |= get_values(self.batches, ["epoch", "cursor", "offset"])
+        arrays = {
+            "weights": self.model.trainable_parameters(),  # for a LoRA run, only the adapters
+            "optimizer": self.optimizer.state,
+            "perm": mx.array(self.batches.perm),
+        }
+        if self.average:
+            arrays["average"] = self.average
+        return numbers, arrays
+
+    def restore(self, numbers, arrays):
+        """Goes back to a `snapshot`; arrays: its tree flattened, {name: array}.
+
+        It may be untrusted: raises an exception (of any type) if it does not fit.
+        """
+        perm = np.array(arrays.pop("perm"))
+        expected = {"weights": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
+        if any(name.startswith("average.") for name in arrays):
+            expected["average"] = expected["weights"]
+        check_arrays(arrays, expected)
+        tree = tree_unflatten(arrays)  # only now, as a name like "weights.999999999" makes a list
+        self.model.update(tree["weights"])
+        self.optimizer.state = tree["optimizer"]
+        self.batches.seek(numbers["epoch"], numbers["cursor"], numbers["offset"], perm)
+        for name in PROGRESS_FIELDS:
+            setattr(self, name, numbers[name])
+        self.evaluations = [Evaluation(*evaluation) for evaluation in self.evaluations]
+        if self.flags.average:
+            self.average = tree.get("average")
+        elif "average" in tree:  # a branch without --average: the losses are those of the average
+            self.evaluations = []
+
+    @property
+    def versions(self):
+        """The current environment, see list_versions."""
+        return self.segments[-1].versions
+
+    @property
+    def epochs(self):
+        """Passes over the training text."""
+        return self.tokens_seen / len(self.dataset.train.tokens)
+
+    def count_step(self, num_tokens, seconds, loss):
+        """Counts a step that has just been taken."""
+        if self.iteration % self.flags.steps_per_report == 0:  # the steps before were reported
+            self.recent_steps = 0
+            self.recent_loss = 0.0
+        self.iteration += 1
+        self.has_unsaved_steps = True
+        self.tokens_seen += num_tokens
+        if self.has_stepped:
+            self.seconds += seconds
+        self.has_stepped = True
+        self.recent_steps += 1
+        self.recent_loss += loss
+
+    def is_evaluation_due(self):
+        """Whether to evaluate now: every `steps_per_eval` iterations, and at the end."""
+        interval = self.flags.steps_per_eval
+        if not interval or self.iteration == 0:
+            return False
+        return self.iteration % interval == 0 or self.iteration == self.flags.num_iters
+
+    def is_save_due(self):
+        """Whether the schedule calls for a save at the current iteration."""
+        return self.iteration % self.flags.steps_per_save == 0 or self.is_evaluation_due()
+
+    def evaluations_since_best(self):
+        """How many evaluations in a row brought no new best, for --patience.
+
+        An extended run also has an evaluation at its old end. That does not count, or the run would
+        stop elsewhere than one that was longer from the start.
+        """
+        interval = self.flags.steps_per_eval or math.inf
+        losses = []
+        for evaluation in comparable_evaluations(self.evaluations):
+            if evaluation.iteration % interval == 0:
+                losses.append(evaluation.loss)
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+    def is_out_of_patience(self):
+        """Whether --patience ends the run."""
+        return self.evaluations_since_best() >= (self.flags.patience or math.inf)
+
+    @contextlib.contextmanager
+    def using_average(self):
+        """Puts the averaged weights, if there are any, into the model, and afterwards its own."""
+        weights = self.model.trainable_parameters()
+        self.model.update(self.average or weights)
+        try:
+            yield self.model
+        finally:
+            self.model.update(weights)
+
+
 # ---- Checkpoints --------------------------------------------------------------------------------
 # <save_dir>/<run>/ holds one run: its checkpoints, log.csv, samples.jsonl, the code that trained it
 # (code-*/), the models that it reads at each start (init_from/, teacher/), and what RUN@STEP has
@@ -1925,7 +1954,7 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
         matches = checkpoints[:1]
     elif identifier == "best" and checkpoints:
         best = best_checkpoint(checkpoints_in(checkpoints[0].folder))
-        matches = [best] if best.evaluation else []
+        matches = [best] if best and best.evaluation else []
     elif identifier in runs:
         matches = [checkpoints[runs.index(identifier)]]
     elif "@" in identifier:
@@ -2009,7 +2038,7 @@ def write_checkpoint(run):
     sync(run.folder.parent)  # which holds the folder's own name
     run.checkpoint_id = sha1
     run.saved_at = saved_at
-    run.is_saved = True
+    run.has_unsaved_steps = False
     if on_gpu():
         mx.clear_cache()  # else the next step would reuse the copies' memory, which the CPU read
 
@@ -2142,8 +2171,7 @@ class Interrupts:
     interpreter writes to a pipe as soon as a signal arrives.
     """
 
-    # Ctrl+C, a request to end, a closed terminal, and warnings some time before a kill: by Slurm,
-    # Grid Engine or OAR if asked for, and where CPU time is limited.
+    # Ctrl+C, kill, a closed terminal; USR1, USR2 and XCPU: warnings of schedulers before a kill.
     SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
     SIGNALS += [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
     stop_signal = None  # the number of the first signal
@@ -2516,7 +2544,7 @@ class Reporter:
 
 def save_and_sample(run, interrupts, reporter):
     """Saves a run and samples from it, unless nothing has changed since the last save."""
-    if run.is_saved:
+    if not run.has_unsaved_steps:
         return
     save(run, interrupts)
     say(f"saved {run.checkpoint_id} at iteration {run.iteration:,}")
@@ -2808,12 +2836,10 @@ def resume_command(flags, identifier):
 
 
 # ---- Flags --------------------------------------------------------------------------------------
-# {group: {flag: row}}; most rows stand beside their code, some in datasets.py, the rest here.
-#
-# The flags in `data`, `model`, `init` and `training` identify a run: another value is another run.
-# A branch may change only those in `training`; `session` may change whenever a run is resumed. All
-# of these are saved with a run; `sampling`, `mode` and `command` are not. Where a default of None
-# stands for a value that depends on other flags, the help says so.
+# The groups `data`, `model`, `init` and `training` identify a run: another value is another run,
+# or in `training` a branch. `session` may change whenever a run is resumed. All of these are saved
+# with a run; `sampling`, `mode` and `command` are not. Where a default of None stands for a value
+# that depends on other flags, the help says so.
 
 
 def split_name(text):
@@ -3054,8 +3080,8 @@ def ineffective_flag_notices(flags):
 #                                        checkpoint, or a training flag has another value
 #     --new_model, or no such run yet    a new run
 #
-# If other code trained that run, --identifier still resumes it. Without --identifier, this is an
-# error, but flags that describe a finished run begin a new one beside it.
+# If other code trained that run, --identifier still resumes it. Flags alone are refused if it is
+# unfinished; if it is finished, they begin a new run beside it.
 #
 # A run's name is a hash of IDENTITY_FLAGS, of the contents of its texts and models, and of the
 # checkpoint that a branch began from. Its folder is NAME or NAME.2, NAME.3, …
@@ -3098,7 +3124,10 @@ def choose_checkpoint(flags):
 
 
 def check_early(flags, ranks):
-    """Raises UsageError for what can be refused before anything is downloaded."""
+    """Raises UsageError for what can be refused before anything is downloaded.
+
+    Says if main.py was edited since it was loaded.
+    """
     if flags.batch_size < ranks.size:
         raise UsageError(
             f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
@@ -3121,9 +3150,9 @@ def continues_run(flags, checkpoint):
     """
     if not checkpoint.folder.parent.samefile(flags.save_dir):
         return False
-    newest, *_ = checkpoints_in(checkpoint.folder)
+    newest_ids = [newest.id for newest in checkpoints_in(checkpoint.folder)[:1]]
     has_same_flags = get_values(flags, FLAGS["training"]).items() <= checkpoint.flags.items()
-    return has_same_flags and newest.id == checkpoint.id
+    return has_same_flags and newest_ids == [checkpoint.id]
 
 
 def kept_model_flags(flags):
@@ -3256,7 +3285,7 @@ def run_identity(flag_values, sha256, parents):
     identity = {name: flag_values[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
     identity |= sha256 | parents
     for name in PRETRAINED_FLAGS:
-        # Once this run has saved, these words name its checkpoints: the word counts, not the id.
+        # "latest" may soon mean this very run, so the name hashes the word, not the id.
         if str(flag_values[name]).partition("@")[0] in ("latest", "best"):
             identity[name] = flag_values[name]
     return identity
@@ -3280,7 +3309,7 @@ def find_folder(inputs, chosen_checkpoint):
     """
     flags = inputs.flags
     code_sha1 = sha1_of_code(inputs.code)
-    if chosen_checkpoint and inputs.parents == chosen_checkpoint.parents:  # it is no branch
+    if chosen_checkpoint and continues_run(flags, chosen_checkpoint):
         if not flags.identifier and chosen_checkpoint.segments[-1].code_sha1 != code_sha1:
             raise code_mismatch_error(chosen_checkpoint, inputs.code, flags)
         return chosen_checkpoint.folder
@@ -3333,35 +3362,6 @@ def locked_folder(folder):
                 folder.rmdir()
     finally:
         os.close(descriptor)
-
-
-def resolve_config(config):
-    """Raises ValueError if the values of a Config conflict; computes `head_dim` if it is None."""
-    for name, value in vars(config).items():
-        if type(value) is int and not 1 <= value <= datasets.MAX_INT32:
-            raise ValueError(f"{name} {value} is not from 1 to {datasets.MAX_INT32}")
-    if config.mlp not in MLPS:
-        raise ValueError(f"mlp {config.mlp} is not one of {', '.join(MLPS)}")
-    if not {*map(type, config.rope_scaling or [])} <= {int, float}:
-        raise ValueError("rope_scaling is not a list of numbers")
-    if config.head_dim is None:  # imported models set it, and H * d may differ from D
-        divisor = 2 * config.num_heads  # a head's dimension must be even: RoPE rotates pairs
-        if config.dim % divisor:
-            suggested_dim = divisor * max(1, round(config.dim / divisor))
-            raise ValueError(
-                f"dim {config.dim} is not a multiple of 2 * num_heads {config.num_heads}: "
-                f"try {suggested_dim}"
-            )
-        config.head_dim = config.dim // config.num_heads
-    if config.head_dim % 2 or config.head_dim > 2**16:
-        raise ValueError(f"head_dim {config.head_dim} is not an even number up to {2**16}")
-    if config.context_size * config.num_kv_heads * config.head_dim > datasets.MAX_INT32:
-        raise ValueError(f"context_size {config.context_size}: too many keys for MLX, give less")
-    if config.num_heads % config.num_kv_heads:
-        raise ValueError(
-            f"num_kv_heads {config.num_kv_heads} does not divide num_heads {config.num_heads}: "
-            f"try {math.gcd(config.num_heads, config.num_kv_heads)}"
-        )
 
 
 def make_model(flags, dataset, checkpoint, models):
@@ -3443,8 +3443,8 @@ def open_run(folder, inputs, chosen_checkpoint, ranks):
         is_named = flags.identifier and (not checkpoints or folder == chosen_checkpoint.folder)
         contents = open_newest(checkpoints or [chosen_checkpoint], is_named)
         checkpoint = contents.checkpoint
-        # Flags that the command does not set come from the checkpoint, but for those of the test
-        # text, which is loaded by now.
+        # Flags that the command does not set come from the checkpoint, except those about the test
+        # text, which is already loaded.
         test_flags = get_values(flags, ["test_text", "eval_test"])
         flags = resolve_flags(flags.explicit, checkpoint.flags | test_flags)
         inputs = inputs._replace(flags=flags)
@@ -3480,7 +3480,7 @@ def set_up(flags, ranks):
                 if begins_branch:
                     run.evaluations = [run.evaluation] if run.evaluation else []  # not its parent's
                 has_new_flags = get_values(run.flags, RECORDED_FLAGS) != checkpoint.flags
-                # A branch then needs no other run, and new flags stay, even if no step follows.
+                # The branch then needs no other run, and new flags survive even without a step.
                 if begins_branch or has_new_flags:
                     save(run, interrupts)
             yield run, interrupts

@@ -33,8 +33,10 @@ NGRAM_LINES = ["solid", "dashed", "dashdot", "dotted"]  # of 1-grams to 4-grams
 
 def main(arguments):
     """Plots as these arguments specify."""
-    ngrams = Flag(False, bool, "with losses of 1-grams to 4-grams, counted on the training text")
-    own_flags = {"identifier": IDENTIFIERS, "ngrams": ngrams}
+    own_flags = {
+        "identifier": IDENTIFIERS,
+        "ngrams": Flag(False, bool, "with losses of 1-grams to 4-grams of the training text"),
+    }
     parser = make_parser("plot", __doc__, "data_dir", "mirror", **own_flags)
     parser.add_argument("file", metavar="FILE", help="the picture to write")
     flags = read_flags(parser, arguments)

@@ -1,4 +1,4 @@
-"""Training steps written out in NumPy, the learning rate's schedules, averages of weights."""
+"""Updates written out in NumPy, the learning rate's schedules, averages of weights."""
 
 from argparse import Namespace
 

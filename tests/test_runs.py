@@ -344,6 +344,18 @@ def test_a_changed_flag_under_identifier_is_a_branch(two_runs, tmp_path):
     assert begin("--identifier", second, "--save_dir", folder, "--num_iters", 3)[:2] == (second, 2)
 
 
+def test_a_branch_that_was_killed_at_its_start_can_be_branched(two_runs, tmp_path):
+    """Its only checkpoint is the parent's, whose id names what both branches began with."""
+    folder = tmp_path / "lm"
+    shutil.copytree(two_runs[0], folder)
+    line = ["--save_dir", folder, "--num_iters", 2, "--identifier"]
+    branch, _, _ = begin(*line, two_runs[2], "--learning_rate", 0.5)
+    assert [each.iteration for each in saved(folder, branch)] == [2]
+    other, _, out = begin(*line, branch, "--learning_rate", 0.25)
+    assert other not in (branch, *two_runs[1:]) and f"This is a branch of {branch}, " in out
+    assert saved(folder, branch)[0].flags["learning_rate"] == 0.5
+
+
 # ---- What the program prints to be typed --------------------------------------------------------
 
 ODD_FOLDER = "it's my runs; 'x' `y`"

@@ -11,7 +11,7 @@ of the same names:
     relu2             squared ReLU, with a gradient that uses them
     checkpoint_block  gradient checkpointing, block by block
     training_loss     loss and gradient in one pass over chunks of rows, so that the logits never
-                      exist as a whole, and
+                      exist as a whole
     token_metrics     the losses of a validation text, by the same chunks
     sum_over_shards   a sum over the rows of a batch, of which each core computes a shard
     clip_grad_norm    gradient clipping on all cores
