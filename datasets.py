@@ -5,8 +5,8 @@
 
 Texts are streamed, so memory use hardly grows with the corpus.
 
-What follows the section Downloads is what main.py and extras/ need, too. It is here as importing
-this file does not import MLX.
+The last third, from the section Errors and messages on, is not about text, but what main.py and
+extras/ need, too. It is here as importing this file does not import MLX.
 """
 
 import os
