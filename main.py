@@ -47,8 +47,8 @@ from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, TEXT_FLAGS, Flag, RunEr
 from datasets import absolute, explain_errors, extra, new_file, nonempty, number, one_of
 from datasets import open_no_follow, printable, publish, sync, user_path
 
-# `fast` is extras/features/fast.py, or None. It comes before MLX, which takes the BLAS that is
-# already loaded.
+# `fast` is extras/features/fast.py, or None. It is imported before MLX, which uses whichever BLAS
+# is already loaded.
 fast, fast_version = datasets.import_fast(__name__, __file__)
 
 import mlx.core as mx
@@ -347,8 +347,7 @@ def dropout(hidden, dropout_masks, mask_index):
     # Multiples of 2^32 / golden ratio, modulo 2^32, lie far apart.
     salt = mx.array(mask_index * 0x9E3779B9 % 2**32, mx.uint32)
     bits = hash32(dropout_masks.bits ^ salt)
-    # 1 where the sum reaches 2^31, which it does with probability keep_prob. Compilers vectorize
-    # this, but not a comparison.
+    # The sum's top bit is 1 with probability keep_prob. A shift is vectorized, a comparison is not.
     keep_prob = dropout_masks.keep_prob
     mask = ((bits >> 1) + (keep_prob * 2**31).astype(mx.uint32)) >> 31
     return hidden * (mask.astype(hidden.dtype) / keep_prob.astype(hidden.dtype))
@@ -423,7 +422,8 @@ class LanguageModel(nn.Module):
     def __call__(self, tokens, caches=None, dropout_masks=None, logits_to_keep=None):
         """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all.
 
-        Only sampling calls this. Training and evaluation call `model`, then `logits`: edit those.
+        Sampling and the judge of extras.versus call this; training and evaluation call `model`,
+        then `logits`: edit those.
         """
         hidden = self.model(tokens, caches, dropout_masks)  # [B, L, D]
         if logits_to_keep is not None:
@@ -561,8 +561,8 @@ class Muon(optim.Optimizer):
     MLX's Muon orthogonalizes one matrix at a time, and adds weight decay to the gradient first.
     """
 
-    # Muon's learning rate is this times --learning_rate, which is AdamW's. On words, 5 was best; on
-    # characters, 8 and 10 were as good.
+    # Muon's learning rate is this times --learning_rate, which is AdamW's. 5 was best on words; on
+    # characters, 5, 8 and 10 were equally good.
     lr_scale = 5
 
     def __init__(self, learning_rate, weight_decay, momentum=0.9):
@@ -752,9 +752,9 @@ def update_average(average, weights, iteration, fraction):
     """The average of the weights over about the last `fraction` of the steps taken.
 
     average: the average before step `iteration`, counted from 0, a tree of arrays; None before the
-    first step. weights: those after the step. Step s of n enters with a coefficient about
-    proportional to (s / n) ^ (1 / fraction - 1) (Shamir & Zhang 2013; Karras et al. 2024), so the
-    average depends neither on where the run will end nor on where it was interrupted.
+    first step with --average. weights: those after the step. Step s of n enters with a coefficient
+    about proportional to (s / n) ^ (1 / fraction - 1) (Shamir & Zhang 2013; Karras et al. 2024), so
+    the average depends neither on where the run will end nor on where it was interrupted.
     """
     if average is None:
         return weights
@@ -776,7 +776,9 @@ FLAGS["training"] |= {
     "batch_size": Flag(32, number(int, 1, 2**20), "sequences per batch"),
     "grad_accumulation": Flag(1, SIZE, "batches per optimizer step"),
     "dropout": Flag(0.0, number(float, 0, 0.9), "dropout rate of embeddings and residual branches"),
-    "dropout_final": Flag(None, number(float, 0, 0.9), "final dropout rate (linear schedule)"),
+    "dropout_final": Flag(
+        None, number(float, 0, 0.9), "dropout rate at the end, reached linearly (default: dropout)"
+    ),
 }
 
 
@@ -880,7 +882,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     def batch_sums(*windows):
         return sum_over_shards(metric_sums, *windows)
 
-    # The last window is the first that starts at `last_start` or later: it reaches the end.
+    # The last window is the first that reaches the end of the text.
     last_start = max(num_targets - context_size, 0)
     starts = np.arange(0, last_start + stride, stride)
     batch_size = min(batch_size, len(starts))
@@ -1074,8 +1076,8 @@ def train(run, interrupts, ranks):
                 if is_first_after_save:
                     prune_checkpoints(run)
                 reporter.report_step(metrics)
-    # No step follows the last checkpoint to show that it is good, but its validation loss does:
-    # validate raises RunError unless it is finite.
+    # No step follows the last checkpoint. A finite validation loss, which `validate` requires, also
+    # shows that it is good.
     if reporter and run.evaluation:
         prune_checkpoints(run)
     if run.is_out_of_patience():
@@ -1112,8 +1114,8 @@ def validate(run, interrupts, ranks, reporter):
     It scores the first --eval_tokens tokens, but no more than are trained on between evaluations,
     so that short trials need not wait; with 0, all.
 
-    The evaluation at the end of --max_minutes is shown and logged, but not recorded: an
-    uninterrupted run would have none there. Raises RunError if the loss is not finite.
+    The evaluation at the end of --max_minutes is shown and logged, but not recorded: a
+    run without --max_minutes has none at that step. Raises RunError if the loss is not finite.
     """
     flags = run.flags
     tokens = run.dataset.valid.tokens
@@ -1478,7 +1480,7 @@ class Segment:
     """
 
     iteration: int = dataclasses.field(compare=False)  # at which it begins
-    num_iters: int  # at which its schedules end
+    num_iters: int  # where the schedules of its learning rate and dropout end
     code_sha1: str  # see sha1_of_code
     versions: dict  # of the environment, see list_versions
 
@@ -1535,7 +1537,7 @@ class Run(Progress):
     optimizer: optim.Optimizer
     batches: Batches
     teacher: LanguageModel | None
-    parents: dict  # ids of the models that it began with, see Checkpoint
+    parents: dict  # ids of the models that it began with or learns from, see Checkpoint
     segments: list  # see Segment; the last is current
     code: dict  # see read_code
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
@@ -1581,7 +1583,7 @@ class Run(Progress):
         self.evaluations = [Evaluation(*evaluation) for evaluation in self.evaluations]
         if self.flags.average:
             self.average = tree.get("average")
-        elif "average" in tree:  # a branch without --average: the losses are those of the average
+        elif "average" in tree:  # a branch that drops --average; the losses are the average's
             self.evaluations = []
 
     @property
@@ -1867,7 +1869,7 @@ def from_untrusted(cls, values):
         expected = types[name]
         if type(value) is not expected and type(value) not in get_args(expected):
             raise ValueError(f"its {name:.50} is of another type")
-        least = 0 if type(value) is int else -1e15  # rounding may make a loss of 0 negative
+        least = 0 if type(value) is int else -1e15  # by rounding, a loss may be negative
         if type(value) in (int, float) and not least <= value < 1e15:
             raise ValueError(f"its {name} is out of range")
     return cls(**values)
@@ -1961,7 +1963,7 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
         matches = [extra("steps").checkpoint_at(flags, checkpoints, identifier)]
     else:
         candidates = {}
-        # A branch's first checkpoint has its parent's id: the oldest original comes last, and wins.
+        # A branch's first checkpoint has its parent's id: the oldest original is last, and counts.
         for checkpoint in sorted(checkpoints, key=lambda c: (not c.is_copy, -c.saved_at)):
             if checkpoint.id.startswith(identifier):
                 candidates[checkpoint.id] = checkpoint
@@ -1979,7 +1981,7 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
 
 
 def open_newest(candidates, is_named=False):
-    """The Contents of the first undamaged candidate; if the user named one, of that or none."""
+    """The Contents of the first undamaged candidate; if `is_named`, a damaged one is an error."""
     for candidate in candidates:
         try:
             return candidate.open()
@@ -2516,7 +2518,8 @@ class Reporter:
         """Adds metrics, {name: number}, to the log, and sends them to the dashboards."""
         place = {"iteration": self.run.iteration, "split": split}
         totals = {"tokens_seen": self.run.tokens_seen, "seconds": self.run.seconds}
-        row = place | metrics | totals | place  # a metric of such a name does not replace it
+        # `place` comes first for its columns, and last so that no metric replaces it.
+        row = place | metrics | totals | place
         with self.writing("log.csv"):
             self.log.append(row)
         if self.dashboards:
@@ -2810,8 +2813,8 @@ def describe_end(run, stop_signal):
 def divergence_error(run, what, iteration):
     """The RunError for a run whose `what` is not finite.
 
-    It gives a command that goes back to the last checkpoint before `iteration`, from which at least
-    one step was finite.
+    It gives a command that goes back to the newest checkpoint before `iteration`; the step after it
+    was finite.
     """
     checkpoints = checkpoints_in(run.folder)
     earlier = [checkpoint for checkpoint in checkpoints if checkpoint.iteration < iteration]
@@ -3080,8 +3083,8 @@ def ineffective_flag_notices(flags):
 #                                        checkpoint, or a training flag has another value
 #     --new_model, or no such run yet    a new run
 #
-# If other code trained that run, --identifier still resumes it. Flags alone are refused if it is
-# unfinished; if it is finished, they begin a new run beside it.
+# If other code trained that run, --identifier still resumes it. Flags are refused if it is
+# unfinished; if it is finished, they begin a new run beside it. Without either, it is an error.
 #
 # A run's name is a hash of IDENTITY_FLAGS, of the contents of its texts and models, and of the
 # checkpoint that a branch began from. Its folder is NAME or NAME.2, NAME.3, …
@@ -3437,8 +3440,7 @@ def open_run(folder, inputs, chosen_checkpoint, ranks):
         raise RunError(f"no checkpoint of {folder.name} can be read: --new_model starts a new run")
     contents = None
     if checkpoints or chosen_checkpoint:
-        # A branch that exists resumes from its own newest undamaged checkpoint: --identifier only
-        # says where it began.
+        # If a branch already exists, it is resumed; then --identifier only says where it began.
         flags = inputs.flags
         is_named = flags.identifier and (not checkpoints or folder == chosen_checkpoint.folder)
         contents = open_newest(checkpoints or [chosen_checkpoint], is_named)
@@ -3664,7 +3666,7 @@ MLX_ERRORS = {
     "(?i)malloc|out of memory|insufficient memory": (
         "out of memory: give a smaller --batch_size or --context_size"
     ),
-    r"(\)|execution) failed|Cache thrashing": (
+    r"((cu|nvrtc)\w*\(.*\)|execution) failed|Cache thrashing": (
         "the GPU has failed: rerun the command to resume from the last checkpoint; if it fails "
         "again, give a smaller --batch_size"
     ),
