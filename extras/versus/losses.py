@@ -43,13 +43,14 @@ def main(arguments):
     condition = "if these losses are right and both sides are tuned"
     if setting:
         condition += f" ({setting}: {best_values[0]} before, {best_values[1]} after)"
+    best = None
     if tuning_seeds:
         best = describe_best(setting, best_values, [losses[side] for side in SIDES])
         condition = f"{best}, if these losses are right"
         if not seeds:
             print(f"Next: train both sides on other seeds, {best}.")
             return
-    print_verdict(seeds, before, after, options, condition)
+    print_verdict(seeds, before, after, options, best, condition)
 
 
 def read_losses(path):
@@ -118,8 +119,11 @@ def choose_value(side, setting, losses):
     return best, {*seeds}
 
 
-def print_verdict(seeds, before, after, options, condition):
-    """Prints the pairs that count and the verdict; before, after: {seed: loss}."""
+def print_verdict(seeds, before, after, options, best, condition):
+    """Prints the pairs that count and the verdict.
+
+    before, after: {seed: loss}; best: see describe_best, None if nothing was chosen.
+    """
     bounds = bounds_of(options.pairs)
     pairs = []
     print(PAIRS_HEADER)
@@ -141,7 +145,7 @@ def print_verdict(seeds, before, after, options, condition):
         print(f"Cannot tell: all differences are the same, so seeds are {why}.")
         return
     result = {"seeds": seeds[: len(pairs)], "outcome": outcome, "unit": "in loss"}
-    result |= {"asked": vars(options)} | summarize(pairs, bounds[len(pairs)])
+    result |= {"asked": vars(options), "tuned": best} | summarize(pairs, bounds[len(pairs)])
     print(*describe_numbers(result), sep="\n")
     if len(pairs) < len(seeds):
         print(f"Pairs after the first {len(pairs)} do not count.")

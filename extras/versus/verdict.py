@@ -38,15 +38,18 @@ def describe_numbers(result):
     if "difference" not in result:
         return
     pairs = len(result["seeds"])
+    is_significant = result["outcome"] in SIGNIFICANT
+    interval = "95 % interval at these values" if result["tuned"] else "95 % interval"
     yield (
-        f"mean difference {result['difference']:+.4f} {result['unit']}, 95 % interval "
+        f"mean difference {result['difference']:+.4f} {result['unit']}, {interval} "
         f"{result['low']:+.4f} to {result['high']:+.4f}"
     )
+    if is_significant and result["tuned"]:
+        yield "It does not cover the choice of these values: confirm it on new seeds, tuned again."
     line = f"{result['agree']} of {pairs} pairs agree in sign"
     if pairs > 3 and "correlation" in result:  # of two, it is 1 or -1
         line += f"; correlation of the sides {result['correlation']:.2f}"
     yield line
-    is_significant = result["outcome"] in SIGNIFICANT
     if is_significant and not result["asked"]["pairs"] and pairs < max(RACE_BOUNDS):
         yield "It ended once the difference was clear: the true one is likely smaller."
     if result["outlier"] is not None:

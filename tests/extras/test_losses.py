@@ -107,14 +107,15 @@ def test_a_table_of_a_spreadsheet(judge):
 def test_tuned_sides_are_compared_at_their_best_values(judge):
     others = ["before,7,3,9.0", "after,7,2,1.0"]  # at values that lost
     lines = [*TUNING, *at(lines_of(PAIRS), 2.0, 3), *others]
-    before, *rest, numbers, _, _, verdict = judge(lines, header=TUNED).splitlines()
+    before, *rest, numbers, choice, _, _, verdict = judge(lines, header=TUNED).splitlines()
     assert before == "before: mean loss by learning_rate, seeds 1, 2"
     means = [line.split() for line in rest if line.startswith("   ")]
     assert means[:3] == [["1", "3.3000"], ["2", "3.1000"], ["3", "3.2000"]]
     assert means[3:5] == [["2", "3.0000"], ["3", "2.9000"]]
     first_pair = rest[7]
     assert first_pair.split() == ["3", "3.0000", "2.9000", "-0.1000"]
-    assert numbers.endswith("interval -0.3980 to -0.0020")
+    assert numbers.endswith("interval at these values -0.3980 to -0.0020")
+    assert choice.startswith("It does not cover the choice of these values: confirm it")
     best = "2 before, 3 after (at the edge of the list: give more)"
     assert verdict == f"Helped, each at its best learning_rate: {best}, if these losses are right."
 
