@@ -145,7 +145,7 @@ class RowFile(NamedTuple):
 #     encode        text -> [N] array of ids, of that dtype
 #     encode_batch  texts -> an iterable of such arrays
 #     decode        ids -> text
-#     unknown       text -> list of its words (char: characters) of which a part becomes `unk`
+#     unknown       text -> list of its pieces that become `unk`
 #     to_dict       {"kind": ..., "vocabulary": what the constructor takes, plain data}; saved in
 #                   full in every checkpoint
 #     train         class method: an iterable of texts, vocab_size -> tokenizer
@@ -183,7 +183,7 @@ class Tokenizer:
         return [self.id_to_text[token] for token in map(int, ids) if token < self.vocab_size]
 
     def unknown(self, text):
-        return [word for word in text.split() if self.unk in self.encode(word)]
+        return []
 
     def to_dict(self):
         return {"kind": self.kind, "vocabulary": self.vocabulary}
@@ -392,6 +392,13 @@ class PackageTokenizer(Tokenizer):
         with explain_errors(TOKENIZER_FAILED):
             # With skip_special_tokens, END would vanish from the text.
             return self.package.decode(list(map(int, ids)), skip_special_tokens=False)
+
+    def unknown(self, text):
+        text = utf8(text)
+        with explain_errors(TOKENIZER_FAILED):
+            encoding = self.package.encode(text, add_special_tokens=False)
+        pieces = zip(encoding.ids, encoding.offsets)
+        return [text[start:end] for token, (start, end) in pieces if token == self.unk]
 
     def to_dict(self):
         data = super().to_dict()
@@ -783,6 +790,9 @@ NO_TEXT = {
     b"%PDF": "a PDF: save its text, for example by pdftotext",
     b"PK\x03\x04": "a zip archive, as .docx and .epub are: unpack it, and save its text",
     b"\x1f\x8b": "compressed: unpack it by gzip -dc FILE > TEXT",
+    b"BZh": "compressed: unpack it by bzip2 -dc FILE > TEXT",
+    b"\xfd7zXZ": "compressed: unpack it by xz -dc FILE > TEXT",
+    b"\x28\xb5\x2f\xfd": "compressed: unpack it by zstd -dc FILE > TEXT",
     LFS: "a pointer to a file in large-file storage: download that by git lfs pull",
 }
 
@@ -1239,6 +1249,8 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
     sources = [host + name for host in corpus.hosts]
     if mirror:
         sources = [f"{mirror.rstrip('/')}/{folder}/{name}"]
+    if partial_path.exists():  # what an earlier try has left may be damaged: then once more
+        sources = sources[:1] + sources
     reasons = []
     with hold_lock(path.parent):  # if two processes race, one downloads, the other finds the file
         if path.exists():
@@ -1262,7 +1274,7 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
                 continue
             print(f"Downloaded {without_passwords(source)} (verified) to {path}")
             return partial_path.replace(path)
-    reason = "; ".join(reasons) or "it has no hosts in CORPORA"
+    reason = "; ".join(dict.fromkeys(reasons)) or "it has no hosts in CORPORA"
     raise RunError(
         f"{name} could not be downloaded ({reason}). Put it at {path} by hand "
         f"({size} bytes, SHA256 {sha256}), or name another source with --mirror; "
@@ -2001,6 +2013,8 @@ def main(arguments):
         add_flags(parser, flags)
     options = vars(parser.parse_args(arguments))
     path = options.pop("save_tokenizer", None)
+    if path and os.path.lexists(path):
+        raise UsageError(f"--save_tokenizer {path} exists: name another file, or delete it")
     usual = "text" if "text" in options else "ptb"
     dataset = load_dataset(**{"dataset": usual} | options)
     print(f"{dataset.name}: {describe_tokenizer(dataset.tokenizer)}")
@@ -2014,7 +2028,7 @@ def main(arguments):
     if path:
         package = extra("huggingface").package_of(dataset.tokenizer)
         problem = f"cannot write --save_tokenizer {path}: name another file"
-        with explain_errors(problem, OSError), open(path, "xb") as file:  # "x": a new one
+        with explain_errors(problem, OSError), atomic_write(path) as file:
             file.write(package.to_str().encode())
         print(f"its tokenizer is {path}")
 

@@ -1962,9 +1962,13 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
     elif "@" in identifier:
         matches = [extra("steps").checkpoint_at(flags, checkpoints, identifier)]
     else:
+        # A branch's first checkpoint has its parent's id. The oldest run that has trained it counts.
+        def by_origin(checkpoint):
+            is_parents = checkpoint.id == checkpoint.parents.get("branched_from")
+            return not checkpoint.is_copy, not is_parents, -checkpoint.saved_at
+
         candidates = {}
-        # A branch's first checkpoint has its parent's id: the oldest original is last, and counts.
-        for checkpoint in sorted(checkpoints, key=lambda c: (not c.is_copy, -c.saved_at)):
+        for checkpoint in sorted(checkpoints, key=by_origin):  # the last one of an id stays
             if checkpoint.id.startswith(identifier):
                 candidates[checkpoint.id] = checkpoint
         matches = list(candidates.values())
@@ -3482,8 +3486,9 @@ def set_up(flags, ranks):
                 if begins_branch:
                     run.evaluations = [run.evaluation] if run.evaluation else []  # not its parent's
                 has_new_flags = get_values(run.flags, RECORDED_FLAGS) != checkpoint.flags
-                # The branch then needs no other run, and new flags survive even without a step.
-                if begins_branch or has_new_flags:
+                # The branch then needs no other run, and what the command sets for steps to come
+                # stays, even if none is taken.
+                if begins_branch or (has_new_flags and run.iteration < run.flags.num_iters):
                     save(run, interrupts)
             yield run, interrupts
 
@@ -3677,8 +3682,9 @@ MLX_ERRORS = {
         "MLX cannot compile for the CPU of this Mac: xcode-select --install, or add --gpu"
     ),
     r"^\[Compile|^filesystem error|^Could not load C\+\+|(load compiled .*|no) kernel": (
-        "MLX cannot compile, or what it has compiled is damaged: set XDG_CACHE_HOME to a folder "
-        "of yours with free space, where programs may run, or delete ~/.cache/transformer-lm/code-*"
+        "MLX cannot compile, or what it has compiled is damaged: rerun the command (if it was a "
+        "signal), set XDG_CACHE_HOME to a folder of yours with free space, where programs may run, "
+        "or delete ~/.cache/transformer-lm/code-*"
     ),
 }
 

@@ -784,7 +784,7 @@ def test_a_tokenizer_for_other_programs(tmp_path, text):
     ("--datset ptb", "unrecognized arguments: --datset (--dataset?; --help lists all flags)"),
     ("--vocab_size 5", "--vocab_size: must be at least 257"),
     ("--tokenizer=", "--tokenizer: is empty"),
-    ("--text {0} --save_tokenizer {0}", "cannot write --save_tokenizer {0}: name another file"),
+    ("--text {0} --save_tokenizer {0}", "--save_tokenizer {0} exists: name another file"),
     ("--text {0} --tokenizer {0}", "must be a Hugging Face tokenizer.json, or one of auto, byte"),
 ])  # fmt: skip
 def test_mistakes_in_preparing(line, words, text, tmp_path):

@@ -240,7 +240,7 @@ def test_a_compiler_that_fails(tmp_path, text):
     line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
     env = {"PATH": path, "XDG_CACHE_HOME": str(tmp_path)}
     _, err = run(*line, env=env, status=1)
-    assert err.startswith("main.py: MLX cannot compile, or what it has compiled is damaged: set")
+    assert err.startswith("main.py: MLX cannot compile, or what it has compiled is damaged: rerun")
     assert "No space left" in err
     assert err.count("\n") == 1
 

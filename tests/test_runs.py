@@ -354,6 +354,11 @@ def test_a_branch_that_was_killed_at_its_start_can_be_branched(two_runs, tmp_pat
     other, _, out = begin(*line, branch, "--learning_rate", 0.25)
     assert other not in (branch, *two_runs[1:]) and f"This is a branch of {branch}, " in out
     assert saved(folder, branch)[0].flags["learning_rate"] == 0.5
+    # A resumed parent is saved again; its id still names it, not the branch.
+    [parent] = [each for each in saved(folder, two_runs[2]) if each.iteration == 2]
+    begin("--identifier", two_runs[2], "--num_iters", 3, "--keep", 5, "--save_dir", folder)
+    _, _, out = begin("--identifier", parent.id, "--beta1", 0.5, "--save_dir", folder)
+    assert f"This is a branch of {two_runs[2]}, " in out
 
 
 # ---- What the program prints to be typed --------------------------------------------------------
@@ -397,7 +402,7 @@ def test_commands_lead_beyond_a_plateau(odd_line):
     assert iteration > 3
     # The parent's plateau is none of a branch that learns.
     folders = odd_line[-4:]
-    learning = ["--learning_rate", 1e-2, "--num_iters", 9]
+    learning = ["--learning_rate", 1e-2, "--num_iters", 9, "--patience", 2]
     branch, iteration, out = begin("--identifier", name, *learning, *folders)
     assert branch != name and iteration < 9 and "Run complete (9/9)" in out
 

@@ -32,7 +32,8 @@ def checkpoint_at(flags, checkpoints, identifier):
     past = [checkpoint for checkpoint in run_checkpoints if is_past(checkpoint, newest)]
     earlier = [checkpoint for checkpoint in past if checkpoint.iteration < step]
     later = [checkpoint for checkpoint in past if checkpoint.iteration > step]
-    for checkpoint in past:
+    folder = newest.folder / FOLDER / f"{name}@{step}"
+    for checkpoint in [*past, *computed_before(folder, newest)]:
         if checkpoint.iteration == step:
             return checkpoint
     if not later:
@@ -41,21 +42,26 @@ def checkpoint_at(flags, checkpoints, identifier):
             f"one is of iteration {newest.iteration:,}"
         )
     start = earlier[0] if earlier else None
-    folder = newest.folder / FOLDER / f"{name}@{step}"
+    unfinished = folder.parent / "unfinished"
     with hold_lock(folder.parent):
-        for checkpoint in checkpoints_in(folder):  # computed by an earlier command
-            if is_past(checkpoint, newest):
-                return checkpoint
-        unfinished = folder.parent / "unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was stopped
-        unfinished.mkdir()
-        recompute(flags, start, later[-1], step, unfinished / folder.name)
-        shutil.rmtree(folder, ignore_errors=True)  # one that cannot be read any more
-        (unfinished / folder.name).rename(folder)
-        shutil.rmtree(unfinished)
-        sync(folder.parent)
-        [found] = checkpoints_in(folder)
-        return found
+        found = computed_before(folder, newest)  # by another command, meanwhile
+        if not found:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was killed
+            unfinished.mkdir()
+            try:
+                recompute(flags, start, later[-1], step, unfinished / folder.name)
+                shutil.rmtree(folder, ignore_errors=True)  # one that cannot be used any more
+                (unfinished / folder.name).rename(folder)
+            finally:
+                shutil.rmtree(unfinished)
+            sync(folder.parent)
+            found = checkpoints_in(folder)
+        return found[0]
+
+
+def computed_before(folder, newest):
+    """The checkpoint in the folder of a step, if it was computed: a list of at most one."""
+    return [checkpoint for checkpoint in checkpoints_in(folder) if is_past(checkpoint, newest)]
 
 
 def is_past(checkpoint, newest):

@@ -79,6 +79,8 @@ def read_losses(path):
         with explain_errors(problem):
             run = dict(zip(header, cells, strict=True))
             value = float(run[settings[0]]) if settings else 0
+            if not math.isfinite(value):
+                raise ValueError("it has no place among the others")
             loss = float(run["loss"])
             of_value = losses[run["side"]].setdefault(f"{value:.15g}", {})
         if run["seed"] in of_value:

@@ -146,7 +146,7 @@ MISTAKES = [
     (TUNED, [*TUNING, "before,1,9,8.0"], "seed 2 of 'before' has several values of learning_rate"),
     (TUNED, ["before,1,1,3", "before,2,2,3", "after,1,1,3"], "'before' has several values of lea"),
     (TUNED, ["before,1,1,nan", "before,1,2,inf", "after,1,1,3"], "no .+ of 'before' has a finite"),
-    (TUNED, ["before,1,fast,3.0"], "line 2: not like"),
+    (TUNED, ["before,1,nan,3.0"], "line 2: not like"),
     (UNTUNED, ["before,1"], "line 2: not like side,seed,loss with before or after"),
     (UNTUNED, ["", "before,1,x"], "line 3: not like"),
     (UNTUNED, ["control,1,3.0"], "line 2: not like"),
