@@ -1962,7 +1962,7 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
     elif "@" in identifier:
         matches = [extra("steps").checkpoint_at(flags, checkpoints, identifier)]
     else:
-        # A branch's first checkpoint has its parent's id. The oldest run that has trained it counts.
+        # A branch's first checkpoint has its parent's id; the oldest run that trained it counts.
         def by_origin(checkpoint):
             is_parents = checkpoint.id == checkpoint.parents.get("branched_from")
             return not checkpoint.is_copy, not is_parents, -checkpoint.saved_at
