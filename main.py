@@ -2349,7 +2349,8 @@ def read_code(flag_values):
     if flag_values.get("teacher"):
         paths += ["extras/features/distil.py"]
     modules = [*sys.modules.values()]
-    paths += filter(None, map(datasets.user_module_path, modules))
+    user_paths = [datasets.user_module_path(module, str(HERE)) for module in modules]
+    paths += filter(None, user_paths)
     for path in paths:
         if path not in LOADED_SOURCES and (HERE / path).exists():
             LOADED_SOURCES[path] = (HERE / path).read_text("utf-8", errors="replace")

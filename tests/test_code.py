@@ -47,7 +47,7 @@ def line(text, tmp_path):
 def cells(folder, line, *code):
     """Runs the cells of a notebook: the runs that it trains, and what was said."""
     source = NOTEBOOK + "\n".join(code)
-    out, err = run("-c", source, folder, *line, program=[folder / "main.py"])
+    out, err = run(folder, *line, program=["-c", source], cwd=folder)
     return re.findall(r"^run +(\S+), from iteration (\d+) ", out, re.M), out + err
 
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from conftest import ROOT, TINY, run
 
-from datasets import RunError
+from datasets import UsageError
 from extras import check
 
 # What each Python does first: with --gpu it pretends one.
@@ -71,5 +71,5 @@ def test_what_varies_is_named(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_that_does_not_begin_says_why():
-    with pytest.raises(RunError, match="^main.py: .*--dim"):
+    with pytest.raises(UsageError, match="^main.py: .*--dim"):
         check.train(["--dim", "many"], {})
