@@ -17,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from datasets import COUNT, Flag
-from extras.features.steps import check_program, rebuild_run
+from extras.features.steps import check_program, rebuild_run, segment_after
 from main import find_checkpoint, list_checkpoints, make_step, token_metrics, train_step
 
 
@@ -37,8 +37,9 @@ def main(arguments):
 def print_step(command_flags, before, after):
     """Prints what happened between two checkpoints, a step apart."""
     flags = flags_of_run(command_flags, before)
-    flags.num_iters = after.segments[-1].num_iters
-    check_program(f"{after.folder.name}, step {after.iteration:,},", flags, after.segments[-1])
+    segment = segment_after(before.iteration, after)
+    flags.num_iters = segment.num_iters  # schedules end there
+    check_program(f"{after.folder.name}, step {after.iteration:,},", flags, segment)
     run = rebuild_run(flags, before, before)
     inputs, targets = copy.copy(run.batches).next()
     losses_before = losses_of(run.model, inputs, targets, flags.batch_size)

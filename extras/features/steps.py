@@ -89,7 +89,7 @@ def recompute(command_flags, earlier, later, step, folder):
     elif "branched_from" in later.parents or (flags.init_from and not flags.lora_rank):
         # A run keeps the model that it began with only if that is LoRA's base.
         raise UsageError(f"{what}: no earlier checkpoint is left, and no seed gives its first one")
-    *_, segment = [segment for segment in later.segments if segment.iteration <= start]
+    segment = segment_after(start, later)
     flags.num_iters = segment.num_iters  # schedules end there
     check_program(what, flags, segment)
     folder.mkdir()
@@ -116,6 +116,15 @@ def recompute(command_flags, earlier, later, step, folder):
             f"{run.checkpoint_id[:12]}, and was {later.id[:12]}; flags, code or versions may have "
             "changed in between"
         )
+
+
+def segment_after(iteration, checkpoint):
+    """The Segment that took the step after an iteration of a checkpoint's run.
+
+    It is not always the last one: a run that is resumed with other flags is saved before a step.
+    """
+    *_, segment = [part for part in checkpoint.segments if part.iteration <= iteration]
+    return segment
 
 
 def check_program(what, flags, segment):

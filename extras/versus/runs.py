@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import RunError, UsageError, hash_of_data, explain_errors, lock_file, hash_of_file
+from datasets import RunError, UsageError, explain_errors, hash_of_data, hash_of_file, lock_file
 from datasets import open_no_follow
 from extras.common.limits import count_cores
 from extras.versus import ledger

@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import RunError, UsageError, hash_of_data, explain_errors, hash_of_file, hold_lock
+from datasets import RunError, UsageError, explain_errors, hash_of_data, hash_of_file, hold_lock
 from datasets import one_line, words_of_code
 
 WORKER = Path(__file__).with_name("worker.py")

@@ -25,7 +25,7 @@ VERDICTS = {
     "cannot tell": "Cannot tell: {fault}",
 }
 PAIRS_HEADER = f"{'seed':>10}{'before':>10}{'after':>10}{'difference':>14}"
-SIGNIFICANT = ("helped", "partly", "hurt", "valid only")  # by chance alone, once in twenty
+SIGNIFICANT = ("helped", "partly", "hurt", "valid only")  # zero lies outside the interval
 
 
 def describe_pair(seed, before, after):

@@ -149,6 +149,16 @@ def test_training_from_a_step_is_a_branch_without_another_flag(text, tmp_path):
     assert "iteration 14" in err
 
 
+def test_what_a_step_did_does_not_depend_on_what_follows(text, tmp_path):
+    """Saved again with a later end of its schedules, before a further step, it is the same."""
+    line = [*RUN, "--text", text, "--lr_schedule", "cosine", "--save_dir", tmp_path]
+    run(*line)
+    out, _ = run_extra("inspect_step", "latest", "--save_dir", tmp_path)
+    run(*line, "--num_iters", 60, "--max_minutes", 0)
+    assert saved(tmp_path)[0].flags["num_iters"] == 60
+    assert run_extra("inspect_step", "latest", "--save_dir", tmp_path)[0] == out
+
+
 def test_what_a_step_did(text, tmp_path):
     folder = tmp_path / "runs"
     run(*RUN, "--text", text, "--steps_per_save", 10, "--save_dir", folder)
