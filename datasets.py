@@ -479,7 +479,7 @@ def read_whole(path):
 
 
 def describe_tokenizer(tokenizer):
-    """Such as "word tokenizer, 10,000-token vocabulary"."""
+    """A tokenizer in words: "word tokenizer, 10,000-token vocabulary"."""
     return f"{tokenizer.kind} tokenizer, {tokenizer.vocab_size:,}-token vocabulary"
 
 
