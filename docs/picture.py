@@ -1,60 +1,76 @@
-"""Makes the README's picture: runs two comparisons, and draws them for light and dark pages.
+"""Draws the README's picture, for light and dark pages, from extras/versus/nanogpt.csv.
 
-    python docs/picture.py make FOLDER      some 20 minutes on two cores
-    python docs/picture.py draw FOLDER
-
-All that is drawn comes from the record in FOLDER, as extras.versus has written it.
+    python docs/picture.py
 """
 
-import argparse
-import re
-import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from extras.versus.ledger import NAME, read_results  # noqa: E402
+from extras.versus.losses import read_losses  # noqa: E402
+from extras.versus.sequential import RACE_BOUNDS, confidence_interval  # noqa: E402
 
-# The README's comparisons: a flag at the recipe's learning rate, and each side at its best one.
-SIDES = ["HEAD", "--qk_norm"]
-TUNE = ["--tune", "learning_rate=3e-3,4.5e-3,6.5e-3,9e-3"]
-RECIPE = ["--", "--config", "first", "--num_iters", "300"]
+NAMES = {"before": "GELU", "after": "squared ReLU"}
+DEMO_RATE = 1e-3
+TUNING_SEEDS = ("1", "2")
 # Of the text, and of the side "after": GitHub's.
 COLORS = {
-    "light": ("#1f2328", "#0969da"),
-    "dark": ("#e6edf3", "#4493f8"),
+    "light": {"before": "#1f2328", "after": "#0969da"},
+    "dark": {"before": "#e6edf3", "after": "#4493f8"},
 }
 
 
-def make(folder):
-    """Makes the comparisons, and writes `folder`/versus/."""
-    folder.mkdir()
-    for tune in ([], TUNE):
-        line = [sys.executable, "-m", "extras.versus", *SIDES, *tune, *RECIPE]
-        subprocess.run([*line, "--save_dir", str(folder)], cwd=ROOT, check=True)
+def draw(losses, colors):
+    """The figure; losses: see read_losses."""
+    figure = Figure(figsize=(7.5, 3.8), layout="constrained")
+    figure.suptitle("nanoGPT's CPU demo: does squared ReLU help?", weight="bold")
+    left, right = figure.subplots(1, 2, sharey=True)
+    best_rates = draw_rates(left, losses, colors)
+    draw_pairs(right, [losses[side][best_rates[side]] for side in NAMES], colors)
+    left.set_ylabel("validation loss (lower is better)")
+    return figure
 
 
-def draw(folder):
-    """Writes verdict-light.svg and verdict-dark.svg beside this file."""
-    plain, tuned = read_results(folder / "versus" / NAME)
-    question = "Does it help to normalize queries and keys (--qk_norm)?"
-    for mode, (text, blue) in COLORS.items():
-        with matplotlib.rc_context(style_of(text)):
-            figure = Figure(figsize=(7.5, 3.9), layout="constrained")
-            figure.suptitle(question, weight="bold")
-            left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-            draw_comparison(left, plain, "both at a learning rate of 3e-3", text, blue)
-            draw_comparison(right, tuned, "each at its best of four", text, blue)
-            left.set_ylabel("validation loss in nats\n(lower is better)")
-            figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-            path = Path(__file__).with_name(f"verdict-{mode}.svg")
-            # Without the date, an unchanged picture is an unchanged file.
-            figure.savefig(path, transparent=True, metadata={"Date": None})
+def draw_rates(axis, losses, colors):
+    """The losses of the tuning seeds by learning rate; returns the best rates, {side: text}."""
+    best_rates = {}
+    for side, name in NAMES.items():
+        means = {}
+        for rate in sorted(losses[side], key=float):
+            values = [loss for seed, loss in losses[side][rate].items() if seed in TUNING_SEEDS]
+            axis.plot([float(rate)] * len(values), values, "o", color=colors[side], ms=4, alpha=0.6)
+            means[rate] = np.mean(values)
+        best_rates[side] = best = min(means, key=means.get)
+        axis.plot([*map(float, means)], [*means.values()], color=colors[side], label=name)
+        axis.plot(float(best), means[best], "o", ms=13, mfc="none", color=colors[side])
+    axis.axvline(DEMO_RATE, color=colors["before"], ls=":", lw=1)
+    axis.set_title("At each learning rate (two seeds;\ncircles: each side's best)", fontsize=11)
+    axis.set(xlabel="learning rate", xscale="log")
+    axis.set_xticks([1e-3, 2e-3, 4e-3, 8e-3], ["0.001\n(demo)", "0.002", "0.004", "0.008"])
+    axis.minorticks_off()
+    axis.legend(loc="upper right")
+    return best_rates
+
+
+def draw_pairs(axis, sides, colors):
+    """The losses of new seeds, [{seed: loss}] before and after, and their mean difference."""
+    seeds = [seed for seed in sides[0] if seed in sides[1] and seed not in TUNING_SEEDS]
+    before, after = [np.array([losses[seed] for seed in seeds]) for losses in sides]
+    places = range(len(seeds))
+    axis.vlines(places, before, after, color=colors["after"], alpha=0.5)
+    for side, values in zip(NAMES, (before, after)):
+        axis.plot(places, values, "o", color=colors[side], ms=5)
+    mean, low, high, _ = confidence_interval(after - before, RACE_BOUNDS[len(seeds)])
+    interval = f"{mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
+    axis.set_title(f"New seeds, each side at its best:\n{interval}", fontsize=11)
+    axis.set_xticks(places, seeds)
+    axis.set(xlabel="random seed")
 
 
 def style_of(text):
@@ -66,30 +82,10 @@ def style_of(text):
     return style
 
 
-def draw_comparison(axis, result, rates, text, blue):
-    """The losses of each seed without and with the flag, and the verdict."""
-    before = result["scores_before"]
-    after = result["scores_after"]
-    seeds = range(len(before))
-    axis.vlines(seeds, before, after, color=blue, alpha=0.5)
-    axis.plot(seeds, before, "o", color=text, ms=7, label="before: without it")
-    axis.plot(seeds, after, "o", color=blue, ms=7, label="after: with it")
-    verdict = re.split("[,:]", result["verdict"])[0]
-    interval = f"95 % interval {result['low']:+.3f} to {result['high']:+.3f}"
-    title = f"{rates}:\n{verdict}, {result['difference']:+.3f}\n{interval}"
-    axis.set_title(title, fontsize=11)
-    axis.set_xticks(seeds, result["seeds"])
-    axis.set(xlabel="random seed")
-    axis.margins(x=0.15)
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("part", choices=["make", "draw"])
-    parser.add_argument("folder", type=Path)
-    flags = parser.parse_args()
-    if flags.part == "make":
-        make(flags.folder.absolute())
-    draw(flags.folder.absolute())
+    _, all_losses = read_losses(ROOT / "extras" / "versus" / "nanogpt.csv")
+    for mode, side_colors in COLORS.items():
+        with matplotlib.rc_context(style_of(side_colors["before"])):
+            # Without the date, an unchanged picture is an unchanged file.
+            path = Path(__file__).with_name(f"verdict-{mode}.svg")
+            draw(all_losses, side_colors).savefig(path, transparent=True, metadata={"Date": None})

@@ -20,8 +20,8 @@ import numpy as np
 from datasets import Parser, UsageError, explain_errors, printable, run_program
 from extras.versus.sequential import RunScore, add_test_options, bounds_of, decide
 from extras.versus.sequential import paired_differences, summarize
-from extras.versus.verdict import PAIRS_HEADER, SIDES, VERDICTS
-from extras.versus.verdict import describe_best, describe_numbers, describe_pair
+from extras.versus.verdict import PAIRS_HEADER, SIDES
+from extras.versus.verdict import describe_best, describe_numbers, describe_pair, name_verdict
 
 
 def main(arguments):
@@ -40,13 +40,13 @@ def main(arguments):
         tuning_seeds |= seeds
     before, after = (losses[side][value] for side, value in zip(SIDES, best_values))
     seeds = [seed for seed in before if seed in after and seed not in tuning_seeds]
-    condition = "if these losses are right and both sides are tuned"
+    condition = "if both sides are tuned"
     if setting:
         condition += f" ({setting}: {best_values[0]} before, {best_values[1]} after)"
     best = None
     if tuning_seeds:
         best = describe_best(setting, best_values, [losses[side] for side in SIDES])
-        condition = f"{best}, if these losses are right"
+        condition = best
         if not seeds:
             print(f"Next: train both sides on other seeds, {best}.")
             return
@@ -151,7 +151,7 @@ def print_verdict(seeds, before, after, options, best, condition):
     print(*describe_numbers(result), sep="\n")
     if len(pairs) < len(seeds):
         print(f"Pairs after the first {len(pairs)} do not count.")
-    print(f"{VERDICTS[outcome].format(**result, pairs=len(pairs))}, {condition}.")
+    print(f"{name_verdict(result)}, {condition}.")
 
 
 if __name__ == "__main__":

@@ -39,13 +39,13 @@ def describe_numbers(result):
         return
     pairs = len(result["seeds"])
     is_significant = result["outcome"] in SIGNIFICANT
-    interval = "95 % interval at these values" if result["tuned"] else "95 % interval"
+    interval = "95 % interval at the chosen values" if result["tuned"] else "95 % interval"
     yield (
         f"mean difference {result['difference']:+.4f} {result['unit']}, {interval} "
         f"{result['low']:+.4f} to {result['high']:+.4f}"
     )
     if is_significant and result["tuned"]:
-        yield "It does not cover the choice of these values: confirm it on new seeds, tuned again."
+        yield "It does not cover the choice: confirm it on new seeds, tuned again."
     line = f"{result['agree']} of {pairs} pairs agree in sign"
     if pairs > 3 and "correlation" in result:  # of two, it is 1 or -1
         line += f"; correlation of the sides {result['correlation']:.2f}"
@@ -66,14 +66,22 @@ def describe_numbers(result):
         yield line
 
 
+def name_verdict(result):
+    """The verdict on a result, without its conditions."""
+    outcome = result["outcome"]
+    pairs = len(result["seeds"])
+    if outcome == "same" and not pairs:
+        return "Nothing that counts differs between the sides, so nothing is trained"
+    verdict = VERDICTS[outcome].format(**result, pairs=pairs)
+    if result["tuned"] and outcome in SIGNIFICANT:
+        verdict += ", unconfirmed"  # the interval does not cover the choice of values
+    return verdict
+
+
 def describe_verdict(result):
     """The verdict on a result, in words."""
     outcome = result["outcome"]
-    pairs = len(result["seeds"])
-    verdict = VERDICTS[outcome].format(**result, pairs=pairs)
-    if outcome == "same" and not pairs:
-        verdict = "Nothing that counts differs between the sides, so nothing is trained"
-    verdict = ", ".join([verdict, *list_conditions(result)])
+    verdict = ", ".join([name_verdict(result), *list_conditions(result)])
     if result["look"] > 1 and outcome in SIGNIFICANT:
         verdict += f": try {result['look']}"
     return f"{verdict}."

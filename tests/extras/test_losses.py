@@ -5,7 +5,7 @@ import pytest
 from datasets import UsageError
 from extras.versus import losses
 
-CONDITIONS = "if these losses are right and both sides are tuned."
+CONDITIONS = "if both sides are tuned."
 # Pairs of losses; differences of -0.1, -0.3, -0.2, -0.2
 PAIRS = [(3.0, 2.9), (3.1, 2.8), (3.2, 3.0), (3.0, 2.8)]
 UNTUNED = "side,seed,loss"
@@ -114,10 +114,10 @@ def test_tuned_sides_are_compared_at_their_best_values(judge):
     assert means[3:5] == [["2", "3.0000"], ["3", "2.9000"]]
     first_pair = rest[7]
     assert first_pair.split() == ["3", "3.0000", "2.9000", "-0.1000"]
-    assert numbers.endswith("interval at these values -0.3980 to -0.0020")
-    assert choice.startswith("It does not cover the choice of these values: confirm it")
+    assert numbers.endswith("interval at the chosen values -0.3980 to -0.0020")
+    assert choice.startswith("It does not cover the choice: confirm it")
     best = "2 before, 3 after (at the edge of the list: give more)"
-    assert verdict == f"Helped, each at its best learning_rate: {best}, if these losses are right."
+    assert verdict == f"Helped, unconfirmed, each at its best learning_rate: {best}."
 
 
 def test_a_diverged_value_is_not_the_best(judge):

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, RunScore, decide
 
 SPREAD = 0.008  # of the differences of pairs, in nats/token, as measured for the recipe `first`
+NANOGPT_SPREAD = 0.0125  # the same in nanoGPT's demo, by extras/versus/nanogpt.csv
 # How many edits of a night have which effect, in nats/token: below zero is better.
 NIGHT = {0.0: 60, 0.01: 30, -0.005: 4, -0.01: 4, -0.02: 2}
 # Mean losses of a model at six learning rates: of "before" in extras/versus/nanogpt.csv.
@@ -60,30 +61,46 @@ def kept(effect, draw):
 
 def show_races(kind, draw, tries):
     """Prints how often a race calls edits of some effects helpful or harmful."""
-    for effect in (0, -0.5, -1, -2):
-        results = [decided(RACE_BOUNDS, effect, draw) for _ in range(tries)]
+    for effect in (0, -0.01, -0.02):
+        results = []
+        for _ in range(tries):
+            results.append(decided(RACE_BOUNDS, effect / NANOGPT_SPREAD, draw))
         outcomes = [outcome for outcome, _ in results]
         shares = [f"{name} {outcomes.count(name) / tries:.1%}" for name in ("helped", "hurt")]
         pairs = np.mean([pairs for _, pairs in results])
         shown = f"{', '.join(shares)}; {pairs:.1f} pairs"
-        print(f"{kind}: race, effect {effect:+} spreads: {shown}", flush=True)
+        print(f"{kind}: effect {effect:+}, spread {NANOGPT_SPREAD}: {shown}", flush=True)
+
+
+def tuned_outcome(effect, spread, losses_by_rate, num_seeds, draw):
+    """The outcome of a race at each side's best rate; effect: of "after", the same at all rates.
+
+    By chance, a side chooses a worse rate.
+    """
+    noise = draw(2 * len(losses_by_rate) * num_seeds) * spread / 2**0.5
+    means = losses_by_rate + noise.reshape(2, -1, num_seeds).mean(axis=2)
+    before, after = losses_by_rate[means.argmin(axis=1)]
+    outcome, _ = decided(RACE_BOUNDS, (after + effect - before) / spread, draw)
+    return outcome
 
 
 def show_tuned_races(kind, draw, tries):
-    """Prints how often a race of two equal sides, each at its best rate, is called a difference.
-
-    By chance, one side chooses a worse rate.
-    """
-    for num_seeds in (2, 4):
+    """Prints what races call sides that differ by an effect, each at its best rate."""
+    four_rates = LOSSES_BY_RATE[1:5]
+    settings = [(0, SPREAD, LOSSES_BY_RATE, 2), (0, SPREAD, LOSSES_BY_RATE, 4)]
+    settings += [(effect, NANOGPT_SPREAD, four_rates, 2) for effect in (0, -0.01, -0.02)]
+    for effect, spread, losses_by_rate, num_seeds in settings:
         outcomes = []
         for _ in range(tries):
-            noise = draw(2 * len(LOSSES_BY_RATE) * num_seeds) * SPREAD / 2**0.5
-            means = LOSSES_BY_RATE + noise.reshape(2, -1, num_seeds).mean(axis=2)
-            before, after = LOSSES_BY_RATE[means.argmin(axis=1)]
-            outcome, _ = decided(RACE_BOUNDS, (after - before) / SPREAD, draw)
-            outcomes.append(outcome in ("helped", "hurt"))
-        shown = f"{np.mean(outcomes):.1%} helped or hurt"
-        print(f"{kind}: equal sides, tuned by {num_seeds} seeds: {shown}", flush=True)
+            outcomes.append(tuned_outcome(effect, spread, losses_by_rate, num_seeds, draw))
+        shown = []
+        for name in ("helped", "hurt"):
+            share = outcomes.count(name) / tries
+            # Twice: on other seeds, tuned again.
+            shown.append(f"{name} {share:.1%} (twice: {share**2:.2%})")
+        rates = f"best of {len(losses_by_rate)} rates by {num_seeds} seeds"
+        case = f"effect {effect:+}, spread {spread}, {rates}"
+        print(f"{kind}: {case}: {', '.join(shown)}", flush=True)
 
 
 def show_nights(kind, draw, nights):
