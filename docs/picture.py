@@ -67,8 +67,8 @@ def draw_pairs(axis, sides, colors):
     for side, values in zip(NAMES, (before, after)):
         axis.plot(places, values, "o", color=colors[side], ms=5)
     mean, low, high, _ = confidence_interval(after - before, RACE_BOUNDS[len(seeds)])
-    interval = f"{mean:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
-    axis.set_title(f"New seeds, each side at its best:\n{interval}", fontsize=11)
+    interval = f"difference {mean:+.3f} (95 %: {low:+.3f} to {high:+.3f})"
+    axis.set_title(f"New seeds, each side at its best: mean\n{interval}", fontsize=11)
     axis.set_xticks(places, seeds)
     axis.set(xlabel="random seed")
 
