@@ -5,17 +5,10 @@
     python main.py                   resume the newest run; without any, train a large model
     python main.py --help            list all flags
 
-The sections before Runs are there to be edited: model, loss and optimizer, batches, evaluation,
-training, sampling. The rest saves and resumes runs, reports, and reads flags; a command begins in
-`execute`, near the end. datasets.py turns text into token ids. These two files work alone; every
-other feature is a file in extras/.
-
-A function under @fast_version has a faster copy in extras/features/fast.py, which runs in its place
-until you edit the function here. MLX is lazy: operations build a graph, which mx.eval computes.
-
-Letters in shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value
-heads, d dimension of a head, V vocabulary, N any number. A linear layer from I to O features has a
-matrix [O, I], as in PyTorch.
+What you edit comes first: model, loss and optimizer, batches, evaluation, training, sampling. The
+rest saves and resumes runs, reports on them, and reads flags; a command begins in `execute`, near
+the end. datasets.py turns text into token ids. These two files work alone; every other feature is a
+file in extras/.
 """
 
 import argparse
@@ -40,15 +33,14 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # the folder of datasets.py
+sys.path.insert(0, str(HERE))  # finds this datasets.py before Hugging Face's
 
 import datasets
-from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, TEXT_FLAGS, Flag, RunError, UsageError
-from datasets import absolute, explain_errors, extra, new_file, nonempty, number, one_of
-from datasets import open_no_follow, printable, publish, sync, user_path
+from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, Flag, nonempty, number, one_of
+from datasets import RunError, UsageError, explain_errors, extra, printable
 
-# `fast` is extras/features/fast.py, or None. It is imported before MLX, which uses whichever BLAS
-# is already loaded.
+# `fast` is extras/features/fast.py, or None. Its copy of a function under @fast_version runs until
+# you edit the function here. It comes before MLX, which uses whichever BLAS is already loaded.
 fast, fast_version = datasets.import_fast(__name__, __file__)
 
 import mlx.core as mx
@@ -60,21 +52,22 @@ from tqdm import tqdm
 
 # ---- Model --------------------------------------------------------------------------------------
 # Decoder-only, pre-norm, with RMSNorm, RoPE and grouped-query attention. Layers are named as in
-# Hugging Face's Llama.
+# Hugging Face's Llama. Letters in shapes: B rows of a batch, L positions, N any number; V, D, H, K
+# and d are those of Config. A linear layer from I to O features has a matrix [O, I], as in PyTorch.
 
 
 @dataclasses.dataclass
 class Config:
     """A model's architecture; saved in checkpoints.
 
-    Give a new field a default, as older checkpoints lack it. To make it a flag, add a row to
-    FLAGS["model"].
+    Give a new field a default, as older checkpoints lack it. A row of FLAGS["model"], below class
+    MLP, makes it a flag.
     """
 
     vocab_size: int  # V
     context_size: int  # length of a training window, and the longest text read in one piece
     num_blocks: int
-    dim: int  # D
+    dim: int  # D, of the hidden states
     num_heads: int  # H, query heads
     num_kv_heads: int  # K, key and value heads, each shared by H / K query heads
     mlp: str  # a key of MLPS
@@ -85,26 +78,11 @@ class Config:
     rope_theta: float = 10000.0  # RoPE's wavelengths are 2 pi to nearly 2 pi * theta positions
     rope_scaling: list | None = None  # see rope_frequencies
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
-    head_dim: int | None = None  # d; None: dim / num_heads
+    head_dim: int | None = None  # d, of a head; None: dim / num_heads
     qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
 
     def __post_init__(self):
         resolve_config(self)  # checks the values, and fills in head_dim
-
-
-# The flags of the command line, {group: {name: Flag(default, convert, help)}}. SIZE is a whole
-# number from 1 on, COUNT from 0 on. Most rows stand beside their code, others in the section Flags.
-FLAGS = {"data": TEXT_FLAGS["data"]}  # from datasets.py
-
-FLAGS["model"] = {
-    "context_size": Flag(48, SIZE, "context length in tokens"),
-    "num_blocks": Flag(4, number(int, 1, 2**12), "transformer blocks"),
-    "dim": Flag(1024, number(int, 1, 2**16), "model dimension"),
-    "num_heads": Flag(8, SIZE, "query heads"),
-    "num_kv_heads": Flag(None, SIZE, "key/value heads (default: num_heads)"),
-    "qk_norm": Flag(False, bool, "RMS-normalize queries and keys"),
-    "untie": Flag(False, bool, "separate output matrix instead of tied embeddings"),
-}
 
 
 @fast_version
@@ -270,15 +248,6 @@ MLPS = {
     "swiglu": (nn.silu, True),
 }
 
-FLAGS["model"] |= {
-    "mlp": Flag("relu2", one_of(MLPS), "activation of the feed-forward layers"),
-    "mlp_dim": Flag(
-        None, number(int, 1, 2**18), "width of the feed-forward layers (default: 4 dim; swiglu: "
-        "8/3 dim, rounded up to a multiple of 64)"
-    ),
-}
-
-
 class MLP(nn.Module):
     """The feed-forward layer, [B, L, D] to [B, L, D]."""
 
@@ -297,6 +266,26 @@ class MLP(nn.Module):
         else:
             inner = self.activation(inner)
         return self.down_proj(inner)
+
+
+# The flags of the command line, {group: {name: Flag(default, type, help)}}. SIZE is a whole number
+# from 1 on, COUNT from 0 on. Other groups follow beside their code, and in the section Flags.
+FLAGS = {
+    "model": {
+        "context_size": Flag(48, SIZE, "context length in tokens"),
+        "num_blocks": Flag(4, number(int, 1, 2**12), "transformer blocks"),
+        "dim": Flag(1024, number(int, 1, 2**16), "model dimension"),
+        "num_heads": Flag(8, SIZE, "query heads"),
+        "num_kv_heads": Flag(None, SIZE, "key/value heads (default: num_heads)"),
+        "qk_norm": Flag(False, bool, "RMS-normalize queries and keys"),
+        "untie": Flag(False, bool, "separate output matrix instead of tied embeddings"),
+        "mlp": Flag("relu2", one_of(MLPS), "activation of the feed-forward layers"),
+        "mlp_dim": Flag(
+            None, number(int, 1, 2**18), "width of the feed-forward layers (default: 4 dim; "
+            "swiglu: 8/3 dim, rounded up to a multiple of 64)"
+        ),
+    }
+}
 
 
 def hash32(bits):
@@ -951,7 +940,7 @@ FLAGS["session"] = {
     ),
     "sample_tokens": Flag(None, COUNT, "tokens of these samples; 0: none (default: max_tokens)"),
     "grad_checkpoint": Flag(False, bool, "gradient checkpointing: less memory, more compute"),
-} | TEXT_FLAGS["session"]
+} | datasets.TEXT_FLAGS["session"]
 
 
 def make_step(model, optimizer, flags, ranks=None, teacher=None):
@@ -1797,7 +1786,7 @@ def sha1_of_text(text):
 
 def sha1_of_file(path):
     """The SHA1 of a file, but not of a symbolic link. Raises OSError."""
-    return datasets.hash_of_file(path, hashlib.sha1, open_no_follow)
+    return datasets.hash_of_file(path, hashlib.sha1, datasets.open_no_follow)
 
 
 def sha1_of_arrays(arrays):
@@ -1826,7 +1815,7 @@ def read_checkpoint(metadata_path):
 
     Raises an exception of any type if it is malformed: the file is untrusted.
     """
-    with open(metadata_path, "rb", opener=open_no_follow) as file:
+    with open(metadata_path, "rb", opener=datasets.open_no_follow) as file:
         length = int.from_bytes(file.read(8), "little")  # of the JSON header that follows
         # The length may be junk. MLX itself reads no header of 100 MB.
         header = json.loads(file.read(min(length, 10**8)))["__metadata__"]
@@ -2029,7 +2018,10 @@ def write_checkpoint(run):
     arrays["tokenizer"] = mx.array(np.frombuffer(tokenizer, np.uint8))
     state = arrays_to_save(arrays)
     save_code(run)
-    with new_file(run.folder) as weights_file, new_file(run.folder) as metadata_file:
+    with (
+        datasets.new_file(run.folder) as weights_file,
+        datasets.new_file(run.folder) as metadata_file,
+    ):
         mx.save_safetensors(weights_file, weights, {"format": "mlx"})
         weights_file.flush()
         sha1 = sha1_of_file(weights_file.name)
@@ -2038,10 +2030,10 @@ def write_checkpoint(run):
         record = json.dumps(numbers | checkpoint_fields(run) | fields)
         header = {"record": record, "sha1": sha1_of_text(record)}
         mx.save_safetensors(metadata_file, state, header)
-        publish(metadata_file, run.folder / f"{sha1}.metadata")
-        publish(weights_file, run.folder / f"{sha1}.safetensors")
-    sync(run.folder)
-    sync(run.folder.parent)  # which holds the folder's own name
+        datasets.publish(metadata_file, run.folder / f"{sha1}.metadata")
+        datasets.publish(weights_file, run.folder / f"{sha1}.safetensors")
+    datasets.sync(run.folder)
+    datasets.sync(run.folder.parent)  # which holds the folder's own name
     run.checkpoint_id = sha1
     run.saved_at = saved_at
     run.has_unsaved_steps = False
@@ -2384,11 +2376,12 @@ def save_code(run):
         path = folder / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with new_file(run.folder) as file:  # where `prune_checkpoints` removes leftovers
+            # Here, `prune_checkpoints` removes what a killed process leaves.
+            with datasets.new_file(run.folder) as file:
                 file.write(source.encode())
-                publish(file, path)
+                datasets.publish(file, path)
     for path in [folder, *folder.rglob("*")]:
-        sync(path)
+        datasets.sync(path)
 
 
 def code_mismatch_error(checkpoint, code, flags):
@@ -2536,7 +2529,7 @@ class Reporter:
         row = {"iteration": self.run.iteration, "prompt": prompt, "text": text}
         with self.writing("samples.jsonl"):
             path = self.run.folder / "samples.jsonl"
-            with open(path, "a", encoding="utf-8", opener=open_no_follow) as file:
+            with open(path, "a", encoding="utf-8", opener=datasets.open_no_follow) as file:
                 file.write(json.dumps(row) + "\n")
 
     @contextlib.contextmanager
@@ -2594,7 +2587,8 @@ class Log:
         if not {*row} <= {*self.columns} or not self.path.exists():
             self.rewrite(texts)
             return
-        with open(self.path, "a", encoding="utf-8", newline="", opener=open_no_follow) as file:
+        options = {"encoding": "utf-8", "newline": "", "opener": datasets.open_no_follow}
+        with open(self.path, "a", **options) as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
 
     def rewrite(self, last_row):
@@ -2632,7 +2626,7 @@ def read_log(path):
     if os.path.lexists(path):
         # A spreadsheet may have added a byte-order mark.
         options = {"encoding": "utf-8-sig", "errors": "replace", "newline": ""}
-        with open(path, **options, opener=open_no_follow) as file:
+        with open(path, opener=datasets.open_no_follow, **options) as file:
             for line in file:
                 with contextlib.suppress(csv.Error, ValueError, KeyError):
                     values = next(csv.reader([line]))
@@ -2885,8 +2879,9 @@ FLAGS["command"] = {
     "preset": Flag(None, one_of(PRESETS), "sets dim, num_heads, num_blocks, context_size"),
     "max_minutes": Flag(None, NONNEGATIVE, "stop after this much training time of this command"),
     "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
-} | TEXT_FLAGS["command"]
+} | datasets.TEXT_FLAGS["command"]
 
+FLAGS = {"data": datasets.TEXT_FLAGS["data"]} | FLAGS
 ALL_FLAGS = {name: flag for group in FLAGS.values() for name, flag in group.items()}
 DEFAULTS = {name: flag.default for name, flag in ALL_FLAGS.items()}
 INIT_FLAGS = [*FLAGS["data"], *FLAGS["model"], *FLAGS["init"]]
@@ -2968,7 +2963,7 @@ def read_command_line(argv):
 
 def read_config(name):
     """The flags in a YAML file or a recipe, as if passed on the command line."""
-    path = Path(user_path(name))
+    path = Path(datasets.user_path(name))
     if not path.is_file():
         path = RECIPES / f"{name}.yaml"
     if not path.is_file():
@@ -3026,15 +3021,15 @@ def resolve_flags(explicit, recorded=None):
     flags.save_dir = Path(flags.save_dir)
     flags.data_dir = flags.data_dir or explicit.get("save_dir")
     for name in {"text", "valid_text", "test_text"} & {*explicit}:  # recorded ones are absolute
-        setattr(flags, name, [absolute(path) for path in explicit[name]])
+        setattr(flags, name, [datasets.absolute(path) for path in explicit[name]])
     for name in {"init_from", "teacher", "draft"} & {*explicit}:
         # Others name checkpoints, or models on the hub.
-        if is_model_folder(user_path(explicit[name])):
-            setattr(flags, name, absolute(explicit[name]))
+        if is_model_folder(datasets.user_path(explicit[name])):
+            setattr(flags, name, datasets.absolute(explicit[name]))
     if flags.tokenizer == "auto":
         flags.tokenizer = datasets.CORPORA[flags.dataset].tokenizer_kind
     elif flags.tokenizer == explicit.get("tokenizer") and flags.tokenizer not in datasets.KINDS:
-        flags.tokenizer = absolute(flags.tokenizer)
+        flags.tokenizer = datasets.absolute(flags.tokenizer)
     if flags.num_kv_heads is None:
         flags.num_kv_heads = flags.num_heads
     if flags.mlp_dim is None:

@@ -6,7 +6,7 @@ Whoever rewords one of them enters the new wording here.
 # ---- Top ----------------------------------------------------------------------------------------
 
 IMPORT = "import mlx.core as mx\n"
-TOP = 'FLAGS = {"data": TEXT_FLAGS["data"]}'
+TOP = 'FLAGS = {\n    "model": {'
 MODEL_SECTION = "# ---- Model ---"
 ADAMW = "def make_adamw("
 PLURAL = "def plural("

@@ -321,7 +321,7 @@ def test_edit_without_effect_is_proved(project):
     out, _ = compare(project, "HEAD", "--pairs", 2)
     assert out.endswith("\nNothing that counts differs between the sides, so nothing is trained.\n")
     assert not [*project.glob("runs/versus/*/text-*")], "nothing is trained"
-    edit(project, anchors.TOP, anchors.TOP + "\nprint('{}')")
+    edit(project, anchors.TOP, f"print('{{}}')\n\n{anchors.TOP}")
     norm = anchors.RMS_NORM
     edit(project, f"    return {norm}", f"    normed = {norm}    return normed\n")
     out, _ = compare(project, "HEAD", "--pairs", 2)
