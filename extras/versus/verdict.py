@@ -45,7 +45,7 @@ def describe_numbers(result):
         f"{result['low']:+.4f} to {result['high']:+.4f}"
     )
     if is_significant and result["tuned"]:
-        yield "It does not cover the choice: confirm it on new seeds, tuned again."
+        yield "The choice itself may be luck: confirm the verdict on new seeds, tuned again."
     line = f"{result['agree']} of {pairs} pairs agree in sign"
     if pairs > 3 and "correlation" in result:  # of two, it is 1 or -1
         line += f"; correlation of the sides {result['correlation']:.2f}"

@@ -115,7 +115,7 @@ def test_tuned_sides_are_compared_at_their_best_values(judge):
     first_pair = rest[7]
     assert first_pair.split() == ["3", "3.0000", "2.9000", "-0.1000"]
     assert numbers.endswith("interval at the chosen values -0.3980 to -0.0020")
-    assert choice.startswith("It does not cover the choice: confirm it")
+    assert choice.startswith("The choice itself may be luck: confirm")
     best = "2 before, 3 after (at the edge of the list: give more)"
     assert verdict == f"Helped, unconfirmed, each at its best learning_rate: {best}."
 
