@@ -1278,7 +1278,7 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
     raise RunError(
         f"{name} could not be downloaded ({reason}). Put it at {path} by hand "
         f"({size} bytes, SHA256 {sha256}), or name another source with --mirror; "
-        "--dataset python needs no network."
+        "--dataset python --tokenizer byte needs no network."
     )
 
 

@@ -938,7 +938,7 @@ FLAGS["session"] = {
     "sample_prompt": Flag(
         [], str, "what to continue after each save (default: the start of a text)"
     ),
-    "sample_tokens": Flag(None, COUNT, "tokens of these samples; 0: none (default: max_tokens)"),
+    "sample_tokens": Flag(200, COUNT, "maximum number of tokens of these samples; 0: none"),
     "grad_checkpoint": Flag(False, bool, "gradient checkpointing: less memory, more compute"),
 } | datasets.TEXT_FLAGS["session"]
 
@@ -2431,6 +2431,10 @@ METRIC_FORMATS = {
 }
 
 
+# Those beside the progress bar, where no more fits.
+BAR_METRICS = ["loss", "learning_rate", "tokens_per_second"]
+
+
 def format_metric(name, value):
     """A metric for the screen, see METRIC_FORMATS."""
     return METRIC_FORMATS.get(name, name + " {:.4g}").format(value)
@@ -2487,10 +2491,11 @@ class Reporter:
 
     def show(self, metrics):
         """Shows the metrics of the steps up to the current iteration."""
-        texts = [format_metric(name, value) for name, value in metrics.items()]
         if not self.bar.disable:
-            self.bar.set_postfix_str(", ".join(texts[:4]))  # more does not fit beside the time
+            texts = [format_metric(name, metrics[name]) for name in BAR_METRICS if name in metrics]
+            self.bar.set_postfix_str(", ".join(texts))
             return
+        texts = [format_metric(name, value) for name, value in metrics.items()]
         texts.append(f"time {tqdm.format_interval(self.run.seconds)}")
         if "ms_per_step" in metrics:
             seconds_left = (self.bar.total - self.run.iteration) * metrics["ms_per_step"] / 1000
@@ -2550,8 +2555,7 @@ def save_and_sample(run, interrupts, reporter):
     save(run, interrupts)
     say(f"saved {run.checkpoint_id} at iteration {run.iteration:,}")
     flags = argparse.Namespace(**vars(run.flags))
-    if flags.sample_tokens is not None:
-        flags.max_tokens = flags.sample_tokens
+    flags.max_tokens = flags.sample_tokens
     if flags.max_tokens == 0:
         return
     with run.using_average() as model:
@@ -2873,7 +2877,7 @@ FLAGS["command"] = {
         None, SIZE, "tokens between windows of --evaluate and --eval_test (default: context_size)"
     ),
     "identifier": Flag(
-        None, nonempty, "checkpoint to use: SHA1 prefix, run, RUN@STEP, latest or best"
+        None, nonempty, "checkpoint to use: SHA1 prefix, run, RUN@STEP, latest, or best of its run"
     ),
     "config": Flag(None, nonempty, "YAML file of flags, or a recipe in extras/recipes"),
     "preset": Flag(None, one_of(PRESETS), "sets dim, num_heads, num_blocks, context_size"),
@@ -3061,6 +3065,7 @@ NEEDS_ONE_OF = {
     "teacher_weight": ["teacher"],
     "teacher_temperature": ["teacher"],
     "draft": ["prompt", "inference"],
+    "max_tokens": ["prompt", "inference"],
     "quantize": ["prompt", "inference", "evaluate"],
     "eval_stride": ["evaluate", "eval_test"],
 }

@@ -85,9 +85,12 @@ def read_cases(files, output):
             entries = read_yaml(Path(path), "BaseLoader")
             if not entries:
                 raise ValueError("it has no case")
-            for entry in entries:
+            for number, entry in enumerate(entries, 1):
+                case = [entry[name] for name in ("prompt", "expected") if name in entry]
+                if [*map(type, case)] != [str, str]:
+                    raise ValueError(f"its entry {number} is none")
                 # In JSON, which is also YAML, an emoji may be two surrogates: "\ud83d\ude00".
-                cases.append((utf8(entry["prompt"]), utf8(entry["expected"])))
+                cases.append((*map(utf8, case),))
     return cases
 
 

@@ -193,7 +193,8 @@ class Teacher:
         if response.status_code in (401, 403):  # another try would not help
             fault = "refuses the key" if self.key else "wants a key"
             raise UsageError(
-                f"{self.url} {fault} (status {response.status_code}): set TEACHER_API_KEY"
+                f"{self.url} {fault} (status {response.status_code}): set TEACHER_API_KEY in the "
+                "environment (no .env is read)"
             )
         if response.status_code != 200:
             reason = response.content.decode("utf-8", "replace")

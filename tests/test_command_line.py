@@ -66,7 +66,7 @@ def given_in(folder, *line):
 ])  # fmt: skip
 def test_what_is_not_given_follows(line, expected, short, tmp_path):
     """Or is as --help says."""
-    small = ["--text", short, "--batch_size", 1, "--max_tokens", 1]
+    small = ["--text", short, "--batch_size", 1, "--sample_tokens", 1]
     values = dict(tokenizer="byte", batch_size=1, num_kv_heads=8) | expected
     assert given_in(tmp_path, *small, *line.split()) == values
 
@@ -107,7 +107,7 @@ def test_a_file_of_flags(content, beside, line, short, tmp_path):
     """Flat or in groups: what is typed counts more, and all of it more than a preset."""
     path = tmp_path / "own.yaml"
     path.write_text(content)
-    small = ["--text", short, "--batch_size", 2, "--max_tokens", 1]
+    small = ["--text", short, "--batch_size", 2, "--sample_tokens", 1]
     found = given_in(tmp_path / "lm", *small, "--config", path, *shlex.split(beside))
     assert found == given_in(tmp_path / "lm", *small, *shlex.split(line))
 
@@ -182,7 +182,7 @@ ANOTHER = {
 @pytest.mark.parametrize("theirs, ours", THEIRS.values(), ids=THEIRS)
 def test_names_of_other_programs(theirs, ours, short, tmp_path):
     """Typed, and in a file of flags."""
-    line = ["--text", short, "--max_tokens", 4]
+    line = ["--text", short, "--sample_tokens", 4]
     expected = given_in(tmp_path, *line, *ours.split())
     assert len(expected) > 6
     assert given_in(tmp_path, *line, *theirs.split()) == expected

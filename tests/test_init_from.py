@@ -15,7 +15,7 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     folder, id = base
     (tmp_path / "more.txt").write_text("señor fox\n" * 400)
     line = ["--text", tmp_path / "more.txt", "--init_from", id, "--save_dir", folder]
-    line += ["--learning_rate", 1e-9, "--context_size", 16, "--max_tokens", 5]
+    line += ["--learning_rate", 1e-9, "--context_size", 16, "--sample_tokens", 5]
     name, _, _ = begin(*line, "--num_iters", 1)
     new_checkpoint, old_checkpoint = saved(folder)
     assert not (new_checkpoint.folder / "init_from").exists()
@@ -36,7 +36,7 @@ def test_another_base_is_another_run(word_model, text, tmp_path):
     """Whatever it is called: by its id, its beginning, or its run. Its vocabulary counts."""
     folder = shutil.copytree(word_model, tmp_path / "lm")
     [id] = ids(folder)
-    line = ["--text", text, "--save_dir", folder, "--learning_rate", 1e-3, "--max_tokens", 1]
+    line = ["--text", text, "--save_dir", folder, "--learning_rate", 1e-3, "--sample_tokens", 1]
     name, _, _ = begin(*line, "--init_from", id, "--num_iters", 1)
     twice, iteration, _ = begin(*line, "--init_from", name, "--num_iters", 1)
     assert (twice != name, iteration) == (True, 0)
@@ -65,7 +65,7 @@ def test_a_runs_folder_is_no_other_programs_model(base, text, tmp_path, monkeypa
     [other] = saved(folder)
     monkeypatch.chdir(folder)
     for iteration, name in enumerate((other.folder, other.folder.name, other.folder)):
-        line = ["--text", text, "--save_dir", ".", "--init_from", name, "--max_tokens", 1]
+        line = ["--text", text, "--save_dir", ".", "--init_from", name, "--sample_tokens", 1]
         assert begin(*line, "--num_iters", iteration + 1)[1] == iteration, "it is the same run"
         assert saved(folder)[0].parents == {"init_from": id}
 
@@ -76,5 +76,5 @@ def test_a_folder_called_latest(base, text, tmp_path, monkeypatch):
     (tmp_path / "latest").mkdir()
     monkeypatch.chdir(tmp_path)
     line = ["--text", text, "--save_dir", folder, "--init_from", "latest", "--num_iters", 1]
-    begin(*line, "--max_tokens", 1)
+    begin(*line, "--sample_tokens", 1)
     assert saved(folder)[0].parents == {"init_from": id}

@@ -98,7 +98,7 @@ def test_command(command, place):
             out, _ = run(*arguments, input="line 5", cwd=place)
             assert len(out) > 1
             continue
-        arguments += ["--max_tokens", "8"]
+        arguments += ["--sample_tokens", "8"]
         if not given & {"--identifier", "--init_from"}:
             arguments += SMALL
         out, _ = run(*arguments, "--num_iters", 5, cwd=place)

@@ -27,16 +27,18 @@ ALIASES = {
     "beta2": "adam_beta2",
     "lr_warmup": "warmup_iters warmup_steps num_warmup_steps",
     "lr_schedule": "lr_scheduler_type",
-    "grad_clip": "clip_grad_norm max_grad_norm",
+    "grad_clip": "clip_grad_norm gradient_clip_val max_grad_norm",
     "num_iters": (
         "iters max_iters max_steps max_train_steps num_iterations num_steps total_steps "
         "train_steps"
     ),
     "patience": "early_stopping_patience",
-    "steps_per_report": "log_every log_interval logging_steps print_every",
+    "steps_per_report": "log_every log_every_n_steps log_interval logging_steps print_every",
     "steps_per_eval": "eval_every eval_interval eval_steps",
-    "steps_per_save": "ckpt_interval save_every save_interval save_steps",
-    "keep": "save_total_limit",
+    "steps_per_save": (
+        "ckpt_every ckpt_interval every_n_train_steps save_every save_interval save_steps"
+    ),
+    "keep": "save_top_k save_total_limit",
     "grad_checkpoint": "checkpoint gradient_checkpointing",
     "max_tokens": "max_new_tokens n_predict num_tokens",
     "num_samples": "num_return_sequences",
@@ -54,7 +56,9 @@ NOT_HERE = {
         "--num_iters counts steps, and the start screen says how many an epoch has"
     ),
     "eval_iters eval_batches val_batches": "--eval_tokens counts tokens, not batches",
-    "eval_strategy evaluation_strategy": "--steps_per_eval is the interval",
+    "check_val_every_n_epoch eval_strategy evaluation_strategy": (
+        "--steps_per_eval is the interval in steps"
+    ),
     "save_strategy save_only_best load_best_model_at_end": (
         "the best checkpoint is kept: sample from it with --identifier best"
     ),
@@ -87,11 +91,13 @@ NOT_HERE = {
     "data data_path train_file train_data train_path input input_file text_file": (
         "--text names files of yours, --dataset a corpus"
     ),
-    "wandb wandb_log wandb_project wandb_run_name tensorboard": "--report_to wandb,tensorboard",
+    "logger wandb wandb_log wandb_project wandb_run_name tensorboard": (
+        "--report_to wandb,tensorboard"
+    ),
     "compile torch_compile": "steps are always compiled",
     "stream streaming": "continuations are always streamed",
     "speculative_sampling speculative_decoding": "--draft names a draft model",
-    "distill distill_from groq_api_key": "see python -m extras.collect",
+    "distill distill_from groq_api_key teacher_model": "see python -m extras.collect",
     "export plot attention log_attention cases": (
         "a program of its own, with no flag before its file: python -m extras.export PATH, "
         "extras.plot FILE, extras.attention FILE, extras.cases FILE"
@@ -100,9 +106,11 @@ NOT_HERE = {
     "output": "python -m extras.batch FILE --output FILE; datasets.py has --save_tokenizer",
     "perplexity": "python main.py --evaluate valid",
     "count_parameters num_parameters": "the start screen says how many a model has",
-    "benchmark throughput memory profile generation test_batches": (
+    "benchmark throughput memory profile generation": (
         "python -m extras.benchmark measures memory, training and sampling, without a flag for each"
     ),
+    "test_batches": "python -m extras.benchmark measures one --batch_size at a time",
+    "generate sample": "--prompt continues a text, --inference several",
     "mqa use_mqa multi_query_attention": "--num_kv_heads 1",
     "dropout_annealing": "--dropout_final is the rate at the end",
     "accumulate_grad_batches": "--grad_accumulation",

@@ -104,7 +104,7 @@ def test_what_cannot_be_opened_is_skipped(trained, tmp_path, text):
     shutil.copytree(trained, tmp_path / "lm")
     base = ids(trained)[0]
     line = ["--text", text, "--init_from", base, "--lora_rank", 2, "--batch_size", 4]
-    name, _, _ = begin(*line, "--num_iters", 1, "--max_tokens", 2, *folder)
+    name, _, _ = begin(*line, "--num_iters", 1, "--sample_tokens", 2, *folder)
     shutil.rmtree(tmp_path / "lm" / name / "init_from")
     damaged = saved(tmp_path / "lm")[-1]
     damaged.weights_path.write_bytes(b"")

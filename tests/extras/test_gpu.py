@@ -10,7 +10,7 @@ import signal
 import pytest
 from conftest import TINY, ids, log_rows, on_gpu, run, run_extra, run_folder, write_text
 
-SETTINGS = "--learning_rate 0.01 --lr_warmup 5 --steps_per_report 1 --max_tokens 8".split()
+SETTINGS = "--learning_rate 0.01 --lr_warmup 5 --steps_per_report 1 --sample_tokens 8".split()
 KINDS = {  # the flags, and what strikes the run
     "float32": ("--grad_clip 0", signal.SIGTERM),
     "bfloat16": (

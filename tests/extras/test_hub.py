@@ -78,7 +78,7 @@ def fetched(hub):
 @pytest.fixture
 def line(text, tmp_path):
     """The command of a run of adapters, which needs its base again whenever it is resumed."""
-    line = ["--text", text, "--lora_rank", 2, "--batch_size", 4, "--max_tokens", 2]
+    line = ["--text", text, "--lora_rank", 2, "--batch_size", 4, "--sample_tokens", 2]
     return [*line, "--data_dir", tmp_path / "data"]
 
 

@@ -331,7 +331,7 @@ def test_tokens_beyond_the_embeddings(hf):
 def test_a_run_keeps_the_very_model_it_was_begun_with(hf, tmp_path, text, flag):
     """Configuration and tokenizer belong to it, not the weights alone: else it is another one."""
     shutil.copytree(hf, tmp_path / "original")
-    line = ["--text", text, "--batch_size", 4, "--max_tokens", 2, "--save_dir", tmp_path / "lm"]
+    line = ["--text", text, "--batch_size", 4, "--sample_tokens", 2, "--save_dir", tmp_path / "lm"]
     line += ["--lora_rank", 2] if flag == "--init_from" else TINY
     name, _, _ = begin(*line, flag, hf, "--num_iters", 1)
     change(hf, "tokenizer_config.json", eos_token="a")
@@ -372,7 +372,7 @@ def test_a_start_token_is_put_where_its_base_had_it(text, tmp_path):
     assert expected[0] == 0
     assert main.encode_prompt(base.tokenizer, "the end") == expected
     line = ["--text", text, "--init_from", tmp_path / "alone", "--num_iters", 1, "--batch_size", 2]
-    out, _ = run(*line, "--save_dir", tmp_path / "lm", "--max_tokens", 1)
+    out, _ = run(*line, "--save_dir", tmp_path / "lm", "--sample_tokens", 1)
     assert "\nEach text begins with <s>, as for the base model.\n" in out
     for path in (tmp_path / "lm" / "text").rglob("*.tokens"):
         assert np.fromfile(path, np.uint16)[0] == 0

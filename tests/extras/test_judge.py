@@ -55,7 +55,7 @@ def test_scores_are_those_of_main(kind, edits, base, text, tmp_path):
     if "--init_from" not in kind:
         line += TINY
     program = copy_program(tmp_path / "copy", edits) if edits else ROOT / "main.py"
-    run(*line, "--num_iters", 12, "--eval_tokens", 0, "--max_tokens", 4, program=[program])
+    run(*line, "--num_iters", 12, "--eval_tokens", 0, "--sample_tokens", 4, program=[program])
     checkpoint = newest(folder)
     tokenizer = checkpoint.open().tokenizer
     tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens

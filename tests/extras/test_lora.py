@@ -38,7 +38,7 @@ def assert_scored_as_merged(checkpoint, text):
 
 
 LORA = "--lora_rank 2 --dropout 0.1 --average 0.3 --learning_rate 0.03 --lr_warmup 5".split()
-LORA += ["--max_tokens", 8, "--num_iters"]
+LORA += ["--sample_tokens", 8, "--num_iters"]
 
 
 def test_adapters_begin_as_nothing(base, text):
@@ -109,7 +109,7 @@ def test_a_base_with_more_rows_than_ids(tmp_path, text):
     export_model(base, ByteTokenizer(), hf, None)
     line = ["--text", text, "--lora_rank", 2, "--lora_alpha", 3, "--init_from", hf]
     line += ["--learning_rate", 0.03, "--lr_warmup", 0, "--steps_per_eval", 2, "--eval_tokens", 0]
-    line += ["--max_tokens", 8, "--save_dir", tmp_path / "lm"]
+    line += ["--sample_tokens", 8, "--save_dir", tmp_path / "lm"]
     name, _, _ = begin(*line, "--num_iters", 2)
     shutil.rmtree(hf)
     assert begin("--num_iters", 4, "--save_dir", tmp_path / "lm")[:2] == (name, 2)

@@ -59,7 +59,7 @@ CANARY = "CANARY-5d41402abc4b"  # stands in files that no command is to read
 # ---- What is done with a stranger's files -------------------------------------------------------
 
 TEXT = "".join(f"the quick brown fox of line {i} jumps over señor {i * i}\n" for i in range(40))
-BRIEF = "--text {text} --new_model --max_tokens 4 --keep 1 --num_iters"
+BRIEF = "--text {text} --new_model --sample_tokens 4 --keep 1 --num_iters"
 # A record may ask for a sample of any length.
 TRAIN = "--num_iters 3 --keep 1 --sample_tokens 4"
 TINY = "--dim 8 --num_heads 2 --num_blocks 1 --context_size 8 --batch_size 2"

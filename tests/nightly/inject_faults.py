@@ -512,7 +512,7 @@ class Work:
 TEXT = "the quick brown fox jumps over a lazy dog — señor\n" * 4  # which a run reads several times
 SIZES = "--dim 16 --num_heads 2 --num_blocks 1 --context_size 8 --batch_size 4"
 PACE = "--num_iters 12 --lr_warmup 0 --steps_per_save 4 --steps_per_eval 8 --steps_per_report 3"
-PACE += " --eval_tokens 40 --max_tokens 2 --keep 1"
+PACE += " --eval_tokens 40 --sample_tokens 2 --keep 1"
 RATES = "--learning_rate 0.02 --lr_schedule linear --dropout 0.1 --average 0.3"
 
 
@@ -628,7 +628,7 @@ def branch(scenario, before):
 
 
 def adapt(scenario, before):
-    base = before.leg(f"{scenario.texts} {SIZES} --num_iters 3 --max_tokens 1".split())
+    base = before.leg(f"{scenario.texts} {SIZES} --num_iters 3 --sample_tokens 1".split())
     line = f"{scenario.texts} --init_from {base.saved[3]} --lora_rank 2 --batch_size 4"
     return f"{line} {PACE} {RATES}".split()
 
@@ -639,7 +639,7 @@ def prune(scenario, before):
     base = before.leg(line, [(100, "SIGTERM")])
     newest = base.saved[max(base.saved)]
     adapted = f"{scenario.texts} --init_from {newest} --lora_rank 2 --batch_size 4"
-    before.leg(f"{adapted} --num_iters 2 --max_tokens 1".split())
+    before.leg(f"{adapted} --num_iters 2 --sample_tokens 1".split())
     return line
 
 
@@ -674,13 +674,13 @@ def drawn(chance, scenario, before):
     line = f"{scenario.texts} --num_iters 100 --lr_warmup 5 --learning_rate 0.01"
     line += f" --steps_per_save {chance.randint(2, 6)} --steps_per_eval {chance.randint(5, 9)}"
     line += f" --steps_per_report {chance.randint(1, 3)} --keep {chance.randint(1, 3)}"
-    line += f" --max_tokens 1 --seed {chance.randint(1, 9)}"
+    line += f" --sample_tokens 1 --seed {chance.randint(1, 9)}"
     if chance.random() < 0.3:  # so long an evaluation that signals come in it
         (scenario.place / "valid.txt").write_text("0" * 3000)
         line += " --eval_tokens 0"
     reuse = chance.choice(REUSES)
     if reuse:
-        base = f"{scenario.texts} {SIZES} --num_iters 2 --max_tokens 1"
+        base = f"{scenario.texts} {SIZES} --num_iters 2 --sample_tokens 1"
         line += " " + reuse.format(before.leg(base.split()).saved[2])
     if "--init_from" in reuse:
         line += " --batch_size 4"
