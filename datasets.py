@@ -1115,7 +1115,7 @@ def load_dataset(
     is_object = not isinstance(tokenizer, str)  # made by the caller, or read from a file
     kind = tokenizer.kind if is_object else tokenizer
     if kind != "bpe" and vocab_size != VOCAB_SIZE:
-        print("--vocab_size has no effect without --tokenizer bpe.")
+        print("--vocab_size has no effect without --tokenizer bpe; gpt2 has 50,257 tokens.")
     user_paths = named_files(dataset, text, valid_text, test_text)
     local_sources = python_modules() if dataset == "python" else {}
     if user_paths:
@@ -1891,7 +1891,7 @@ TEXT_FLAGS = {
         "valid_text": Flag([], nonempty, "validation files (default: a share of --text)"),
         "valid_fraction": Flag(0.1, number(float, 0.001, 0.5), "share of --text held out"),
         "text_field": Flag("text", nonempty, "field of .jsonl and .parquet with the text"),
-        "train_tokens": Flag(None, SIZE, "train on the first N tokens only (default: all)"),
+        "train_tokens": Flag(None, SIZE, "train only on the first N tokens of the text"),
         "tokenizer": Flag(
             "auto", nonempty, f"{', '.join(KINDS[1:])}, FILE; auto: the corpus's usual one"
         ),
@@ -2029,8 +2029,10 @@ def main(arguments):
     if path:
         package = extra("huggingface").package_of(dataset.tokenizer)
         problem = f"cannot write --save_tokenizer {path}: name another file"
-        with explain_errors(problem, OSError), atomic_write(path) as file:
-            file.write(package.to_str().encode())
+        with explain_errors(problem, OSError):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                file.write(package.to_str().encode())
         print(f"its tokenizer is {path}")
 
 

@@ -936,7 +936,7 @@ FLAGS["session"] = {
     "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
     "report_to": Flag(None, str, "tensorboard, wandb, or both with a comma; none"),
     "sample_prompt": Flag(
-        [], str, "what to continue after each save (default: the start of a text)"
+        [], str, "what to continue after a save, unless by Ctrl+C (default: the start of a text)"
     ),
     "sample_tokens": Flag(200, COUNT, "maximum number of tokens of these samples; 0: none"),
     "grad_checkpoint": Flag(False, bool, "gradient checkpointing: less memory, more compute"),
@@ -1878,7 +1878,8 @@ def list_checkpoints(save_dir, warn=False):
 
 def list_run_folders(save_dir):
     """The folders in `save_dir` that may hold a run; see list_checkpoints."""
-    with explain_errors(f"--save_dir {save_dir} holds no runs: train a model first", OSError):
+    problem = f"--save_dir {save_dir} holds no runs: train a model first, or name their folder"
+    with explain_errors(problem, OSError):
         paths = list(save_dir.iterdir())
     folders = []
     for path in paths:

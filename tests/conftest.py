@@ -52,7 +52,7 @@ mx.set_default_device(mx.cpu)  # a Mac's is its GPU
 TINY = (
     "--eval_tokens 100 "  # scoring a whole validation text would be half of a run
     "--dim 16 --num_heads 2 --num_blocks 2 "
-    "--context_size 8 --batch_size 4 --max_tokens 8"
+    "--context_size 8 --batch_size 4 --sample_tokens 8"
 ).split()
 WORDS = "the quick brown fox of the company jumps over a lazy dog".split()
 

@@ -195,7 +195,7 @@ def test_progress_in_a_terminal(line):
         shown = terminal.wait_for("Run complete")
         bars = [each for each in re.split(rb"[\r\n]+", terminal.raw) if b"/100 [" in each]
     assert max(map(len, map(bytes.decode, bars))) <= 100
-    assert re.search(rb"100%\|\S+\| 100/100 \[.*, loss [\d.]+, grad [\d.]+, ", bars[-1])
+    assert re.search(rb"100%\|\S+\| 100/100 \[.*, loss [\d.]+, lr [\d.e-]+, ", bars[-1])
     assert not re.search(r"\d/100  loss ", shown), "what the bar says is not printed again"
 
 

@@ -52,7 +52,7 @@ SHAPING = [
 # None of these decides the weights.
 OTHERS = (
     "--steps_per_report 1 --steps_per_eval 2 --eval_tokens 50 --steps_per_save 1 --keep 1 "
-    "--patience 9 --max_minutes 5 --grad_checkpoint --sample_prompt line --max_tokens 3"
+    "--patience 9 --max_minutes 5 --grad_checkpoint --sample_prompt line --sample_tokens 3"
 )
 
 
@@ -377,7 +377,7 @@ def typed(pattern, said):
 def odd_line(text, tmp_path):
     """A command that trains a small model in folders with odd names."""
     folders = ["--save_dir", tmp_path / ODD_FOLDER, "--data_dir", tmp_path / "my data"]
-    return ["--text", text, *TINY, "--max_tokens", 4, *folders]
+    return ["--text", text, *TINY, "--sample_tokens", 4, *folders]
 
 
 def test_commands_of_a_run_that_ended(odd_line, tmp_path):

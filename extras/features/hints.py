@@ -38,6 +38,7 @@ ALIASES = {
     "steps_per_save": (
         "ckpt_every ckpt_interval every_n_train_steps save_every save_interval save_steps"
     ),
+    "quantize": "quantization",
     "keep": "save_top_k save_total_limit",
     "grad_checkpoint": "checkpoint gradient_checkpointing",
     "max_tokens": "max_new_tokens n_predict num_tokens",

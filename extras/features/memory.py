@@ -25,11 +25,13 @@ def memory_of_step(run, flags, ranks):
     # What a block keeps of a position: states [D], and of its MLP the input and the output of relu2
     # or all steps of another activation.
     block = 10 * config.dim + (2 if config.mlp == "relu2" else 5) * config.mlp_dim
-    if not on_gpu():  # where the weights of attention are computed again
-        block += config.num_heads * config.context_size
     # The gradients of a block take as much again. One that is computed again is there twice, too.
     blocks = 3 if flags.grad_checkpoint else config.num_blocks + 1
     activations = positions * (blocks * block + config.num_blocks * config.dim)
+    if not on_gpu():  # where the weights of attention are computed again
+        # As measured, some of them and their gradients are there at once.
+        copies = 6 if flags.grad_checkpoint else config.num_blocks + 2
+        activations += copies * positions * config.num_heads * config.context_size
     # Rows of logits, of their exps and gradients, and of gradients of the output layer.
     logits = 4 * positions + config.dim
     if fast:
@@ -77,7 +79,7 @@ def check_memory(run, ranks):
     remedy = " or ".join(fits) or "a smaller model or context"
     if needed() > 1.5 * memory_size():
         raise UsageError(f"{shortage}: give {remedy}")
-    say(f"Perhaps too much: {shortage}. It will fit with {remedy}.")
+    say(f"Perhaps too much: {shortage}. It should fit with {remedy}.")
 
 
 def describe_shortage(needed):
