@@ -119,7 +119,8 @@ def test_what_a_model_may_say(tmp_path, server, collect):
 def test_a_refused_key_is_not_sent_again(server, collect, status, key, fault):
     server.script = [(status, KEY.encode())]
     out, err = collect(key=key, status=2)
-    line = f"extras.collect: {server.url} {fault} (status {status}): set TEACHER_API_KEY\n"
+    line = f"extras.collect: {server.url} {fault} (status {status}): set TEACHER_API_KEY "
+    line += "in the environment (no .env is read)\n"
     assert (out, err) == ("", line)
     assert len(server.asked) == 1
 
