@@ -88,7 +88,6 @@ tqdm.set_lock(threading.RLock())  # tqdm's own lock starts another Python proces
 
 SPLITS = ("train", "valid", "test")
 END = "<|endoftext|>"  # marks the end of a document in a text
-END_TOKENS = [END, "<eos>", "</s>", "<|end_of_text|>"]  # in imported tokenizers, tried in order
 
 
 class Split(NamedTuple):
@@ -298,7 +297,8 @@ class WordTokenizer(Tokenizer):
         return [word for word in text.split() if word not in self.word_to_id]
 
 
-VOCAB_SIZE = 32000  # of the tokenizer bpe, by default
+BPE_VOCAB_SIZE = 32000  # by default
+END_TOKENS = [END, "<eos>", "</s>", "<|end_of_text|>"]  # in imported tokenizers, tried in order
 TOKENIZER_FAILED = (
     "this tokenizer fails on the text: pip install -U tokenizers, or train with another --tokenizer"
 )
@@ -363,7 +363,7 @@ class PackageTokenizer(Tokenizer):
         self.byte_ids = {ids[name] for name in names if name in ids}
 
     @classmethod
-    def train(cls, texts, vocab_size=VOCAB_SIZE):
+    def train(cls, texts, vocab_size=BPE_VOCAB_SIZE):
         """A tokenizer trained on `texts`, with at most `vocab_size` ids."""
         import tokenizers
 
@@ -425,13 +425,13 @@ KINDS = ["auto", *TOKENIZERS]
 KINDS.remove("file")
 
 
-def encode_after(tokenizer, previous_characters, texts):
-    """Yields the ids [N] of each text, as they follow the character before it ("" at a start).
+def encode_after(tokenizer, blocks):
+    """Yields the ids [N] of the text in each block, as they follow the character before it.
 
-    Some tokenizers put a space before whatever they encode.
+    Some tokenizers put a space before whatever they encode. blocks: see read_documents.
     """
-    both = tokenizer.encode_batch([*map("".join, zip(previous_characters, texts))])
-    for previous, text, ids in zip(previous_characters, texts, both):
+    both = tokenizer.encode_batch([previous + text for text, previous in blocks])
+    for (text, previous), ids in zip(blocks, both):
         previous_ids = tokenizer.encode(previous)
         if np.array_equal(ids[: len(previous_ids)], previous_ids):
             yield ids[len(previous_ids) :]
@@ -441,7 +441,7 @@ def encode_after(tokenizer, previous_characters, texts):
 
 def end_of_text(tokenizer):
     """The id of the end token; None if there is none, or it also encodes line ends, as in word."""
-    if tokenizer.eos is None or tokenizer.eos in tokenizer.encode("\n"):
+    if tokenizer.eos in tokenizer.encode("\n"):
         return None
     return tokenizer.eos
 
@@ -461,9 +461,10 @@ def tokenizer_from_dict(data):
 
 def read_tokenizer(path):
     """The tokenizer in a Hugging Face tokenizer.json."""
-    kinds = ", ".join(KINDS)
-    fault = f"--tokenizer {path} must be a Hugging Face tokenizer.json, or one of {kinds}"
-    fault += "; download the one of a model on the hub, or convert a .model with transformers"
+    fault = (
+        f"--tokenizer {path} must be a Hugging Face tokenizer.json, or one of {', '.join(KINDS)}; "
+        "download the one of a model on the hub, or convert a .model with transformers"
+    )
     with explain_errors(fault):
         return PackageTokenizer(read_whole(Path(user_path(path))), "file")
 
@@ -508,12 +509,12 @@ def ptb(get_file):
 def wikitext(size, get_file):
     """WikiText (Merity et al. 2016): 2 or 103 million words of Wikipedia articles."""
     archive = get_file(f"wikitext-{size}-v1.zip")
-    return [whole(unzip(archive, f"wikitext-{size}/wiki.{split}.tokens")) for split in SPLITS]
+    return [unzip(archive, f"wikitext-{size}/wiki.{split}.tokens") for split in SPLITS]
 
 
 def enwik8(get_file):
     """The first 100 MB of an English Wikipedia dump (Hutter Prize): 90, 5 and 5 million bytes."""
-    text = whole(unzip(get_file("enwik8.zip"), "enwik8"))
+    text = unzip(get_file("enwik8.zip"), "enwik8")
     return cut(text, text.stop * 90 // 100, text.stop * 95 // 100)
 
 
@@ -624,12 +625,12 @@ def cut(span, *cuts):
 
 
 def unzip(archive, member):
-    """Unpacks a member of a zip file, beside it and under its base name; returns its path."""
+    """Unpacks a member of a zip file, beside it and under its base name; returns its Span."""
     path = archive.with_name(os.path.basename(member))  # so a name like ../x leads nowhere else
     with hold_lock(path.parent), zipfile.ZipFile(archive) as members, members.open(member) as data:
         with atomic_write(path) as out:
             shutil.copyfileobj(data, out)
-    return path
+    return whole(path)
 
 
 def python_modules():
@@ -639,9 +640,10 @@ def python_modules():
     modules are for validation and a tenth for testing.
     """
     splits = {split: [] for split in SPLITS}
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        if path.stem in sys.stdlib_module_names:  # Debian adds others
-            tenth = zlib.crc32(path.stem.encode()) % 10
+    for name in sorted(sys.stdlib_module_names):
+        path = Path(sysconfig.get_path("stdlib"), f"{name}.py")
+        if path.exists():  # others are packages, or compiled
+            tenth = zlib.crc32(name.encode()) % 10
             split = {0: "valid", 1: "test"}.get(tenth, "train")
             splits[split].append(whole(path))
     return splits
@@ -650,11 +652,11 @@ def python_modules():
 def find_cut(span, at, marker):
     """The byte near `at` at which to cut the Span of a whole file in two.
 
-    The first `marker` ends there or, if the next 32 KiB have none, a character.
+    It is where the first `marker` ends or, if the next 32 KiB have none, where a character does.
     """
-    if at <= 0:
-        return 0
     start = min(at, span.stop) - 1  # a line end right before `at` counts
+    if start < 0:
+        return 0
     with open(span.path, "rb") as file:
         file.seek(start)
         near = file.read(1 << 16)
@@ -673,10 +675,10 @@ def find_cut(span, at, marker):
 def user_text(paths_of, valid_fraction, text_field, program_folders):
     """{split: sources, [Span or RowFile, ...]} of the user's files.
 
-    paths_of: {split: [path, ...]}; "test" alone if it replaces that of a corpus. Files for
-    validation or testing are left out of "train", see set_aside; if there are none for validation,
-    a part of "train" is held out, see hold_out. program_folders: see find_text_files; text_field:
-    RowFile's `field`.
+    paths_of: {split: [path, ...]}, without "train" if they only replace the test split of a corpus.
+    Files for validation or testing are left out of "train", see set_aside; if there are none for
+    validation, a part of "train" is held out, see hold_out. program_folders: see find_text_files;
+    text_field: RowFile's `field`.
     """
     files = {split: find_files(paths, program_folders) for split, paths in paths_of.items()}
     if "train" in files:
@@ -736,10 +738,10 @@ def find_text_files(path, program_folders):
     Files that are no text, or cannot be read, are left out with a message. Hidden files do not
     count, nor do those in `program_folders` (resolved paths, where this program keeps its files)
     unless `path` itself lies there. Links to folders are followed, but not to one above.
-    Raises UsageError if nothing matches; and, with the reason for the last file left out, if no
-    match is text, or if none that is named for training is text but one for validation or testing.
+    Raises UsageError if nothing matches; with the reason for the last file left out, also if no
+    match is text, or if all that are named for training are left out, and others are not.
     """
-    program_folders = set(program_folders).difference(Path(os.path.realpath(path)).parents)
+    program_folders = program_folders.difference(Path(os.path.realpath(path)).parents)
     queue = [(Path(path), Path(path).name, ())]  # path, name, real paths of the folders above
     if not os.path.exists(path):
         base = os.path.dirname(re.split("[*?[]", path)[0])
@@ -770,12 +772,12 @@ def find_text_files(path, program_folders):
             reason = error
             del files[file]
             left_out[file.suffix or file.name] += file.stat().st_size
-    splits_left = {*map(named_split, files.values())}
-    # Otherwise, text for validation or testing would be trained on.
-    is_train_lost = "train" in splits - splits_left and splits_left & {"valid", "test"}
-    if left_out and (not files or is_train_lost):
-        raise reason
     if left_out:
+        splits_left = {*map(named_split, files.values())}
+        # Otherwise, text for validation or testing would be trained on.
+        is_train_lost = "train" in splits - splits_left and splits_left & {"valid", "test"}
+        if not files or is_train_lost:
+            raise reason
         what = f"{left_out.total():,} bytes in files that are no readable UTF-8 text"
         print(f"{path}: leaving out {what} ({first_names([*left_out])})")
     return sorted(files.items())
@@ -819,7 +821,7 @@ def check_text(path):
             f"{path} holds null characters: it is no plain text; leave it out, or convert it "
             f"(if it is UTF-16, by iconv -f UTF-16 -t UTF-8 {shlex.quote(str(path))} > NEW)"
         )
-    next(read_pieces(whole(path, errors="strict")), "")
+    next(read_chunks(whole(path, errors="strict")), "")
 
 
 def set_aside(files):
@@ -828,21 +830,22 @@ def set_aside(files):
     If some files are named for training, those named for validation or testing become these splits,
     unless others were given for them.
     """
-    named = {key: named_split(name) for key, (_, name) in files["train"].items()}
+    train = files["train"]
+    named = {key: named_split(name) for key, (_, name) in train.items()}
     held_out = {*files.get("valid", ()), *files.get("test", ())}
     if "train" in named.values():
         for split in ("valid", "test"):
-            found = {key: files["train"][key] for key in named if named[key] == split}
+            found = {key: train[key] for key in named if named[key] == split}
             held_out.update(found)
             if found:
                 files.setdefault(split, found)
-    left_out = [name for key, (_, name) in files["train"].items() if key in held_out]
-    if len(left_out) == len(files["train"]) > 0:
+    left_out = [name for key, (_, name) in train.items() if key in held_out]
+    if len(left_out) == len(train):
         print("All text is for validation or testing: it is used, as there is no other.")
     elif left_out:
         print(f"Not training on what is for validation or testing: {first_names(left_out)}")
         for key in held_out:
-            files["train"].pop(key, None)
+            train.pop(key, None)
 
 
 def first_names(names):
@@ -868,15 +871,14 @@ def hold_out(sources, valid_fraction):
     spans = [span for span in sources if type(span) is Span]
     train = []
     valid = []
-    names = "the end of the text"
     for i, span in enumerate(spans):
         split = valid if is_held_out(i, valid_fraction) else train
         split.append(span)
     total = sum(span.stop for span in spans)  # bytes
     share = sum(span.stop for span in valid) / max(1, total)
-    if valid_fraction / 2 <= share <= 2 * valid_fraction:
-        names = first_names([span.path.name for span in valid])
-    else:
+    names = first_names([span.path.name for span in valid])
+    if not valid_fraction / 2 <= share <= 2 * valid_fraction:
+        names = "the end of the text"
         share = valid_fraction
         train = []
         valid = []
@@ -929,15 +931,15 @@ def read_documents(sources):
         if type(source) is RowFile:
             for text in extra("formats").read_rows(source):
                 if is_held_out(num_rows, source.valid_fraction) == source.is_valid:
-                    pieces = (text[i : i + BLOCK_SIZE] for i in range(0, len(text), BLOCK_SIZE))
-                    yield from cut_into_blocks(pieces)
+                    chunks = (text[i : i + BLOCK_SIZE] for i in range(0, len(text), BLOCK_SIZE))
+                    yield from cut_into_blocks(chunks)
                 num_rows += 1
         elif source.marker:
             for document in split_at_marker(source):
                 if document.strip():
                     yield document.strip("\n"), ""
         else:
-            yield from cut_into_blocks(read_pieces(source))
+            yield from cut_into_blocks(read_chunks(source))
 
 
 def begin_lines(blocks):
@@ -956,21 +958,21 @@ def begin_lines(blocks):
 def split_at_marker(span):
     """Yields the text between the markers in a span."""
     rest = ""
-    for piece in read_pieces(span):
-        # The last document may continue in the next piece.
-        *documents, rest = (rest + piece).split(span.marker)
+    for chunk in read_chunks(span):
+        # The last document may continue in the next chunk.
+        *documents, rest = (rest + chunk).split(span.marker)
         yield from documents
     yield rest
 
 
-def cut_into_blocks(pieces):
-    """Yields (text, previous) for a document that comes in pieces of at most BLOCK_SIZE characters.
+def cut_into_blocks(chunks):
+    """Yields (text, previous) for a document that comes in chunks of at most BLOCK_SIZE characters.
 
     The blocks give the tokens of the whole; see read_documents.
     """
     previous = ""
     rest = ""  # not yet yielded
-    for piece in pieces:
+    for chunk in chunks:
         found = UP_TO_A_CUT.match(rest)
         end = 0
         if found:
@@ -980,13 +982,13 @@ def cut_into_blocks(pieces):
         if end > 0:
             yield rest[:end], previous
             previous = rest[end - 1]
-        rest = rest[end:] + piece
+        rest = rest[end:] + chunk
     if rest:
         yield rest, previous
 
 
-def read_pieces(span):
-    """Yields the text of a span, read in pieces of BLOCK_SIZE bytes."""
+def read_chunks(span):
+    """Yields the text of a span in chunks of BLOCK_SIZE bytes."""
     # A byte-order mark is no part of the text.
     encoding = "utf-8" if span.start else "utf-8-sig"
     with open(span.path, "rb") as file:
@@ -1025,8 +1027,7 @@ def encode_documents(sources, tokenizer):
         blocks = begin_lines(blocks)
     last = eos  # as if a document had just ended: nothing goes before the first one
     while batch := list(itertools.islice(blocks, 8)):  # encoded in parallel; 1 MiB of most texts
-        texts, characters = zip(*batch)
-        for (text, previous), ids in zip(batch, encode_after(tokenizer, characters, texts)):
+        for (text, previous), ids in zip(batch, encode_after(tokenizer, batch)):
             if not previous:  # it begins a document
                 first = [*tokenizer.bos]
                 if last != eos and first[:1] != [eos]:  # some models have one token for both
@@ -1084,7 +1085,7 @@ def load_dataset(
     tokenizer="auto",
     valid_fraction=0.1,
     mirror=None,
-    vocab_size=VOCAB_SIZE,
+    vocab_size=BPE_VOCAB_SIZE,
     valid_text=(),
     test_text=(),
     train_tokens=None,
@@ -1114,12 +1115,12 @@ def load_dataset(
         tokenizer = read_tokenizer(tokenizer)
     is_object = not isinstance(tokenizer, str)  # made by the caller, or read from a file
     kind = tokenizer.kind if is_object else tokenizer
-    if kind != "bpe" and vocab_size != VOCAB_SIZE:
+    if kind != "bpe" and vocab_size != BPE_VOCAB_SIZE:
         print("--vocab_size has no effect without --tokenizer bpe; gpt2 has 50,257 tokens.")
     user_paths = named_files(dataset, text, valid_text, test_text)
     local_sources = python_modules() if dataset == "python" else {}
     if user_paths:
-        program_folders = [Path(user_path(path)).resolve() for path in (data_dir, save_dir) if path]
+        program_folders = {Path(user_path(path)).resolve() for path in (data_dir, save_dir) if path}
         local_sources |= user_text(user_paths, valid_fraction, text_field, program_folders)
     # `name` stands for one use of a text. It has a folder for each version of the text's files and
     # of datasets.py; the two written last stay.
@@ -1129,13 +1130,13 @@ def load_dataset(
     with hold_lock(cache):  # only one process encodes
         about = read_about(cache)
         if about is None:
-            options = {"data_dir": data_dir, "mirror": mirror}
-            get_file = functools.partial(fetch, folder=dataset, corpus=corpus, **options)
+            fetch_file = functools.partial(fetch, data_dir=data_dir, mirror=mirror)
             if "train" not in local_sources:
+                get_file = functools.partial(fetch_file, folder=dataset, corpus=corpus)
                 splits = zip(SPLITS, corpus.find_texts(get_file))
                 local_sources = {split: [span] for split, span in splits} | local_sources
             if not is_object:
-                tokenizer = make_tokenizer(kind, local_sources["train"], vocab_size, **options)
+                tokenizer = make_tokenizer(kind, local_sources["train"], vocab_size, fetch_file)
             about = write_splits(local_sources, tokenizer, cache)
             written = sorted(cache.parent.glob(f"{name}*/about.json"), key=os.path.getmtime)
             for path in written[:-2]:  # a run that has mapped one keeps its tokens
@@ -1168,10 +1169,10 @@ def hash_of_inputs(sources):
     return hash_of_data(entries)
 
 
-def make_tokenizer(kind, sources, vocab_size, **options):
-    """GPT-2's tokenizer, or one trained on the training split; options: see fetch."""
+def make_tokenizer(kind, sources, vocab_size, fetch_file):
+    """GPT-2's tokenizer, or one trained on the training split; fetch_file: see fetch."""
     if kind == "gpt2":
-        path = fetch("tokenizer.json", "gpt2", GPT2_TOKENIZER_FILES, **options)
+        path = fetch_file("tokenizer.json", "gpt2", GPT2_TOKENIZER_FILES)
         return PackageTokenizer(path.read_text("utf-8"), kind)
     texts = (text for text, _ in read_documents(sources))
     return TOKENIZERS[kind].train(texts, vocab_size)
@@ -1223,7 +1224,7 @@ def map_dataset(name, cache, about, train_tokens):
             tokens = tokens[:train_tokens]
             counts = dict.fromkeys(counts)
         splits[split] = Split(tokens, **counts)
-    if splits["train"] is None or splits["valid"] is None:
+    if not splits["train"] or not splits["valid"]:
         raise UsageError(
             "no text is left for training or validation: "
             "give more text, another --valid_fraction, or --valid_text"
@@ -1233,12 +1234,13 @@ def map_dataset(name, cache, about, train_tokens):
 
 # ---- Downloads ----------------------------------------------------------------------------------
 
-def fetch(name, folder, corpus, data_dir, mirror=None):
+
+def fetch(name, folder, corpus, data_dir, mirror):
     """Downloads <data_dir>/<folder>/<name>, unless it is already there; returns its path.
 
     corpus: the Corpus that lists the file; its hosts are tried in turn. mirror: a URL or a folder
-    that holds <folder>/<name>, tried instead. A download that was killed is resumed. Raises
-    RunError with the reason for each failure and what the user can do.
+    that holds <folder>/<name>, tried instead; or None. A download that was killed is resumed.
+    Raises RunError with the reason for each failure and what the user can do.
     """
     listed = re.search(rf"([0-9a-f]{{64}}) +(\d+) +{re.escape(name)}\n", corpus.files)
     if not listed:
@@ -1270,9 +1272,9 @@ def fetch(name, folder, corpus, data_dir, mirror=None):
             except (OSError, ValueError) as error:
                 while error.__context__ is not None:  # requests and urllib3 wrap the first one
                     error = error.__context__
-                reasons.append(without_passwords(f"{source}: {one_line(error)}"))
+                reasons.append(one_line(f"{source}: {error}"))
                 continue
-            print(f"Downloaded {without_passwords(source)} (verified) to {path}")
+            print(f"Downloaded {one_line(source)} (verified) to {path}")
             return partial_path.replace(path)
     reason = "; ".join(dict.fromkeys(reasons)) or "it has no hosts in CORPORA"
     raise RunError(
@@ -1353,13 +1355,15 @@ def explain_errors(text, *errors, raises=UsageError):
     the exception's own. A missing package or name passes unless `errors` has its type.
     """
     expected = errors or (BaseException,)  # a panic of the package tokenizers is no Exception
+    # The first three are no errors, and the others none in what was read.
+    passed = (KeyboardInterrupt, SystemExit, GeneratorExit, ImportError, NameError)
+    if errors:
+        passed = ()
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise  # not errors
+    except passed:
+        raise
     except expected as error:
-        if isinstance(error, (ImportError, NameError)) and not errors:
-            raise  # not an error in what was read
         raise raises(f"{text} ({one_line(error)})") from None
 
 
@@ -1372,14 +1376,10 @@ def printable(text):
     return CONTROLS.sub("\ufffd", text)
 
 
-def without_passwords(text):
-    """`text` without the user names and passwords in its URLs."""
-    return re.sub(r"(?<=://)[^/?#\s]*@", "", text)
-
-
 def one_line(error):
     """An exception's message, or an untrusted text: on one line, printable, without passwords."""
-    return printable(without_passwords(" ".join(str(error).split())))
+    line = " ".join(str(error).split())
+    return printable(re.sub(r"(?<=://)[^/?#\s]*@", "", line))  # what precedes a URL's host
 
 
 def progress_bar(**options):
@@ -1424,10 +1424,11 @@ def run_command(name, function, arguments):
         return result
     except BrokenPipeError:  # the reader of stdout is gone, for example head
         pass
-    except (UsageError, ImportError) as error:
+    except UsageError as error:
         line = one_line(error)
-        if isinstance(error, ImportError):  # a package that only one feature needs
-            line += ": pip install -r requirements.txt"
+        status = 2
+    except ImportError as error:  # a package that only one feature needs
+        line = f"{one_line(error)}: pip install -r requirements.txt"
         status = 2
     except MemoryError as error:
         reason = one_line(error) or "out of memory"
@@ -1477,13 +1478,6 @@ def extra(name):
 # ---- Code, and its faster version ---------------------------------------------------------------
 
 
-def is_left_out(node, child):
-    """Whether a node's child does nothing: a docstring, or an f-string's empty text (3.12)."""
-    if isinstance(child, ast.Expr):
-        return isinstance(child.value, ast.Constant)
-    return isinstance(node, ast.JoinedStr) and child.value == ""
-
-
 def words_of_code(source):
     """Python code as a list of words, which comments, docstrings and layout do not change.
 
@@ -1503,9 +1497,12 @@ def words_of_code(source):
                 continue
             words.append(name)
             for child in value if isinstance(value, list) else [value]:
+                is_docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
+                # Python 3.12 puts an empty text into some f-strings.
+                is_empty = isinstance(node, ast.JoinedStr) and child.value == ""
                 if not isinstance(child, ast.AST):
                     words.append(repr(child))
-                elif not is_left_out(node, child):
+                elif not is_docstring and not is_empty:
                     words.append("")
                     nodes.append(child)
     return words
@@ -1551,8 +1548,8 @@ def import_fast(name, path):
 class FastVersions:
     """A decorator that replaces a function of main.py with its faster namesake in fast.py.
 
-    Both agree up to rounding. Without fast.py, the function itself runs. So it does once it is
-    edited, as its hash is then no longer the one in fast.py; the start screen says so.
+    Both agree up to rounding. The function itself runs if there is no fast.py, and once it was
+    edited: its hash is then not the one in fast.py, and the start screen says so.
     """
 
     def __init__(self, fast, path):
@@ -1675,9 +1672,9 @@ def open_kernel_dir():
     """
     if CACHE is not None:
         instructions = hash_of_data(re.findall("^(?:flags|Features).*", cpu_info(), re.M)[:1])[:8]
-        system = [platform.machine(), *platform.libc_ver(), instructions]
         # Raise the 3 if code that was compiled before must not be loaded again.
-        folder = CACHE / "-".join(["code", "3", *system])
+        words = ["code", "3", platform.machine(), *platform.libc_ver(), instructions]
+        folder = CACHE / "-".join(words)
         with contextlib.suppress(OSError):
             folder.mkdir(0o700, parents=True, exist_ok=True)
             status = os.lstat(folder)  # of a link itself, which counts as writable by all
@@ -1832,7 +1829,7 @@ class Flag(NamedTuple):
     help: str
 
 
-MAX_INT32 = 2**31 - 1  # the largest int32
+MAX_INT32 = 2**31 - 1
 
 
 def number(kind, least, most=math.inf):
@@ -1897,7 +1894,7 @@ TEXT_FLAGS = {
         ),
         # 257: the bytes and the end token.
         "vocab_size": Flag(
-            VOCAB_SIZE, number(int, 257, 2**20), "vocabulary size of --tokenizer bpe"
+            BPE_VOCAB_SIZE, number(int, 257, 2**20), "vocabulary size of --tokenizer bpe"
         ),
     },
     "session": {"test_text": Flag([], nonempty, "test files, beside --text or --dataset")},
@@ -1929,8 +1926,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **options):
-        layout = argparse.RawDescriptionHelpFormatter
-        super().__init__(formatter_class=layout, allow_abbrev=False, **options)
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
+        )
 
     def flag_names(self):
         """{a flag, or its name in another program: the flag}, without the dashes."""
@@ -1989,8 +1987,7 @@ class Parser(argparse.ArgumentParser):
 def add_flags(group, flags):
     """Adds flags, {name: Flag}, to an argparse parser, or to a group of one."""
     for name, flag in flags.items():
-        metavar = getattr(flag.convert, "metavar", "TEXT")
-        options = {"type": flag.convert, "metavar": metavar}
+        options = {"type": flag.convert, "metavar": getattr(flag.convert, "metavar", "TEXT")}
         if flag.convert is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif flag.default == []:
@@ -2016,20 +2013,19 @@ def main(arguments):
     path = options.pop("save_tokenizer", None)
     if path and os.path.lexists(path):
         raise UsageError(f"--save_tokenizer {path} exists: name another file, or delete it")
-    usual = "text" if "text" in options else "ptb"
-    dataset = load_dataset(**{"dataset": usual} | options)
+    default = "text" if "text" in options else "ptb"
+    dataset = load_dataset(**{"dataset": default} | options)
     print(f"{dataset.name}: {describe_tokenizer(dataset.tokenizer)}")
     for name in SPLITS:
         split = getattr(dataset, name)
-        if split is not None:
+        if split:
             size = "" if split.num_bytes is None else f"{split.num_bytes:>15,} bytes"
             print(f"{name:<5}{len(split.tokens):>14,} tokens{size}")
     print(f"in {dataset.folder}")
-    print(printable(f"begins {dataset.tokenizer.decode(dataset.train.tokens[:100])!r}"))
+    print(f"begins {dataset.tokenizer.decode(dataset.train.tokens[:100])!r}")
     if path:
         package = extra("huggingface").package_of(dataset.tokenizer)
-        problem = f"cannot write --save_tokenizer {path}: name another file"
-        with explain_errors(problem, OSError):
+        with explain_errors(f"cannot write --save_tokenizer {path}: name another file", OSError):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as file:
                 file.write(package.to_str().encode())

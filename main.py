@@ -1404,7 +1404,7 @@ class Conversation:
     def append_text(self, text):
         """Appends `text`, tokenized as a continuation."""
         before = self.tokenizer.decode(self.ids[-1:])[-1:]
-        [ids] = datasets.encode_after(self.tokenizer, [before], [text])
+        [ids] = datasets.encode_after(self.tokenizer, [(text, before)])
         self.ids.extend(ids.tolist())
 
     def generate_pieces(self, prompt, flags, seed, interrupts):
@@ -3391,7 +3391,7 @@ def make_model(flags, dataset, checkpoint, models):
         return LanguageModel(config)
     base.model.config = config
     if flags.lora_rank:
-        extra("lora").add_lora(base.model, flags.lora_rank, flags.lora_alpha)
+        extra("lora").add_lora(base.model, flags.lora_rank, flags.lora_alpha, flags.seed)
     return base.model
 
 
@@ -3422,9 +3422,7 @@ def make_run(folder, inputs, contents=None, ranks=None):
     )
     if (HERE / "extras").exists():
         extra("memory").check_memory(run, ranks)
-    if flags.lora_rank:
-        extra("lora").init_lora(model, flags.seed)
-    elif not contents and "init_from" not in models:
+    if not contents and "init_from" not in models:
         init_weights(model, flags.seed)
     if contents:
         contents.load_into(run)

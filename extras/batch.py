@@ -11,11 +11,12 @@ from extras.common.program import load_checkpoint, make_parser, read_flags, star
 
 import os
 
-from datasets import Flag, UsageError, end_of_text, explain_errors, path_name
+from datasets import Flag, end_of_text, explain_errors, path_name
 from extras.features.decode import BatchDecoder
 from extras.features.quantize import quantize
 from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
-from main import FLAGS, Conversation, Detokenizer, announce, encode_prompt, warn_about_prompt
+from main import FLAGS, Conversation, Detokenizer, announce, encode_prompt, get_values
+from main import warn_about_prompt
 
 BATCH_SIZE = 16
 # The flags that, besides the seed, determine a completion.
@@ -42,21 +43,14 @@ def answer_file(model, tokenizer, checkpoint, flags):
     An --output that holds the first of these lines is resumed. Raises UsageError or RunError if it
     cannot be resumed (see append_lines).
     """
-    settings = {name: getattr(flags, name) for name in SAMPLING_FLAGS}
-    if flags.output and os.path.realpath(flags.output) == os.path.realpath(flags.file):
-        raise UsageError(f"--output {flags.output} would overwrite the prompts: rename it")
     with explain_errors(f"{flags.file} must be a UTF-8 file", OSError, ValueError):
         prompts = read_prompt_lines(flags.file)
+    settings = {"checkpoint": checkpoint.id} | get_values(flags, SAMPLING_FLAGS)
+    jobs = []
+    for prompt in prompts:
+        for _ in range(flags.num_samples):
+            jobs.append({"prompt": prompt, "seed": flags.seed + len(jobs)} | settings)
     with explain_errors(f"cannot write --output {flags.output}: name another", OSError):
-        jobs = []
-        for prompt in prompts:
-            for _ in range(flags.num_samples):
-                job = {
-                    "prompt": prompt,
-                    "seed": flags.seed + len(jobs),
-                    "checkpoint": checkpoint.id,
-                }
-                jobs.append(job | settings)
         if flags.output:
             out, answered = append_lines(flags.output, jobs)
         else:

@@ -22,9 +22,9 @@ from mlx.utils import tree_flatten
 from datasets import UsageError
 from extras.features.memory import memory_of_step
 from extras.features.steps import rebuild_run
-from main import FLAGS, Decoder, SingleProcess, fast, load_inputs, make_run, make_step
-from main import ineffective_flag_notices, open_checkpoint, read_command_line, resolve_flags
-from main import train_step, use_device
+from main import FLAGS, Decoder, count_parameters, fast, ineffective_flag_notices, load_inputs
+from main import make_run, make_step, open_checkpoint, read_command_line, resolve_flags, train_step
+from main import use_device
 
 # The parts of a model, and a pattern in the names of their parameters.
 PARTS = {
@@ -55,12 +55,11 @@ def main(arguments):
         run = make_run(flags.save_dir, inputs)
     for line in ineffective_flag_notices(flags):
         print(line)
-    parameters = count_parameters(run.model)
-    trainable = tree_flatten(run.model.trainable_parameters())
-    num_trainable = sum(weight.size for _, weight in trainable)
+    parameters = count_by_part(run.model)
+    num_trainable = count_parameters(run.model.trainable_parameters())
     flops = count_flops(run.model.config, parameters, num_trainable)
     result = {"parameters": parameters, "flops_per_token": flops}
-    result["memory"] = memory_of_step(run, run.flags, SingleProcess())
+    result["memory"] = memory_of_step(run, run.flags)
     result |= measure_training(run)
     result["flops_per_second"] = sum(flops.values()) * result["tokens_per_second"]
     result |= measure_decoding(run)
@@ -77,7 +76,7 @@ def print_result(result):
 
 
 # ---- Counts -------------------------------------------------------------------------------------
-def count_parameters(model):
+def count_by_part(model):
     """The number of weights in each of PARTS."""
     counts = {}
     for part, pattern in PARTS.items():

@@ -106,7 +106,7 @@ def score_case(model, tokenizer, prompt, expected, top_k):
     one that the vocabulary lacks. Both texts are truncated on the left to fit the context.
     """
     context_size = model.config.context_size
-    [expected_ids] = encode_after(tokenizer, [prompt[-1:]], [expected])
+    [expected_ids] = encode_after(tokenizer, [(expected, prompt[-1:])])
     expected_ids = expected_ids.tolist()[-context_size:]
     if not expected_ids or tokenizer.unknown(expected):
         return {"rank": None, "probability": None, "top": [], "passed": False}

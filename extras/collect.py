@@ -31,14 +31,6 @@ from main import load_data
 TIMEOUT = 120  # seconds to wait for the server's next byte
 # A server; the key that some put before its name comes from the environment.
 ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#\s]*)?")
-OWN_FLAGS = {
-    "teacher_prompts": Flag(
-        None, path_name, "a prompt per line, or what extras.batch wrote (default: from a text)"
-    ),
-    "num_prompts": Flag(
-        1000, number(int, 1), "from evenly spaced places of the text, without --teacher_prompts"
-    ),
-}
 PROMPT_LENGTH = 100  # characters of a prompt from a text, about
 # What JSON of another form raises, or a server that fails (of requests: all are OSErrors).
 FAULTS = (OSError, ValueError, LookupError, TypeError, RecursionError)
@@ -47,7 +39,15 @@ FAULTS = (OSError, ValueError, LookupError, TypeError, RecursionError)
 def main(arguments):
     """Collects a corpus as these arguments specify."""
     of_text = ["dataset", "text", "text_field", "valid_text", "valid_fraction"]
-    parser = make_parser("collect", __doc__, *of_text, "data_dir", "mirror", **OWN_FLAGS)
+    program_flags = {
+        "teacher_prompts": Flag(
+            None, path_name, "a prompt per line, or what extras.batch wrote (default: from a text)"
+        ),
+        "num_prompts": Flag(
+            1000, number(int, 1), "from evenly spaced places of the text, without --teacher_prompts"
+        ),
+    }
+    parser = make_parser("collect", __doc__, *of_text, "data_dir", "mirror", **program_flags)
     add = parser.add_argument
     add(
         "--distill_from",
@@ -115,16 +115,16 @@ def collect_answers(teacher, prompts, folder):
     corpus = folder / "corpus.txt"
     if os.path.lexists(corpus) and not path.exists():
         raise UsageError(f"{corpus} is not of this program: name another --output")
-    heads = [{"prompt": prompt, "model": teacher.model} for prompt in prompts]
+    jobs = [{"prompt": prompt, "model": teacher.model} for prompt in prompts]
     with explain_errors(f"cannot write to --output {folder}: name a folder of yours", OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        out, answers = append_lines(path, heads)
+        out, answers = append_lines(path, jobs)
     with out:
-        for head in heads[len(answers) :]:
+        for job in jobs[len(answers) :]:
             fault = f"{teacher.url} gives no answer; {len(answers):,} answers are kept"
             with explain_errors(f"{fault}: rerun to continue", RunError, raises=RunError):
-                completion = teacher.answer(head["prompt"])
-            answers.append(head | {"completion": completion})
+                completion = teacher.answer(job["prompt"])
+            answers.append(job | {"completion": completion})
             out.write(json_line(answers[-1]))
             out.flush()  # so that no answer that was paid for is lost
     texts = [f"{answer['prompt']}\n{answer['completion']}\n" for answer in answers]

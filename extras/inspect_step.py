@@ -11,13 +11,14 @@ dropout; gradients are those that the optimizer has got: averaged, and clipped.
 from extras.common.program import flags_of_run, make_parser, read_flags, start
 
 import copy
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
 from datasets import COUNT, Flag
-from extras.features.steps import check_program, rebuild_run, segment_after
+from extras.features.steps import rewind
 from main import find_checkpoint, list_checkpoints, make_step, token_metrics, train_step
 
 
@@ -37,14 +38,11 @@ def main(arguments):
 def print_step(command_flags, before, after):
     """Prints what happened between two checkpoints, a step apart."""
     flags = flags_of_run(command_flags, before)
-    segment = segment_after(before.iteration, after)
-    flags.num_iters = segment.num_iters  # schedules end there
-    check_program(f"{after.folder.name}, step {after.iteration:,},", flags, segment)
-    run = rebuild_run(flags, before, before)
+    run = rewind(f"{after.folder.name}, step {after.iteration:,},", flags, before, after)
     inputs, targets = copy.copy(run.batches).next()
     losses_before = losses_of(run.model, inputs, targets, flags.batch_size)
     weights = dict(tree_flatten(run.model.trainable_parameters()))
-    recorder = GradientRecorder(run.optimizer)
+    recorder, seen = recording(run.optimizer)
     metrics = train_step(run, make_step(run.model, recorder, flags, teacher=run.teacher))
     losses_after = losses_of(run.model, inputs, targets, flags.batch_size)
     texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
@@ -53,27 +51,22 @@ def print_step(command_flags, before, after):
         f"{losses_before.size} tokens of the batch: mean loss {losses_before.mean():.4f} before, "
         f"{losses_after.mean():.4f} after; {np.mean(losses_after < losses_before):.0%} fell"
     )
-    print_norms(weights, recorder.seen["gradients"], run.model)
+    print_norms(weights, seen["gradients"], run.model)
     changes = np.abs(losses_after - losses_before).mean(axis=1)
     for row in np.argsort(-changes)[: command_flags.rows].tolist():
         print_text(row, targets[row], losses_before[row], losses_after[row], run.dataset.tokenizer)
 
 
-class GradientRecorder:
-    """An optimizer that keeps the gradients of its last update, for make_step."""
+def recording(optimizer):
+    """An optimizer for make_step, and the dict in which it keeps the `gradients` of an update."""
+    seen = {}
 
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-        self.seen = {}
+    def update(model, gradients):
+        seen["gradients"] = gradients
+        optimizer.update(model, gradients)
 
-    @property
-    def state(self):
-        """What a compiled step changes; mx.compile returns `seen` only if it is a part of this."""
-        return [self.optimizer.state, self.seen]
-
-    def update(self, model, gradients):
-        self.seen["gradients"] = gradients
-        self.optimizer.update(model, gradients)
+    # mx.compile returns `seen` only if it is a part of the state.
+    return SimpleNamespace(state=[optimizer.state, seen], update=update), seen
 
 
 def losses_of(model, inputs, targets, batch_size):

@@ -23,21 +23,23 @@ import numpy as np
 
 from datasets import Flag, UsageError, explain_errors, user_path
 from extras.features.list import distinguishing_flags
-from extras.common.ngrams import losses_of_ngrams
 from main import read_log, reload_data
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
 STYLES = {"train": {"alpha": 0.4}, "valid": {"marker": "o", "markersize": 4}}
 NGRAM_LINES = ["solid", "dashed", "dashdot", "dotted"]  # of 1-grams to 4-grams
+MAX_HISTORY = 3  # of n-grams: tokens before the one that is predicted
+MAX_COUNTED = 10_000_000  # tokens of the training text, at most
+MAX_SCORED = 1_000_000  # of the validation text
 
 
 def main(arguments):
     """Plots as these arguments specify."""
-    own_flags = {
+    program_flags = {
         "identifier": IDENTIFIERS,
         "ngrams": Flag(False, bool, "with losses of 1-grams to 4-grams of the training text"),
     }
-    parser = make_parser("plot", __doc__, "data_dir", "mirror", **own_flags)
+    parser = make_parser("plot", __doc__, "data_dir", "mirror", **program_flags)
     parser.add_argument("file", metavar="FILE", help="the picture to write")
     flags = read_flags(parser, arguments)
     checkpoints = select_checkpoints(flags)
@@ -46,12 +48,45 @@ def main(arguments):
 
 
 def count_ngrams(flags, checkpoints):
-    """The losses of extras/common/ngrams.py on the text of these checkpoints."""
+    """The losses of 1-grams to 4-grams on the text of these checkpoints; see losses_of_ngrams."""
     if len({str(checkpoint.tokens_sha256) for checkpoint in checkpoints}) > 1:
         raise UsageError("--ngrams is about one text: name runs of the same by --identifier")
     dataset = reload_data(flags_of_run(flags, checkpoints[0]), checkpoints[0])
     splits = dataset.train.tokens, dataset.valid.tokens
     return losses_of_ngrams(*splits, dataset.tokenizer.vocab_size)
+
+
+def losses_of_ngrams(train, valid, vocab_size):
+    """The mean losses on `valid` [M], in nats, of n-grams that are counted in `train` [N]: a list.
+
+    The first is that of single tokens, the others that of a token after one, two and three others.
+    Probabilities are interpolated with those after fewer tokens (Witten & Bell 1991): the more
+    different tokens have followed, the more weight these get. Those of single tokens are
+    interpolated with equal chances for all.
+    """
+    train = train[:MAX_COUNTED]
+    tokens = np.concatenate([train, valid[:MAX_SCORED]]).astype(np.int64)
+    scored = slice(len(train) + MAX_HISTORY, None)
+    histories = np.zeros(len(tokens), np.int64)  # an id of the tokens before each position
+    probabilities = 1 / vocab_size
+    losses = []
+    for length in range(MAX_HISTORY + 1):
+        counted = slice(length, len(train))
+        _, first, grams = np.unique(
+            histories * vocab_size + tokens, return_index=True, return_inverse=True
+        )
+        count = np.bincount(grams[counted], minlength=len(first))
+        of_history = np.bincount(histories[counted], minlength=histories.max() + 1)
+        # How many different tokens have followed each history.
+        followers = np.bincount(histories[first][count > 0], minlength=len(of_history))
+        scored_histories = histories[scored]
+        total = of_history[scored_histories] + followers[scored_histories]
+        numerator = count[grams[scored]] + followers[scored_histories] * probabilities
+        probabilities = np.where(total > 0, numerator / np.maximum(total, 1), probabilities)
+        losses.append(-np.log(probabilities).mean())
+        # The history of the next position is this gram: of one token more.
+        histories = np.concatenate([[len(first)], grams[:-1]])
+    return losses
 
 
 def plot_runs(checkpoints, path, ngram_losses):

@@ -301,7 +301,7 @@ def test_a_space_that_a_tokenizer_puts_before_a_text_stands_there_alone(tmp_path
     split = encoded(tmp_path, [text], tokenizer)
     assert split.tokens.tolist() == tokenizer.encode(text).tolist()
     for before, after in (("the", " lazy"), ("q", "ver"), ("", "fox"), ("qu", "ick")):
-        [ids] = encode_after(tokenizer, [before[-1:]], [after])
+        [ids] = encode_after(tokenizer, [(after, before[-1:])])
         joined = tokenizer.decode([*tokenizer.encode(before), *ids])
         assert joined == before + after
 
@@ -322,7 +322,7 @@ print(pathlib.Path("/proc/self/status").read_text())
         command = [sys.executable, "-c", program, tmp_path / f"data{size}", *paths]
         out = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
         peaks.append(int(re.search(rb"VmHWM:\s+(\d+) kB", out)[1]))
-    assert peaks[1] / peaks[0] < 1.3
+    assert peaks[1] / peaks[0] < 1.4  # pages of the mapped tokens count, too
 
 
 def test_bpe_of_a_single_word_is_learned_quickly():
@@ -563,6 +563,12 @@ def test_no_split_stands_for_one_that_cannot_be_used(content, tmp_path):
     files = {"train.txt": content, "valid.txt": "valid\n" * 9, "test.txt": "test\n" * 9}
     with pytest.raises(UsageError, match="train.txt is |no text is left for training"):
         texts_of(tmp_path, lay(tmp_path / "c", files))
+
+
+def test_an_empty_file_named_for_training_is_cut_nowhere(tmp_path):
+    files = {"train.txt": "", "zz.txt": LINES}
+    splits = texts_of(tmp_path, lay(tmp_path / "c", files))
+    assert splits == {"train": LINES[:900], "valid": LINES[900:]}
 
 
 def test_a_picture_of_a_train_is_no_split(tmp_path):

@@ -25,12 +25,12 @@ def json_line(content):
     return text.encode(errors="backslashreplace") + b"\n"
 
 
-def append_lines(path, heads):
+def append_lines(path, jobs):
     """Opens a file of answers for appending; returns it and those it has, as dicts.
 
-    `heads` are the dicts that its lines must start with, in order, including those still to be
-    written; "completion" follows in each line. A last line cut off by a kill is removed. The file
-    is locked until it is closed or the process ends.
+    jobs: the dicts with which its lines must begin, in order, including those still to be written;
+    "completion" follows in each line. A last line cut off by a kill is removed. The file is locked
+    until it is closed or the process ends.
 
     Raises UsageError if it holds other lines or is locked by another process, RunError if a line
     is damaged; the file is then left unchanged. Raises OSError if it cannot be used.
@@ -42,7 +42,7 @@ def append_lines(path, heads):
     out.seek(0)  # read only once locked, or another process's last lines could be missed
     lines = out.read().split(b"\n")
     # With the key that follows: `"max_tokens": 20` alone would also be the beginning of 200.
-    starts = [json_line(head).removesuffix(b"}\n") + b', "completion": ' for head in heads]
+    starts = [json_line(job).removesuffix(b"}\n") + b', "completion": ' for job in jobs]
     # The last line may be cut off.
     fits = [line[: len(start)] == start[: len(line)] for line, start in zip(lines, starts)]
     if not all(fits) or any(lines[len(starts) :]):

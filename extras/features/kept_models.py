@@ -40,7 +40,7 @@ def kept_base_files(checkpoint):
     """The files of the base of a LoRA run, {path from the run's folder: path}."""
     files = {}
     for path in (checkpoint.folder / "init_from").rglob("*"):
-        if path.is_file() and not path.is_symlink():  # which a stranger's may be
+        if path.is_file() and not path.is_symlink():  # no link of a stranger's is followed
             files[str(path.relative_to(checkpoint.folder))] = path
     return files
 

@@ -33,8 +33,11 @@ class LoRALinear(nn.Module):
         return product
 
 
-def add_lora(model, rank, alpha):
-    """Replaces each linear layer of the blocks with a LoRALinear; nothing else is trained then."""
+def add_lora(model, rank, alpha, seed):
+    """Replaces each linear layer of the blocks with a LoRALinear; nothing else is trained then.
+
+    A is normal with standard deviation 1 / sqrt(inputs), B is 0, so the update starts at 0.
+    """
 
     def replace(layer):
         return LoRALinear(layer, rank, alpha) if isinstance(layer, nn.Linear) else layer
@@ -44,13 +47,6 @@ def add_lora(model, rank, alpha):
         block.update_modules(tree_map(replace, layers, is_leaf=nn.Module.is_module))
     model.freeze()
     model.unfreeze(keys=["lora_a", "lora_b"], strict=False)  # not strict: most layers have neither
-
-
-def init_lora(model, seed):
-    """Initializes the adapters.
-
-    A is normal with standard deviation 1 / sqrt(inputs), B is 0, so the update starts at 0.
-    """
     weights = []
     for name, adapter in tree_flatten(model.trainable_parameters()):
         if name.endswith("lora_a"):

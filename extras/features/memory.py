@@ -10,14 +10,14 @@ from extras.common.limits import limit_of_memory
 from main import arguments_of, count_parameters, fast, on_gpu, say
 
 
-def memory_of_step(run, flags, ranks):
+def memory_of_step(run, flags, num_ranks=1):
     """The memory that training takes at its peak, {part: bytes}; measured: within a factor of 1.5.
 
     It is that of a block's backward pass or of the update, which needs everything twice. MLX is
     lazy: nothing of this needs to exist yet.
     """
     config = run.model.config
-    rows = flags.batch_size // ranks.size
+    rows = flags.batch_size // num_ranks
     positions = rows * config.context_size
     weights = count_parameters([model.parameters() for model in (run.model, run.teacher) if model])
     trained = count_parameters(run.model.trainable_parameters())
@@ -53,12 +53,11 @@ def check_memory(run, ranks):
 
     Raises UsageError beyond 1.5 times the memory, as far as the estimate may be off.
     """
-
     flags = run.flags
 
     def needed(**changes):
         changed = argparse.Namespace(**vars(flags) | changes)
-        return sum(memory_of_step(run, changed, ranks).values())
+        return sum(memory_of_step(run, changed, ranks.size).values())
 
     shortage = describe_shortage(needed())
     if not shortage:

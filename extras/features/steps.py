@@ -9,11 +9,9 @@ import shutil
 
 from datasets import UsageError, hold_lock, progress_bar, sync
 from extras.common.program import flags_of_run
-from main import Inputs, SingleProcess, checkpoints_in, describe_changes, list_versions, make_run
-from main import kept_model_flags, make_step, open_kept_models, open_newest, read_code
-from main import reload_data, sha1_of_code, train_step, write_checkpoint
-
-FOLDER = "steps"  # in that of a run
+from main import SingleProcess, checkpoints_in, describe_changes, kept_model_flags, list_versions
+from main import load_inputs, make_run, make_step, open_newest, read_code, sha1_of_code, train_step
+from main import write_checkpoint
 
 
 def checkpoint_at(flags, checkpoints, identifier):
@@ -32,7 +30,7 @@ def checkpoint_at(flags, checkpoints, identifier):
     past = [checkpoint for checkpoint in run_checkpoints if is_past(checkpoint, newest)]
     earlier = [checkpoint for checkpoint in past if checkpoint.iteration < step]
     later = [checkpoint for checkpoint in past if checkpoint.iteration > step]
-    folder = newest.folder / FOLDER / f"{name}@{step}"
+    folder = newest.folder / "steps" / f"{name}@{step}"
     for checkpoint in [*past, *computed_before(folder, newest)]:
         if checkpoint.iteration == step:
             return checkpoint
@@ -41,11 +39,10 @@ def checkpoint_at(flags, checkpoints, identifier):
             f"{identifier}: no later checkpoint of {name} is left that could prove it; the last "
             f"one is of iteration {newest.iteration:,}"
         )
-    start = earlier[0] if earlier else None
+    start, *_ = [*earlier, None]
     unfinished = folder.parent / "unfinished"
     with hold_lock(folder.parent):
-        found = computed_before(folder, newest)  # by another command, meanwhile
-        if not found:
+        if not computed_before(folder, newest):  # by another command, meanwhile
             shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was killed
             unfinished.mkdir()
             try:
@@ -55,8 +52,7 @@ def checkpoint_at(flags, checkpoints, identifier):
             finally:
                 shutil.rmtree(unfinished)
             sync(folder.parent)
-            found = checkpoints_in(folder)
-        return found[0]
+        return checkpoints_in(folder)[0]
 
 
 def computed_before(folder, newest):
@@ -83,22 +79,17 @@ def recompute(command_flags, earlier, later, step, folder):
     """
     what = f"step {step:,} of {later.folder.name}"
     flags = flags_of_run(command_flags, later)
-    start = 0
-    if earlier:
-        start = earlier.iteration
-    elif "branched_from" in later.parents or (flags.init_from and not flags.lora_rank):
-        # A run keeps the model that it began with only if that is LoRA's base.
+    # A run keeps the model that it began with only if that is LoRA's base.
+    has_lost_base = flags.init_from and not flags.lora_rank
+    if not earlier and ("branched_from" in later.parents or has_lost_base):
         raise UsageError(f"{what}: no earlier checkpoint is left, and no seed gives its first one")
-    segment = segment_after(start, later)
-    flags.num_iters = segment.num_iters  # schedules end there
-    check_program(what, flags, segment)
+    run = rewind(what, flags, earlier, later)
     folder.mkdir()
     for name in kept_model_flags(flags):
         shutil.copytree(later.folder / name, folder / name)
-    run = rebuild_run(flags, earlier, later)
     run.folder = folder
     step_fn = make_step(run.model, run.optimizer, flags, teacher=run.teacher)
-    with progress_bar(total=later.iteration - start, unit="step", desc=what) as bar:
+    with progress_bar(total=later.iteration - run.iteration, unit="step", desc=what) as bar:
         while run.iteration < later.iteration:
             if run.iteration == step:
                 run.evaluations = [
@@ -118,22 +109,22 @@ def recompute(command_flags, earlier, later, step, folder):
         )
 
 
-def segment_after(iteration, checkpoint):
-    """The Segment that took the step after an iteration of a checkpoint's run.
+def rewind(what, flags, earlier, later):
+    """The run of these flags at the checkpoint `earlier`, as it then went on to `later`.
 
-    It is not always the last one: a run that is resumed with other flags is saved before a step.
+    earlier: None stands for the run's first weights. Raises UsageError, which begins with `what`,
+    if other code or versions than these have taken the next step.
     """
-    *_, segment = [part for part in checkpoint.segments if part.iteration <= iteration]
-    return segment
-
-
-def check_program(what, flags, segment):
-    """Raises UsageError if other code or versions than these have computed a Segment of a run."""
+    iteration = earlier.iteration if earlier else 0
+    # Not always the last one: a run that is resumed with other flags is saved before a step.
+    *_, segment = [part for part in later.segments if part.iteration <= iteration]
+    flags.num_iters = segment.num_iters  # schedules end there
     if segment.code_sha1 != sha1_of_code(read_code(vars(flags))):
         raise UsageError(f"{what} was computed by other code than this")
     changes = describe_changes(segment.versions, list_versions(flags, SingleProcess()))
     if changes:
         raise UsageError(f"{what} was computed with other versions: {changes}")
+    return rebuild_run(flags, earlier, later)
 
 
 def rebuild_run(flags, checkpoint, kin):
@@ -144,7 +135,5 @@ def rebuild_run(flags, checkpoint, kin):
     contents = None
     if checkpoint:
         contents = open_newest([checkpoint], is_named=True)
-    dataset = reload_data(flags, kin)
-    models = open_kept_models(flags, kin)
-    inputs = Inputs(flags, dataset, models, kin.parents, read_code(vars(flags)))
+    inputs = load_inputs(flags, kin)._replace(parents=kin.parents)  # it is no branch
     return make_run(kin.folder, inputs, contents)

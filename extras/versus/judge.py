@@ -18,8 +18,8 @@ from extras.versus.sides import SideError, Worker
 DEFAULT_TOKENS = 128_000  # that are scored of a text
 MAX_ROWS = 64  # in a batch
 MAX_REPEATS = 3  # predictions of a batch with other tokens
-MIN_LOG_PROB = -30  # smaller ones count as this one when they are compared
-MAX_BATCH_LOGITS = 1 << 24  # if it has several rows
+MIN_LOG_PROB = -30  # where predictions are compared, a smaller one counts as this
+MAX_BATCH_LOGITS = 1 << 24  # in a batch of more than one row
 # How far rounding may move a log-probability: on a CPU, another number of rows has moved one by
 # 2e-5; on a GPU, the order of a sum may depend on the shape of the batch.
 TOLERANCE = {False: 1e-4, True: 1e-2}  # whether on a GPU

@@ -66,6 +66,7 @@ def read_losses(path):
     header, *lines = lines or [[]]
     columns = ["side", "seed", "loss"]
     settings = [name for name in header if name not in columns]
+    setting, *_ = [*settings, None]
     if sorted(header) != sorted(columns + settings[:1]):
         raise UsageError(
             f"{path}: its first line is not side,seed,loss (or side,seed,learning_rate,loss, or "
@@ -78,7 +79,7 @@ def read_losses(path):
         problem = f"{path}, line {line_number}: not like {','.join(header)} with before or after"
         with explain_errors(problem):
             run = dict(zip(header, cells, strict=True))
-            value = float(run[settings[0]]) if settings else 0
+            value = float(run[setting]) if settings else 0
             if not math.isfinite(value):
                 raise ValueError("it has no place among the others")
             loss = float(run["loss"])
@@ -89,7 +90,7 @@ def read_losses(path):
     for side in SIDES:
         if not losses[side]:
             raise UsageError(f"{path} has no run of the side {side!r}")
-    return (settings or [None])[0], losses
+    return setting, losses
 
 
 def choose_value(side, setting, losses):

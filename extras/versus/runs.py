@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from extras.versus.sides import HERE, WORKER, SideError, git, identify, install,
 from extras.versus.sides import process_error, retry_once
 from extras.versus.verdict import describe_best
 
-OWN_TOKENS = 4096  # that a run scores at its end, and the judge again
+OWN_TOKENS = 4096  # that a run itself scores at its end; the judge checks that loss
 # Flags of runs: one checkpoint is kept, and nothing sampled.
 RUN_FLAGS = ["--keep=1", f"--eval_tokens={OWN_TOKENS}", "--sample_tokens=0"]
 NUM_TUNING_SEEDS = 2  # seeds by which --tune chooses
@@ -49,7 +50,7 @@ class Comparison:
         self.patch = git("-C", copies[0].folder.parent, *compared).decode(errors="replace")
         sides = []
         for copy, last_flags in zip(copies, tuned):
-            words = [*common, *copy.flags, *last_flags]
+            words = [*common, *copy.typed_flags, *last_flags]
             sides.append(retry_once(make_side, copy, words))
         before, after = sides
         check_models(sides)
@@ -71,7 +72,7 @@ class Comparison:
             side_id = identify(side, side.versions, self.plain_functions)
             # The number of cores decides how sums are rounded.
             path = folder / f"{side_id}.{len(self.core_shares[0])}"
-            self.sides.append(install(side._replace(valid=valid, test=test), path))
+            self.sides.append(install(replace(side, valid=valid, test=test), path))
         self.run_seconds = []  # of finished runs
 
     def train_pairs(self, seeds):
@@ -216,7 +217,7 @@ class Comparison:
         return {
             # Without the number of cores: with others, it is the same comparison.
             "comparison": f"{before.folder.stem} {after.folder.stem}",
-            "baseline": identify(before._replace(identity=identity)),
+            "baseline": identify(replace(before, identity=identity)),
             "asked": asked | {"seed": self.first_seed},
             "date": time.strftime("%Y-%m-%d %H:%M"),
             "before": before.name,
@@ -277,7 +278,7 @@ def check_ignored(folder):
 def share_cores(jobs):
     """The cores of each of `jobs` runs, or of fewer runs if there are fewer cores.
 
-    All have as many cores, as their number decides how sums are rounded.
+    Each has the same number of cores, as that decides how sums are rounded.
     """
     if not hasattr(os, "sched_getaffinity"):  # on macOS: each run has all cores
         return [set()] * jobs

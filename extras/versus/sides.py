@@ -11,8 +11,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from datasets import RunError, UsageError, explain_errors, hash_of_data, hash_of_file, hold_lock
 from datasets import one_line, words_of_code
@@ -27,25 +27,22 @@ MAX_COPIED_BYTES = 20 << 20  # in all; further files are linked
 TIMEOUT_SECONDS = 3600  # that a side has for its texts and a first step, or for being judged
 
 
-class Copy(NamedTuple):
+@dataclass
+class Copy:
     """A side's files as they were at the start: the user may go on editing them."""
 
     name: str  # what was typed
-    flags: list  # those that were typed
+    typed_flags: list
     commit: str  # its short SHA1
     folder: Path
     linked: list  # its files that were too large for a copy
     code_words: dict  # its files but pages and tests, {path in its folder: what counts of it}
 
 
-class Side(NamedTuple):
+@dataclass
+class Side(Copy):
     """One of the two things that are compared: a Copy, and what its code says of its flags."""
 
-    name: str  # this and the next four are those of the Copy
-    commit: str
-    folder: Path
-    linked: list
-    code_words: dict
     words: list  # its flags as a command line, with models by their ids
     flags: dict  # the values of all flags, as its main.py resolves them
     identity: dict  # the values of those that decide how a run ends, and the ids of its models
@@ -264,9 +261,8 @@ class Worker:
 
 def make_side(copy, words):
     """The Side of a Copy with these flags; its code answers, see `describe` in worker.py."""
-    name, _, *fields = copy
-    with Worker(name, copy.folder, "describe", *words) as worker:
-        return Side(name, *fields, **worker.ask())
+    with Worker(copy.name, copy.folder, "describe", *words) as worker:
+        return Side(**vars(copy), **worker.ask())
 
 
 def identify(side, *others):
@@ -293,4 +289,4 @@ def install(side, folder):
         for source, words in side.code_words.items():
             if words_of_file(folder / source) != words:
                 raise OSError(f"{source} is not that of {side.name}")
-    return side._replace(folder=folder)
+    return replace(side, folder=folder)

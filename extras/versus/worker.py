@@ -49,7 +49,10 @@ MAIN = todays_names(vars(main))
 
 
 def describe(*words):
-    """Prepares the text, takes a step, and answers with the fields of Side in sides.py and more."""
+    """Prepares the texts, takes a step, and answers with what a Side adds to its Copy (sides.py).
+
+    The tokens of the texts on which a side is scored go to files beside FOLDER.
+    """
     flags = MAIN.resolve_flags(MAIN.read_command_line([*map(in_copy, words)]))
     MAIN.use_device(flags.gpu)
     inputs = load_inputs(flags)

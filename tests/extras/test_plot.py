@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, rows_of, run, run_extra, run_folders, saved
 
 from extras import plot
-from extras.common.ngrams import losses_of_ngrams
+from extras.plot import losses_of_ngrams
 
 
 def test_a_file_of_losses(trained, tmp_path):

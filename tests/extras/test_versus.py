@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import fields, replace
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -399,8 +400,9 @@ def side_of(folder, name, code):
     """A Side with this code in a folder of its own."""
     folder.mkdir(exist_ok=True)
     (folder / "main.py").write_text(code)
-    empty = sides.Side(*[None] * (len(sides.Side._fields) - 2))
-    return empty._replace(
+    empty = sides.Side(**dict.fromkeys(field.name for field in fields(sides.Side)))
+    return replace(
+        empty,
         name=name,
         commit="1234567",
         code_words={"main.py": code.split()},
@@ -594,7 +596,7 @@ def test_a_score_is_kept_for_its_text(tmp_path, monkeypatch):
     valid = Text(np.arange(9, dtype=np.uint32), [(0, 8)], 1)
     scores = []
     for test in (valid, Text(valid.tokens + 1, *valid[1:]), valid):
-        side = comparison.sides[0]._replace(valid=valid, test=test)
+        side = replace(comparison.sides[0], valid=valid, test=test)
         scores.append(comparison.judge(side, {"id": "a", "path": None, "evaluations": []})[1])
     assert scores == [0, 1, 0] and judge.__enter__.call_count == 1 + 2, "the third one was kept"
 
@@ -607,7 +609,7 @@ def test_a_deleted_folder(tmp_path):
 
 def test_the_number_of_training_tokens_is_a_condition(tmp_path):
     before, after = Drawn(tmp_path, None).sides
-    after = after._replace(flags=after.flags | {"train_tokens": 1000})
+    after = replace(after, flags=after.flags | {"train_tokens": 1000})
     assert [*list_side_differences((before, after), [])] == ["another training text"]
 
 
@@ -716,10 +718,10 @@ def test_the_steps_of_a_run_are_counted(num_iters, fault, base, tmp_path):
     folder, _ = base
     record = newest(folder)
     comparison = Drawn(tmp_path, None)
-    side = comparison.sides[0]._replace(folder=folder, tokens_sha256=record.tokens_sha256)
-    side = side._replace(flags={"num_iters": num_iters})
+    side = replace(comparison.sides[0], folder=folder, tokens_sha256=record.tokens_sha256)
+    side = replace(side, flags={"num_iters": num_iters})
     comparison.judge = lambda side, record: [2.0, 2.0, None]
     run_score = comparison.run_locked(side, record.flags["seed"])
     assert (run_score.id, run_score.fault) == (record.id, fault)
     with pytest.raises(UsageError, match="the text of HEAD has changed"):
-        comparison.run_locked(side._replace(tokens_sha256={}), record.flags["seed"])
+        comparison.run_locked(replace(side, tokens_sha256={}), record.flags["seed"])
