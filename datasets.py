@@ -1647,6 +1647,12 @@ def open_data_dir(data_dir=None):
     )
 
 
+def open_save_dir(save_dir):
+    """Makes the folder of runs, if it is missing. Raises UsageError if it is not writable."""
+    with explain_errors(f"cannot write to --save_dir {save_dir}: name a folder of yours", OSError):
+        make_writable(save_dir)
+
+
 def make_writable(folder):
     """Makes a folder; raises OSError if no file can be written there."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1602,7 +1602,7 @@ class Run(Progress):
     def is_evaluation_due(self):
         """Whether to evaluate now: every `steps_per_eval` iterations, and at the end."""
         interval = self.flags.steps_per_eval
-        if not interval or self.iteration == 0:
+        if not interval:
             return False
         return self.iteration % interval == 0 or self.iteration == self.flags.num_iters
 
@@ -1771,11 +1771,11 @@ class Contents(NamedTuple):
 
 def check_arrays(actual, expected):
     """Raises ValueError unless two trees hold arrays of the same names, shapes and types."""
-    specs = []
-    for tree in (actual, expected):
-        arrays = tree_flatten(tree)
-        specs.append({name: (array.shape, array.dtype) for name, array in arrays})
-    if specs[0] != specs[1]:
+
+    def specs(tree):
+        return {name: (array.shape, array.dtype) for name, array in tree_flatten(tree)}
+
+    if specs(actual) != specs(expected):
         raise ValueError("its arrays are those of another model")
 
 
@@ -1955,10 +1955,10 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
         # A branch's first checkpoint has its parent's id; the oldest run that trained it counts.
         def by_origin(checkpoint):
             is_parents = checkpoint.id == checkpoint.parents.get("branched_from")
-            return not checkpoint.is_copy, not is_parents, -checkpoint.saved_at
+            return not checkpoint.is_copy, not is_parents
 
         candidates = {}
-        for checkpoint in sorted(checkpoints, key=by_origin):  # the last one of an id stays
+        for checkpoint in sorted(checkpoints, key=by_origin):  # the last, oldest one of an id stays
             if checkpoint.id.startswith(identifier):
                 candidates[checkpoint.id] = checkpoint
         matches = list(candidates.values())
@@ -2027,8 +2027,19 @@ def write_checkpoint(run):
         weights_file.flush()
         sha1 = sha1_of_file(weights_file.name)
         saved_at = max(time.time(), run.saved_at + 1e-3)  # even if the clock was set back
-        fields = {"id": sha1, "state_sha1": sha1_of_arrays(state), "saved_at": saved_at}
-        record = json.dumps(numbers | checkpoint_fields(run) | fields)
+        fields = {  # of a Checkpoint, with `numbers`
+            "format_version": FORMAT_VERSION,
+            "run_name": run.folder.name,
+            "flags": get_values(run.flags, RECORDED_FLAGS),
+            "config": dataclasses.asdict(run.model.config),
+            "tokens_sha256": run.dataset.sha256,
+            "parents": run.parents,
+            "segments": [vars(segment) for segment in run.segments],
+            "id": sha1,
+            "state_sha1": sha1_of_arrays(state),
+            "saved_at": saved_at,
+        }
+        record = json.dumps(numbers | fields)
         header = {"record": record, "sha1": sha1_of_text(record)}
         mx.save_safetensors(metadata_file, state, header)
         datasets.publish(metadata_file, run.folder / f"{sha1}.metadata")
@@ -2054,19 +2065,6 @@ def arrays_to_save(tree):
     return arrays
 
 
-def checkpoint_fields(run):
-    """The fields of a Checkpoint that describe its run."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "run_name": run.folder.name,
-        "flags": get_values(run.flags, RECORDED_FLAGS),
-        "config": dataclasses.asdict(run.model.config),
-        "tokens_sha256": run.dataset.sha256,
-        "parents": run.parents,
-        "segments": [vars(segment) for segment in run.segments],
-    }
-
-
 def prune_checkpoints(run):
     """Deletes old checkpoints of a run, and leftovers of killed saves in its folder.
 
@@ -2074,15 +2072,13 @@ def prune_checkpoints(run):
     """
     with contextlib.suppress(OSError):
         checkpoints = checkpoints_in(run.folder)  # newest first
-        kept_ids = {run.checkpoint_id}
-        kept_ids.update(checkpoint.id for checkpoint in checkpoints[: run.flags.keep])
         # The best of this run's history: a damaged checkpoint that resume skipped does not count.
         history = [
             checkpoint for checkpoint in checkpoints if checkpoint.evaluation in run.evaluations
         ]
-        best = best_checkpoint(history)
+        kept = [*checkpoints[: run.flags.keep], best_checkpoint(history)]
         for checkpoint in checkpoints:
-            if checkpoint.id not in kept_ids and checkpoint is not best:
+            if checkpoint not in kept and checkpoint.id != run.checkpoint_id:
                 checkpoint.weights_path.unlink(missing_ok=True)
         datasets.remove_leftovers(run.folder)
         # A .metadata file without its .safetensors is not a checkpoint.
@@ -2125,11 +2121,12 @@ class LoadedModel(NamedTuple):
     files: dict  # those to keep so that it can be opened again, {name: path}
 
 
-def open_model(flags, name, flag_name):
+def open_model(flags, flag_name):
     """The LoadedModel that a flag names: a checkpoint, or a Hugging Face folder or model.
 
     Raises UsageError if there is none, RunError if it is damaged.
     """
+    name = getattr(flags, flag_name)
     if is_hugging_face(name):
         return extra("huggingface").open_by_name(name)
     checkpoint = find_checkpoint(flags, list_checkpoints(flags.save_dir), name, flag_name)
@@ -2363,15 +2360,17 @@ def sha1_of_code(code):
     return sha1_of_text(json.dumps(hash_sources(code)))
 
 
-def code_folder(folder, sha1):
-    """The folder in a run's `folder` that keeps the code with this SHA1."""
-    return folder / f"code-{sha1[:8]}"
+def code_folder(run):
+    """The folder that keeps the code that trains a Run, or that trained a Checkpoint."""
+    return run.folder / f"code-{run.segments[-1].code_sha1[:8]}"
 
 
 def save_code(run):
     """Copies the code that trains a run into its folder. Raises OSError."""
-    folder = code_folder(run.folder, run.segments[-1].code_sha1)
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):  # untrusted
+    folder = code_folder(run)
+    if folder.is_symlink() or any(map(Path.is_symlink, folder.rglob("*"))):  # a stranger's
+        return
+    if folder.exists() and not folder.is_dir():  # a stranger's, too
         return
     for name, source in run.code.items():
         path = folder / name
@@ -2385,18 +2384,18 @@ def save_code(run):
         datasets.sync(path)
 
 
-def code_mismatch_error(checkpoint, code, flags):
-    """The UsageError for resuming a run with code that did not train it."""
-    old = code_folder(checkpoint.folder, checkpoint.segments[-1].code_sha1)
+def code_mismatch_error(checkpoint, inputs):
+    """The UsageError for resuming a checkpoint by other code, that of these Inputs."""
+    old = code_folder(checkpoint)
     paths = filter(Path.is_file, old.rglob("[!.]*"))
     old_code = {str(path.relative_to(old)): path.read_text("utf-8", "replace") for path in paths}
-    names = sorted(dict(hash_sources(code).items() ^ hash_sources(old_code).items()))
+    names = sorted(dict(hash_sources(inputs.code).items() ^ hash_sources(old_code).items()))
     first, *_ = [*names, "main.py"]
     return UsageError(
         f"{checkpoint.folder.name} was trained by other code than this ({', '.join(names)}: "
         f"{shlex.join(['diff', str(old / first), str(HERE / first)])}): resume with this code by "
-        f"{resume_command(flags, checkpoint.folder.name)}, or start a new run by its original "
-        "command and --new_model"
+        f"{resume_command(inputs.flags, checkpoint.folder.name)}, or start a new run by its "
+        "original command and --new_model"
     )
 
 
@@ -2975,7 +2974,8 @@ def read_config(name):
         recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
         raise UsageError(f"--config {name}: no such file; the recipes are {recipes}")
     with explain_errors(f"--config {name} must be a YAML file of flags like dim: 8"):
-        flag_names = make_parser().flag_names()
+        parser = make_parser()
+        flag_names = parser.flag_names()
         values = {}
         for key, value in (read_yaml(path) or {}).items():
             section = value if isinstance(value, dict) else {key: value}  # any name for a section
@@ -2986,7 +2986,7 @@ def read_config(name):
                     raise ValueError(f"{flag_name} appears twice, perhaps under two names")
                 values[flag_name] = element
         arguments = [datasets.utf8(argument) for argument in arguments_of(values)]
-        flags = vars(make_parser().parse_args(arguments))
+        flags = vars(parser.parse_args(arguments))
         if "config" in flags:
             raise ValueError("it names another file")
         return flags
@@ -3044,10 +3044,11 @@ def resolve_flags(explicit, recorded=None):
             # Three matrices instead of two: 8/3 dim keeps their total size (Shazeer 2020), here
             # rounded up to a multiple of 64.
             flags.mlp_dim = 64 * math.ceil(8 * flags.dim / (3 * 64))
-    if flags.lora_rank and not flags.init_from:
-        raise UsageError("--lora_rank trains adapters of a model: name it by --init_from")
-    if flags.lora_rank and flags.lora_alpha is None:
-        flags.lora_alpha = 2 * flags.lora_rank  # LoRA's scale, alpha / rank, is then 2
+    if flags.lora_rank:
+        if not flags.init_from:
+            raise UsageError("--lora_rank trains adapters of a model: name it by --init_from")
+        if flags.lora_alpha is None:
+            flags.lora_alpha = 2 * flags.lora_rank  # LoRA's scale, alpha / rank, is then 2
     return flags
 
 
@@ -3089,11 +3090,64 @@ def ineffective_flag_notices(flags):
 #                                        checkpoint, or a training flag has another value
 #     --new_model, or no such run yet    a new run
 #
-# If other code trained that run, --identifier still resumes it. Flags are refused if it is
-# unfinished; if it is finished, they begin a new run beside it. Without either, it is an error.
+# If other code trained that run, --identifier still resumes it. A command that names its run by
+# flags begins a new one beside it if it is finished, and is refused if not. One with neither is
+# always refused.
 #
 # A run's name is a hash of IDENTITY_FLAGS, of the contents of its texts and models, and of the
 # checkpoint that a branch began from. Its folder is NAME or NAME.2, NAME.3, …
+
+
+@contextlib.contextmanager
+def set_up(flags, ranks):
+    """Yields the run that a command trains, ready for `train`, and its Interrupts.
+
+    Its folder is locked until the block ends.
+    """
+    chosen_checkpoint = choose_checkpoint(flags)
+    if chosen_checkpoint:
+        flags = resolve_flags(flags.explicit, chosen_checkpoint.flags)
+        refuse_conflict(flags, chosen_checkpoint.flags, chosen_checkpoint.folder.name)
+    check_early(flags, ranks)
+    inputs = load_inputs(flags, chosen_checkpoint)
+    if chosen_checkpoint and continues_run(flags, chosen_checkpoint):
+        folder = chosen_checkpoint.folder
+        code_sha1 = sha1_of_code(inputs.code)
+        if not flags.identifier and chosen_checkpoint.segments[-1].code_sha1 != code_sha1:
+            raise code_mismatch_error(chosen_checkpoint, inputs)
+    else:
+        if chosen_checkpoint:  # the command begins a branch, or resumes one
+            inputs.parents["branched_from"] = chosen_checkpoint.id
+        folder = find_folder(inputs)
+    with locked_folder(folder):
+        run, checkpoint = open_run(folder, inputs, chosen_checkpoint, ranks)
+        with Interrupts() as interrupts:  # from here on there is something to save
+            print_start(run, checkpoint)
+            if checkpoint:
+                begins_branch = checkpoint.folder != folder
+                if begins_branch:
+                    run.evaluations = [run.evaluation] if run.evaluation else []  # not its parent's
+                has_new_flags = get_values(run.flags, RECORDED_FLAGS) != checkpoint.flags
+                # Before any step: from now on, a branch needs no other run, and new flags last.
+                if begins_branch or (has_new_flags and run.iteration < run.flags.num_iters):
+                    save(run, interrupts)
+            yield run, interrupts
+
+
+def choose_checkpoint(flags):
+    """The checkpoint that --identifier names or, without any flag in IDENTITY_FLAGS, the newest.
+
+    None if the command describes its run by flags, has --new_model, or there is no checkpoint.
+    """
+    if flags.identifier:
+        if flags.new_model:
+            raise UsageError("--identifier resumes a run, --new_model starts one: use only one")
+        checkpoints = list_checkpoints(flags.save_dir, warn=True)
+        return find_checkpoint(flags, checkpoints, flags.identifier)
+    if flags.new_model or {*IDENTITY_FLAGS} & {*flags.explicit}:
+        list_run_folders(flags.save_dir)  # refuses a run's folder, before a text is written there
+        return None
+    return next(iter(list_checkpoints(flags.save_dir, warn=True)), None)
 
 
 def refuse_conflict(flags, values, owner):
@@ -3111,25 +3165,6 @@ def refuse_conflict(flags, values, owner):
                 f"--{name} {flag_value} contradicts {owner}, which {state}: "
                 f"leave --{name} out, or name another run or model"
             )
-
-
-def choose_checkpoint(flags):
-    """The checkpoint that --identifier names or, without any flag in IDENTITY_FLAGS, the newest.
-
-    None if the command describes its run by flags, has --new_model, or there is no checkpoint.
-    """
-    if flags.new_model and flags.identifier:
-        raise UsageError("--identifier resumes a run, --new_model starts one: use only one")
-    is_described = {*IDENTITY_FLAGS} & {*flags.explicit}
-    if flags.new_model or (is_described and not flags.identifier):
-        list_run_folders(flags.save_dir)  # refuses a run's folder, before a text is written there
-        return None
-    checkpoints = list_checkpoints(flags.save_dir, warn=True)
-    if flags.identifier:
-        return find_checkpoint(flags, checkpoints, flags.identifier)
-    if not checkpoints:
-        return None
-    return checkpoints[0]
 
 
 def check_early(flags, ranks):
@@ -3151,17 +3186,34 @@ def check_early(flags, ranks):
         extra("report").check(flags.report_to)
 
 
-def continues_run(flags, checkpoint):
-    """Whether a command continues its checkpoint's run, instead of beginning a branch.
+class Inputs(NamedTuple):
+    """What a run is made of."""
 
-    True if the checkpoint is its run's newest, and no training flag has another value. One in
-    steps/, computed by RUN@STEP, always begins a branch.
-    """
-    if not checkpoint.folder.parent.samefile(flags.save_dir):
-        return False
-    newest_ids = [newest.id for newest in checkpoints_in(checkpoint.folder)[:1]]
-    has_same_flags = get_values(flags, FLAGS["training"]).items() <= checkpoint.flags.items()
-    return has_same_flags and newest_ids == [checkpoint.id]
+    flags: argparse.Namespace
+    dataset: datasets.Dataset
+    models: dict  # those that it reads at this start, {flag: LoadedModel}
+    parents: dict  # ids of what it began with, see Checkpoint
+    code: dict  # see read_code
+
+
+def load_inputs(flags, checkpoint=None):
+    """The Inputs of a new run or, with a checkpoint, of the run that saved it."""
+    models = {}
+    tokenizer = None
+    if checkpoint:
+        models = open_kept_models(flags, checkpoint)
+        dataset = reload_data(flags, checkpoint)
+        parents = dict(checkpoint.parents)
+    else:
+        for flag_name in PRETRAINED_FLAGS:
+            if getattr(flags, flag_name):
+                models[flag_name] = open_model(flags, flag_name)
+        if models:
+            flags = resolve_flags(flags.explicit, flags_from_pretrained(models, flags))
+            tokenizer = next(iter(models.values())).tokenizer
+        dataset = load_data(flags, tokenizer)
+        parents = {name: loaded.id for name, loaded in models.items()}
+    return Inputs(flags, dataset, models, parents, read_code(vars(flags)))
 
 
 def kept_model_flags(flags):
@@ -3176,10 +3228,8 @@ def kept_model_flags(flags):
 
 def open_kept_models(flags, checkpoint):
     """The models that a checkpoint's run keeps, {flag: LoadedModel}; see kept_model_flags."""
-    models = {}
-    for name in kept_model_flags(flags):
-        models[name] = extra("kept_models").open_kept_model(checkpoint, name)
-    return models
+    names = kept_model_flags(flags)
+    return {name: extra("kept_models").open_kept_model(checkpoint, name) for name in names}
 
 
 MAX_IMPORTED_CONTEXT = 1024  # of a Hugging Face model, unless --context_size is given
@@ -3212,39 +3262,6 @@ def flags_from_pretrained(models, flags):
         if is_hugging_face(getattr(flags, name)) and values["context_size"] > limit:
             raise UsageError(f"--{name} reads at most {limit} tokens: give --context_size {limit}")
     return values
-
-
-class Inputs(NamedTuple):
-    """What a run is made of."""
-
-    flags: argparse.Namespace
-    dataset: datasets.Dataset
-    models: dict  # those that it reads at this start, {flag: LoadedModel}
-    parents: dict  # ids of what it began with, see Checkpoint
-    code: dict  # see read_code
-
-
-def load_inputs(flags, checkpoint=None):
-    """The Inputs of a new run or, with a checkpoint, of its run or of a branch from it."""
-    models = {}
-    tokenizer = None
-    if checkpoint:
-        models = open_kept_models(flags, checkpoint)
-        dataset = reload_data(flags, checkpoint)
-        parents = checkpoint.parents
-        if not continues_run(flags, checkpoint):
-            parents = parents | {"branched_from": checkpoint.id}
-    else:
-        for flag_name in PRETRAINED_FLAGS:
-            name = getattr(flags, flag_name)
-            if name:
-                models[flag_name] = open_model(flags, name, flag_name)
-        if models:
-            flags = resolve_flags(flags.explicit, flags_from_pretrained(models, flags))
-            tokenizer = next(iter(models.values())).tokenizer
-        dataset = load_data(flags, tokenizer)
-        parents = {name: loaded.id for name, loaded in models.items()}
-    return Inputs(flags, dataset, models, parents, read_code(vars(flags)))
 
 
 def load_data(flags, tokenizer=None):
@@ -3286,6 +3303,54 @@ def reload_data(flags, checkpoint):
     return dataset
 
 
+def continues_run(flags, checkpoint):
+    """Whether a command continues its checkpoint's run, instead of beginning a branch.
+
+    True if the checkpoint is its run's newest, and no training flag has another value. One in
+    steps/, computed by RUN@STEP, always begins a branch.
+    """
+    if not checkpoint.folder.parent.samefile(flags.save_dir):
+        return False
+    newest_ids = [newest.id for newest in checkpoints_in(checkpoint.folder)[:1]]
+    has_same_flags = get_values(flags, FLAGS["training"]).items() <= checkpoint.flags.items()
+    return has_same_flags and newest_ids == [checkpoint.id]
+
+
+def find_folder(inputs):
+    """The folder of the run that has these Inputs, which may be a new one.
+
+    Of NAME, NAME.2, …, it is that of the run saved last that was trained by the same code (with
+    --identifier, by any), else the first that does not exist or has no checkpoint.
+    Raises UsageError if other code trained all such runs, and the one saved last is unfinished.
+    """
+    flags = inputs.flags
+    code_sha1 = sha1_of_code(inputs.code)
+    identity = run_identity(vars(flags), inputs.dataset.sha256, inputs.parents)
+    name = run_name(identity)
+    runs = {}  # {folder: its checkpoints, newest first}
+    if not flags.new_model:
+        for folder in list_run_folders(flags.save_dir):
+            if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", folder.name):
+                runs[folder] = checkpoints_in(folder)
+    newest_checkpoints = [checkpoints[0] for checkpoints in runs.values() if checkpoints]
+    other = None  # the newest one by other code
+    for checkpoint in newest_first(newest_checkpoints):
+        if run_identity(checkpoint.flags, checkpoint.tokens_sha256, checkpoint.parents) != identity:
+            say(f"Ignoring {checkpoint.folder.name}: its flags do not match its name.")
+        elif flags.identifier or checkpoint.segments[-1].code_sha1 == code_sha1:
+            return checkpoint.folder
+        else:
+            other = other or checkpoint
+    if other and other.iteration < flags.explicit.get("num_iters", other.flags["num_iters"]):
+        raise code_mismatch_error(other, inputs)
+    folder = flags.save_dir / name
+    for count in itertools.count(2):
+        # In a folder without a checkpoint, the same command was perhaps stopped before it saved.
+        if runs.get(folder) == [] or not os.path.lexists(folder):
+            return folder
+        folder = flags.save_dir / f"{name}.{count}"
+
+
 def run_identity(flag_values, sha256, parents):
     """What a run's name is made of, {name: value}: texts and models by content, not by path.
 
@@ -3307,44 +3372,6 @@ def run_name(identity):
     """
     changed = {name: value for name, value in identity.items() if value != DEFAULTS.get(name)}
     return f"{identity['dataset']}-{sha1_of_text(json.dumps(changed, sort_keys=True))[:8]}"
-
-
-def find_folder(inputs, chosen_checkpoint):
-    """The folder of the run that a command trains, which may be a new one.
-
-    Of NAME, NAME.2, …, it is the run saved last that was trained by the same code (with
-    --identifier, by any), else the first that is free or has no checkpoint.
-    Raises UsageError if other code trained all such runs, and the one saved last is unfinished.
-    """
-    flags = inputs.flags
-    code_sha1 = sha1_of_code(inputs.code)
-    if chosen_checkpoint and continues_run(flags, chosen_checkpoint):
-        if not flags.identifier and chosen_checkpoint.segments[-1].code_sha1 != code_sha1:
-            raise code_mismatch_error(chosen_checkpoint, inputs.code, flags)
-        return chosen_checkpoint.folder
-    identity = run_identity(vars(flags), inputs.dataset.sha256, inputs.parents)
-    name = run_name(identity)
-    runs = {}  # {folder: its checkpoints, newest first}
-    for folder in [] if flags.new_model else list_run_folders(flags.save_dir):
-        if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", folder.name):
-            runs[folder] = checkpoints_in(folder)
-    newest_checkpoints = [checkpoints[0] for checkpoints in runs.values() if checkpoints]
-    other = None  # the newest one by other code
-    for checkpoint in newest_first(newest_checkpoints):
-        if run_identity(checkpoint.flags, checkpoint.tokens_sha256, checkpoint.parents) != identity:
-            say(f"Ignoring {checkpoint.folder.name}: its flags do not match its name.")
-        elif flags.identifier or checkpoint.segments[-1].code_sha1 == code_sha1:
-            return checkpoint.folder
-        else:
-            other = other or checkpoint
-    if other and other.iteration < flags.explicit.get("num_iters", other.flags["num_iters"]):
-        raise code_mismatch_error(other, inputs.code, flags)
-    folder = flags.save_dir / name
-    for count in itertools.count(2):
-        # In a folder without a checkpoint, the same command was perhaps stopped before it saved.
-        if runs.get(folder) == [] or not os.path.lexists(folder):
-            return folder
-        folder = flags.save_dir / f"{name}.{count}"
 
 
 @contextlib.contextmanager
@@ -3373,26 +3400,34 @@ def locked_folder(folder):
         os.close(descriptor)
 
 
-def make_model(flags, dataset, checkpoint, models):
-    """The model of a run; only that of --init_from already has its weights."""
-    base = models.get("init_from")
-    if checkpoint and not base:
-        with explain_errors(f"{checkpoint} has no model", *MODEL_ERRORS, raises=DamagedError):
-            return LanguageModel(checkpoint.config)
-    try:
-        if base:
-            # What no flag sets, such as a padded vocabulary, stays.
-            config = dataclasses.replace(base.model.config, context_size=flags.context_size)
-        else:
-            config = Config(dataset.tokenizer.vocab_size, **get_values(flags, FLAGS["model"]))
-    except ValueError as error:  # its message begins with the name of a field
-        raise UsageError(f"--{error}") from None
-    if not base:
-        return LanguageModel(config)
-    base.model.config = config
-    if flags.lora_rank:
-        extra("lora").add_lora(base.model, flags.lora_rank, flags.lora_alpha, flags.seed)
-    return base.model
+def open_run(folder, inputs, chosen_checkpoint, ranks):
+    """The run in a folder, which must be locked, and the checkpoint that it resumes, or None.
+
+    chosen_checkpoint: see choose_checkpoint. If it lies in another folder, a branch begins with it.
+    """
+    checkpoints = checkpoints_in(folder, warn=True)  # under the lock, no other process adds one
+    if not checkpoints and any(folder.glob("[!.]*.safetensors")):
+        raise RunError(f"no checkpoint of {folder.name} can be read: --new_model starts a new run")
+    contents = None
+    if checkpoints or chosen_checkpoint:
+        # If a branch already exists, it is resumed; then --identifier only says where it began.
+        flags = inputs.flags
+        is_named = flags.identifier and (not checkpoints or folder == chosen_checkpoint.folder)
+        contents = open_newest(checkpoints or [chosen_checkpoint], is_named)
+        checkpoint = contents.checkpoint
+        # Flags that the command does not set come from the checkpoint, except those about the test
+        # text, which is already loaded.
+        test_flags = get_values(flags, ["test_text", "eval_test"])
+        flags = resolve_flags(flags.explicit, checkpoint.flags | test_flags)
+        inputs = inputs._replace(flags=flags)
+        if not chosen_checkpoint:  # "latest" may name this run by now: use the models that it keeps
+            models = open_kept_models(flags, checkpoint)
+            inputs = inputs._replace(models=models, parents=checkpoint.parents)
+    run = make_run(folder, inputs, contents, ranks)
+    if not checkpoints:
+        for name in kept_model_flags(run.flags):
+            extra("kept_models").keep_model(folder / name, inputs.models[name].files)
+    return run, contents and contents.checkpoint
 
 
 def make_run(folder, inputs, contents=None, ranks=None):
@@ -3434,63 +3469,26 @@ def make_run(folder, inputs, contents=None, ranks=None):
     return run
 
 
-def open_run(folder, inputs, chosen_checkpoint, ranks):
-    """The run in a folder, which must be locked, and the checkpoint that it resumes, or None.
-
-    chosen_checkpoint: see choose_checkpoint. If it lies in another folder, a branch begins with it.
-    """
-    checkpoints = checkpoints_in(folder, warn=True)  # under the lock, no other process adds one
-    if not checkpoints and any(folder.glob("[!.]*.safetensors")):
-        raise RunError(f"no checkpoint of {folder.name} can be read: --new_model starts a new run")
-    contents = None
-    if checkpoints or chosen_checkpoint:
-        # If a branch already exists, it is resumed; then --identifier only says where it began.
-        flags = inputs.flags
-        is_named = flags.identifier and (not checkpoints or folder == chosen_checkpoint.folder)
-        contents = open_newest(checkpoints or [chosen_checkpoint], is_named)
-        checkpoint = contents.checkpoint
-        # Flags that the command does not set come from the checkpoint, except those about the test
-        # text, which is already loaded.
-        test_flags = get_values(flags, ["test_text", "eval_test"])
-        flags = resolve_flags(flags.explicit, checkpoint.flags | test_flags)
-        inputs = inputs._replace(flags=flags)
-        if not chosen_checkpoint:  # "latest" may name this run by now: use the models that it keeps
-            models = open_kept_models(flags, checkpoint)
-            inputs = inputs._replace(models=models, parents=checkpoint.parents)
-    run = make_run(folder, inputs, contents, ranks)
-    if not checkpoints:
-        for name in kept_model_flags(run.flags):
-            extra("kept_models").keep_model(folder / name, inputs.models[name].files)
-    return run, contents and contents.checkpoint
-
-
-@contextlib.contextmanager
-def set_up(flags, ranks):
-    """Yields the run that a command trains, ready for `train`, and its Interrupts.
-
-    Its folder is locked until the block ends.
-    """
-    chosen_checkpoint = choose_checkpoint(flags)
-    if chosen_checkpoint:
-        flags = resolve_flags(flags.explicit, chosen_checkpoint.flags)
-        refuse_conflict(flags, chosen_checkpoint.flags, chosen_checkpoint.folder.name)
-    check_early(flags, ranks)
-    inputs = load_inputs(flags, chosen_checkpoint)
-    folder = find_folder(inputs, chosen_checkpoint)
-    with locked_folder(folder):
-        run, checkpoint = open_run(folder, inputs, chosen_checkpoint, ranks)
-        with Interrupts() as interrupts:  # from here on there is something to save
-            print_start(run, checkpoint)
-            if checkpoint:
-                begins_branch = checkpoint.folder != folder
-                if begins_branch:
-                    run.evaluations = [run.evaluation] if run.evaluation else []  # not its parent's
-                has_new_flags = get_values(run.flags, RECORDED_FLAGS) != checkpoint.flags
-                # The branch then needs no other run, and what the command sets for steps to come
-                # stays, even if none is taken.
-                if begins_branch or (has_new_flags and run.iteration < run.flags.num_iters):
-                    save(run, interrupts)
-            yield run, interrupts
+def make_model(flags, dataset, checkpoint, models):
+    """The model of a run; only that of --init_from already has its weights."""
+    base = models.get("init_from")
+    if checkpoint and not base:
+        with explain_errors(f"{checkpoint} has no model", *MODEL_ERRORS, raises=DamagedError):
+            return LanguageModel(checkpoint.config)
+    try:
+        if base:
+            # What no flag sets, such as a padded vocabulary, stays.
+            config = dataclasses.replace(base.model.config, context_size=flags.context_size)
+        else:
+            config = Config(dataset.tokenizer.vocab_size, **get_values(flags, FLAGS["model"]))
+    except ValueError as error:  # its message begins with the name of a field
+        raise UsageError(f"--{error}") from None
+    if not base:
+        return LanguageModel(config)
+    base.model.config = config
+    if flags.lora_rank:
+        extra("lora").add_lora(base.model, flags.lora_rank, flags.lora_alpha, flags.seed)
+    return base.model
 
 
 # ---- Commands -----------------------------------------------------------------------------------
@@ -3547,7 +3545,6 @@ def sample_checkpoint(flags):
     """
     contents = open_checkpoint(flags)
     model = contents.load_model()
-    tokenizer = contents.tokenizer
     draft = None
     if flags.draft:
         draft = extra("decode").open_draft(flags, contents)
@@ -3556,7 +3553,7 @@ def sample_checkpoint(flags):
     # The checkpoint is announced only after all user errors are ruled out: an error must be the
     # only line on stderr.
     announce(contents.checkpoint)
-    new_conversation = partial(Conversation, tokenizer, model, draft)
+    new_conversation = partial(Conversation, contents.tokenizer, model, draft)
     if flags.inference:
         converse(new_conversation, flags)
         return
@@ -3657,9 +3654,7 @@ def execute(argv):
             return evaluate_checkpoint(flags)
         if flags.inference or flags.prompt is not None:
             return sample_checkpoint(flags)
-        problem = f"cannot write to --save_dir {flags.save_dir}: name a folder of yours"
-        with explain_errors(problem, OSError):
-            datasets.make_writable(flags.save_dir)
+        datasets.open_save_dir(flags.save_dir)
         return train_run(flags, ranks)
 
 

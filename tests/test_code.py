@@ -1,5 +1,6 @@
 """The code of a run is what Python has loaded; an edit of it is another run, wherever it stands."""
 
+import pathlib
 import re
 
 import anchors
@@ -49,6 +50,19 @@ def cells(folder, line, *code):
     source = NOTEBOOK + "\n".join(code)
     out, err = run(folder, *line, program=["-c", source], cwd=folder)
     return re.findall(r"^run +(\S+), from iteration (\d+) ", out, re.M), out + err
+
+
+def test_code_is_not_saved_through_a_strangers_link(line, tmp_path):
+    name, _, _ = begin(*line)
+    [code] = (tmp_path / "lm" / name).glob("code-*/extras")
+    code.rename(tmp_path / "elsewhere")
+    code.symlink_to(tmp_path / "elsewhere")
+    [*files] = filter(pathlib.Path.is_file, (tmp_path / "elsewhere").rglob("*"))
+    assert files
+    for path in files:
+        path.unlink()
+    run(*line, "--num_iters", 3)
+    assert not [*filter(pathlib.Path.is_file, (tmp_path / "elsewhere").rglob("*"))]
 
 
 def test_an_edit_is_trained_once_it_is_loaded(line, tmp_path):

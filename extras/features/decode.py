@@ -20,7 +20,7 @@ def open_draft(flags, contents):
     Their ids have to mean the same text.
     """
     checkpoint = contents.checkpoint
-    draft, tokenizer, *_ = open_model(flags, flags.draft, "draft")
+    draft, tokenizer, *_ = open_model(flags, "draft")
     is_same_tokenizer = tokenizer.to_dict() == contents.tokenizer.to_dict()
     is_same_size = draft.config.vocab_size == checkpoint.config.vocab_size  # one may be padded
     if not (is_same_tokenizer and is_same_size):

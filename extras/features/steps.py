@@ -135,5 +135,4 @@ def rebuild_run(flags, checkpoint, kin):
     contents = None
     if checkpoint:
         contents = open_newest([checkpoint], is_named=True)
-    inputs = load_inputs(flags, kin)._replace(parents=kin.parents)  # it is no branch
-    return make_run(kin.folder, inputs, contents)
+    return make_run(kin.folder, load_inputs(flags, kin), contents)
