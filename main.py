@@ -39,8 +39,8 @@ import datasets
 from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, Flag, nonempty, number, one_of
 from datasets import RunError, UsageError, explain_errors, extra, printable
 
-# `fast` is extras/features/fast.py, or None. Its copy of a function under @fast_version runs until
-# you edit the function here. It comes before MLX, which uses whichever BLAS is already loaded.
+# `fast` is extras/features/fast.py, or None. A function under @fast_version is replaced by its copy
+# there until you edit it here. This precedes MLX, which uses whichever BLAS is already loaded.
 fast, fast_version = datasets.import_fast(__name__, __file__)
 
 import mlx.core as mx
@@ -139,8 +139,8 @@ def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
     Queries belong to the last L of the N positions: in training L is N, in decoding mostly 1.
-    mask: "causal", or bool [B, 1, L, N], true where a query may see a key, never a later one; only
-    extras/features/decode.py passes an array, for texts of different lengths.
+    mask: "causal", or bool [B, 1, L, N], true where a query may see a key; it must be causal
+    itself. Only extras/features/decode.py passes an array, for texts of different lengths.
     """
     # softmax(queries @ keys.swapaxes(2, 3) * scale) @ values, with scores of -inf where the mask
     # is false, and each key/value head repeated H / K times.
@@ -411,8 +411,8 @@ class LanguageModel(nn.Module):
     def __call__(self, tokens, caches=None, dropout_masks=None, logits_to_keep=None):
         """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all.
 
-        Sampling and the judge of extras.versus call this; training and evaluation call `model`,
-        then `logits`: edit those.
+        For sampling and the judge of extras.versus. Training and evaluation call `self.model`, then
+        `self.logits`: edit those.
         """
         hidden = self.model(tokens, caches, dropout_masks)  # [B, L, D]
         if logits_to_keep is not None:
@@ -489,9 +489,9 @@ def init_weights(model, seed):
     into the residual stream are 0, so that each block starts as the identity. An untied output
     layer is also 0.
 
-    Embeddings have standard deviation 5 / dim. Tied, they are the output layer, too: the token just
-    read starts with a logit of 4 to 5 (up to a dim of 1024), the others with about 0, and the
-    initial loss is near ln(V + e^5). Untied, it is ln V.
+    Embeddings have standard deviation 5 / dim. Tied, they are the output layer, too: at first, the
+    model predicts that a token repeats, with a logit of 4 to 5 (up to a dim of 1024) where others
+    have about 0, and the loss begins near ln(V + e^5). Untied, it begins at ln V.
     """
     weights = []
     for name, parameter in tree_flatten(model.parameters()):
@@ -531,7 +531,7 @@ def training_loss(model, hidden, targets, scale):
 
 @fast_version
 def sum_over_shards(function, *arrays):
-    """Returns function(*arrays), a tree of sums over the rows of the arrays [B, ...].
+    """Returns function(*arrays), a tree of sums over the rows of the arrays [B, ...], [B, L] first.
 
     The fast version divides the rows among the cores and adds up the results.
     """
@@ -547,7 +547,8 @@ def clip_grad_norm(gradients, max_norm):
 class Muon(optim.Optimizer):
     """Muon (Jordan et al. 2024) with decoupled weight decay, like AdamW's.
 
-    MLX's Muon orthogonalizes one matrix at a time, and adds weight decay to the gradient first.
+    Unlike MLX's, it orthogonalizes all matrices of a shape at once, and its weight decay does not
+    pass through the momentum.
     """
 
     # Muon's learning rate is this times --learning_rate, which is AdamW's. 5 was best on words; on
@@ -840,7 +841,7 @@ class Batches:
 
 @partial(fast_version, dependencies=LOGITS_CODE)
 def token_metrics(model, hidden, targets):
-    """The metrics of a validation text at each position, {name: [B, L]}.
+    """The metrics of an evaluation at each position, {name: [B, L]}.
 
     hidden: final hidden states [B, L, D]; targets: ids [B, L]. The mean of each metric is shown and
     logged. `loss` is the cross-entropy in nats, whatever training minimizes; it alone decides which
@@ -947,8 +948,9 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     """Returns step_fn(dropout_rate, inputs, targets, row_keys), which takes an optimizer step.
 
     inputs, targets: [N, L], N = batch_size * grad_accumulation; dropout_rate, row_keys: see
-    draw_dropout. It takes batch_size rows at a time, which ranks and streams share. Returns {name:
-    scalar array}: `loss`, the mean in nats, and `gradient_norm`, before clipping.
+    draw_dropout. Of batch_size rows at a time, each rank takes a share, and of that each stream.
+    Returns {name: scalar array}: `loss`, the mean of training_loss over positions, and
+    `gradient_norm`, before clipping.
 
     With --dtype bfloat16, a GPU casts all weights but the embeddings, and a CPU rounds the inputs
     of matrix products; master weights, optimizer state and loss stay float32 on both.
@@ -965,7 +967,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         # frequent token.
         return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
 
-    # It must return a sum over rows: it is called for parts of a batch, whose results are added up.
+    # It is called for parts of a batch, and the results are added: it must return a sum over rows.
     # A weight penalty here would count once for each part.
     def loss_fn(scale, dropout_rate, inputs, targets, row_keys):
         if casts_weights:
@@ -982,8 +984,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     value_and_grad = nn.value_and_grad(model, loss_fn)
 
     # Compiled once per set of shapes, then replayed. `inputs` lists arrays that are read but not
-    # passed; others, such as the teacher's weights, become constants. `outputs` lists those that
-    # are changed, or the change would be lost.
+    # passed; others, such as the teacher's weights, become constants.
     @partial(mx.compile, inputs=[model.state])
     def loss_and_gradients(*arguments):
         weights = model.parameters()
@@ -991,8 +992,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         model.update(weights)  # value_and_grad has left its tracers in the model
         return sums
 
-    # Trees of arrays that each step reads and replaces. Call make_step after Run.restore, which
-    # replaces optimizer.state.
+    # Trees of arrays that each step reads and replaces: without `outputs`, changes would be lost.
+    # Call make_step after Run.restore, which replaces optimizer.state.
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
@@ -1018,8 +1019,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
                     mx.eval(total)
             loss, gradients = ranks.all_mean(total)  # ranks exchange gradients only here
             metrics = optimizer_step(loss, gradients)
-            # The code above only builds a graph, which is computed here. What is not evaluated
-            # stays a graph, which grows with each step.
+            # MLX is lazy: most of the above only builds a graph, which is computed here. What is
+            # not evaluated stays a graph, which grows with each step.
             mx.eval(metrics, state)
         return metrics
 
@@ -1100,11 +1101,12 @@ def train_step(run, step_fn):
 def validate(run, interrupts, ranks, reporter):
     """Evaluates the validation split, unless a signal arrives.
 
-    It scores the first --eval_tokens tokens, but no more than are trained on between evaluations,
-    so that short trials need not wait; with 0, all.
+    It scores the first --eval_tokens tokens (0: all), but no more than are trained on between
+    evaluations, so that short trials need not wait.
 
-    The evaluation at the end of --max_minutes is shown and logged, but not recorded: a
-    run without --max_minutes has none at that step. Raises RunError if the loss is not finite.
+    The evaluation at the end of --max_minutes is shown and logged, but not recorded: a run without
+    --max_minutes has none at that step, and checkpoints of both must be equal. Raises RunError if
+    the loss is not finite.
     """
     flags = run.flags
     tokens = run.dataset.valid.tokens
@@ -1613,8 +1615,8 @@ class Run(Progress):
     def evaluations_since_best(self):
         """How many evaluations in a row brought no new best, for --patience.
 
-        An extended run also has an evaluation at its old end. That does not count, or the run would
-        stop elsewhere than one that was longer from the start.
+        Only those at multiples of steps_per_eval count: an extended run, which also has one at its
+        old end, then stops where one of that length would.
         """
         interval = self.flags.steps_per_eval or math.inf
         losses = []
@@ -1952,7 +1954,8 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
     elif "@" in identifier:
         matches = [extra("steps").checkpoint_at(flags, checkpoints, identifier)]
     else:
-        # A branch's first checkpoint has its parent's id; the oldest run that trained it counts.
+        # Copies, and branches before their first step, have another run's id. The oldest run that
+        # trained it counts.
         def by_origin(checkpoint):
             is_parents = checkpoint.id == checkpoint.parents.get("branched_from")
             return not checkpoint.is_copy, not is_parents
@@ -2160,8 +2163,8 @@ def model_from_checkpoint(checkpoint):
 class Interrupts:
     """Turns a termination signal into an attribute that loops check: `stop_signal`.
 
-    A second one ends the process at once, without saving. Within half a second, it counts as the
-    same one: `timeout` signals the process, then its group, and launchers repeat Ctrl+C.
+    A second one, half a second later or more, ends the process at once, without saving. An earlier
+    one is a repetition: `timeout` signals the process, then its group, and launchers repeat Ctrl+C.
 
     Python runs handlers only after `mx.eval` returns, so a thread reads the bytes that the
     interpreter writes to a pipe as soon as a signal arrives.
@@ -2460,7 +2463,7 @@ class Reporter:
             self.dashboards.close()
 
     def report_step(self, metrics):
-        """Counts a step; every --steps_per_report steps, shows and logs metrics, {name: number}.
+        """Advances the bar; every --steps_per_report steps, shows and logs metrics, {name: number}.
 
         `loss` is then the mean since the last report, as speeds are; other metrics are those of the
         last step.
@@ -2816,8 +2819,8 @@ def describe_end(run, stop_signal):
 def divergence_error(run, what, iteration):
     """The RunError for a run whose `what` is not finite.
 
-    It gives a command that goes back to the newest checkpoint before `iteration`; the step after it
-    was finite.
+    It gives a command that goes back to the newest checkpoint before `iteration`: the step after
+    that one was finite.
     """
     checkpoints = checkpoints_in(run.folder)
     earlier = [checkpoint for checkpoint in checkpoints if checkpoint.iteration < iteration]
@@ -3090,9 +3093,8 @@ def ineffective_flag_notices(flags):
 #                                        checkpoint, or a training flag has another value
 #     --new_model, or no such run yet    a new run
 #
-# If other code trained that run, --identifier still resumes it. A command that names its run by
-# flags begins a new one beside it if it is finished, and is refused if not. One with neither is
-# always refused.
+# If other code trained that run, --identifier still resumes it. With flags, a new run begins beside
+# it if it is finished; otherwise, the command is refused.
 #
 # A run's name is a hash of IDENTITY_FLAGS, of the contents of its texts and models, and of the
 # checkpoint that a branch began from. Its folder is NAME or NAME.2, NAME.3, …
@@ -3128,7 +3130,7 @@ def set_up(flags, ranks):
                 if begins_branch:
                     run.evaluations = [run.evaluation] if run.evaluation else []  # not its parent's
                 has_new_flags = get_values(run.flags, RECORDED_FLAGS) != checkpoint.flags
-                # Before any step: from now on, a branch needs no other run, and new flags last.
+                # Before a step: a branch then needs no other run, and no kill loses new flags.
                 if begins_branch or (has_new_flags and run.iteration < run.flags.num_iters):
                     save(run, interrupts)
             yield run, interrupts
@@ -3319,8 +3321,8 @@ def continues_run(flags, checkpoint):
 def find_folder(inputs):
     """The folder of the run that has these Inputs, which may be a new one.
 
-    Of NAME, NAME.2, …, it is that of the run saved last that was trained by the same code (with
-    --identifier, by any), else the first that does not exist or has no checkpoint.
+    Of NAME, NAME.2, …, it is the one saved last by the same code (with --identifier, by any), else
+    the first that does not exist or has no checkpoint.
     Raises UsageError if other code trained all such runs, and the one saved last is unfinished.
     """
     flags = inputs.flags

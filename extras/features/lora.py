@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from main import normal_init
+from main import linear_product, normal_init
 
 
 class LoRALinear(nn.Module):
@@ -27,7 +27,7 @@ class LoRALinear(nn.Module):
 
     def __call__(self, hidden):
         update = (hidden @ self.lora_a.T) @ self.lora_b.T  # [..., rank] in between
-        product = hidden @ self.weight.T + update * self.scale
+        product = linear_product(hidden, self.weight) + update * self.scale
         if "bias" in self:
             product = product + self.bias
         return product

@@ -1,12 +1,15 @@
 """LoRA: adapters that begin as nothing and are trained alone, and the base that they need."""
 
+import re
 import shutil
 
+import anchors
 import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import arrays, assert_equal, begin, make_model, newest, run, run_extra, saved
+from conftest import arrays, assert_equal, begin, copy_program, make_model, newest, run, run_extra
+from conftest import saved
 from datasets import ByteTokenizer, load_dataset
 from test_huggingface import logits_of
 
@@ -48,6 +51,18 @@ def test_adapters_begin_as_nothing(base, text):
     run(*line, "--lora_rank", 2, "--num_iters", 1)
     matrices = assert_adapters_on(model, newest(folder), 2)
     assert not any(matrix.any() for matrix in matrices)
+
+
+def test_an_edited_product_counts_under_the_adapters(base, text, tmp_path):
+    """As much as once they are merged."""
+    folder, id = base
+    edits = {anchors.PRODUCT: "    return 0.9 * (x @ weight.T)\n"}
+    program = [copy_program(tmp_path / "copy", edits)]
+    line = ["--text", text, "--init_from", id, "--eval_tokens", 0, "--save_dir", folder]
+    run(*line, *LORA, 3, program=program)
+    out, _ = run("--evaluate", "valid", "--save_dir", folder, program=program)
+    [nats] = re.findall(r"^valid ([\d.]+) nats", out, re.M)
+    assert newest(folder).evaluation.loss == pytest.approx(float(nats), abs=2e-4)
 
 
 def test_lora_run(base, text, tmp_path):
