@@ -54,12 +54,12 @@ def test_adapters_begin_as_nothing(base, text):
 
 
 def test_an_edited_product_counts_under_the_adapters(base, text, tmp_path):
-    """As much as once they are merged."""
+    """As much as once they are merged; they are nothing here."""
     folder, id = base
     edits = {anchors.PRODUCT: "    return 0.9 * (x @ weight.T)\n"}
     program = [copy_program(tmp_path / "copy", edits)]
     line = ["--text", text, "--init_from", id, "--eval_tokens", 0, "--save_dir", folder]
-    run(*line, *LORA, 3, program=program)
+    run(*line, *LORA, 3, "--learning_rate", 0, program=program)
     out, _ = run("--evaluate", "valid", "--save_dir", folder, program=program)
     [nats] = re.findall(r"^valid ([\d.]+) nats", out, re.M)
     assert newest(folder).evaluation.loss == pytest.approx(float(nats), abs=2e-4)
