@@ -32,12 +32,9 @@ def main(arguments):
     add_test_options(parser)
     options = parser.parse_args(arguments)
     setting, losses = read_losses(options.file)
-    best_values = []
-    tuning_seeds = set()
-    for side in SIDES:
-        value, seeds = choose_value(side, setting, losses[side])
-        best_values.append(value)
-        tuning_seeds |= seeds
+    means = [mean_losses(side, setting, losses[side]) for side in SIDES]
+    best_values = [min(by_value, key=by_value.get) for by_value in means]
+    tuning_seeds = {*tuning_seeds_of(losses["before"]), *tuning_seeds_of(losses["after"])}
     before, after = (losses[side][value] for side, value in zip(SIDES, best_values))
     seeds = [seed for seed in before if seed in after and seed not in tuning_seeds]
     condition = "if both sides are tuned"
@@ -45,6 +42,7 @@ def main(arguments):
         condition += f" ({setting}: {best_values[0]} before, {best_values[1]} after)"
     best = None
     if tuning_seeds:
+        print_means(setting, means, tuning_seeds)
         best = describe_best(setting, best_values, [losses[side] for side in SIDES])
         condition = best
         if not seeds:
@@ -93,16 +91,24 @@ def read_losses(path):
     return setting, losses
 
 
-def choose_value(side, setting, losses):
-    """A side's value with the lowest mean loss, and the set of seeds that have chosen it.
+def tuning_seeds_of(losses):
+    """The seeds that have several values on a side; they choose its best one.
 
-    losses: {value: {seed: loss}}. With one value, there is nothing to choose: no seeds. Raises
-    UsageError if a seed has several values, but not all, or if no value can be chosen.
+    losses: {value: {seed: loss}}.
+    """
+    counts = Counter(itertools.chain(*losses.values()))
+    return [seed for seed, count in counts.items() if count > 1]
+
+
+def mean_losses(side, setting, losses):
+    """A side's mean loss at each value, {value: loss}, by the seeds that have several.
+
+    losses: {value: {seed: loss}}. With one value, there is nothing to choose: its loss is nan.
+    Raises UsageError if a seed has several values, but not all, or if no value can be chosen.
     """
     if len(losses) == 1:
-        return next(iter(losses)), set()
-    counts = Counter(itertools.chain(*losses.values()))
-    seeds = [seed for seed, count in counts.items() if count > 1]
+        return dict.fromkeys(losses, math.nan)
+    seeds = tuning_seeds_of(losses)
     if not seeds:
         raise UsageError(f"{side!r} has several values of {setting}, but no seed has all of them")
     for seed, value in itertools.product(seeds, losses):
@@ -111,15 +117,26 @@ def choose_value(side, setting, losses):
                 f"seed {seed} of {side!r} has several values of {setting}, but not {value}: add "
                 "that run, or leave out all but one"
             )
-    print(f"{side}: mean loss by {setting}, seeds {', '.join(seeds)}")
     means = {}
-    for value in sorted(losses, key=float):
-        means[value] = np.mean([losses[value][seed] for seed in seeds])
-        print(f"{value:>10}{means[value]:>10.4f}")
-    best = min(means, key=means.get)
-    if means[best] == math.inf:
+    for value, by_seed in losses.items():
+        means[value] = sum(by_seed[seed] for seed in seeds) / len(seeds)
+    if min(means.values()) == math.inf:
         raise UsageError(f"no {setting} of {side!r} has a finite loss for each of these seeds")
-    return best, {*seeds}
+    return means
+
+
+def print_means(setting, means, seeds):
+    """Prints the mean loss of each value: what a change seems to do where nothing is tuned.
+
+    means: {value: loss} before and after.
+    """
+    print(f"mean loss by {setting}, seeds {', '.join(sorted(seeds))}")
+    print(f"{'':>10}{'before':>10}{'after':>10}{'difference':>14}")
+    for value in sorted({*means[0], *means[1]}, key=float):
+        losses = [by_value.get(value, math.nan) for by_value in means]
+        cells = [f"{losses[0]:.4f}", f"{losses[1]:.4f}", f"{losses[1] - losses[0]:+.4f}"]
+        before, after, difference = ["" if cell.endswith("nan") else cell for cell in cells]
+        print(f"{value:>10}{before:>10}{after:>10}{difference:>14}".rstrip())
 
 
 def print_verdict(seeds, before, after, options, best, condition):

@@ -107,13 +107,16 @@ def test_a_table_of_a_spreadsheet(judge):
 def test_tuned_sides_are_compared_at_their_best_values(judge):
     others = ["before,7,3,9.0", "after,7,2,1.0"]  # at values that lost
     lines = [*TUNING, *at(lines_of(PAIRS), 2.0, 3), *others]
-    before, *rest, numbers, choice, _, _, verdict = judge(lines, header=TUNED).splitlines()
-    assert before == "before: mean loss by learning_rate, seeds 1, 2"
-    means = [line.split() for line in rest if line.startswith("   ")]
-    assert means[:3] == [["1", "3.3000"], ["2", "3.1000"], ["3", "3.2000"]]
-    assert means[3:5] == [["2", "3.0000"], ["3", "2.9000"]]
-    first_pair = rest[7]
-    assert first_pair.split() == ["3", "3.0000", "2.9000", "-0.1000"]
+    title, *rest, numbers, choice, _, _, verdict = judge(lines, header=TUNED).splitlines()
+    assert title == "mean loss by learning_rate, seeds 1, 2"
+    assert [*map(str.split, rest[:6])] == [
+        ["before", "after", "difference"],
+        ["1", "3.3000"],
+        ["2", "3.1000", "3.0000", "-0.1000"],
+        ["3", "3.2000", "2.9000", "-0.3000"],
+        ["seed", "before", "after", "difference"],
+        ["3", "3.0000", "2.9000", "-0.1000"],
+    ]
     assert numbers.endswith("interval at the chosen values -0.3980 to -0.0020")
     assert choice.startswith("The choice itself may be luck: confirm")
     best = "2 before, 3 after (at the edge of the list: give more)"
@@ -122,7 +125,7 @@ def test_tuned_sides_are_compared_at_their_best_values(judge):
 
 def test_a_diverged_value_is_not_the_best(judge):
     out = judge(["after,1,9,nan", "after,2,9,-inf", *TUNING], header=TUNED)
-    assert "\n         9       inf\n" in out
+    assert "\n         9                 inf\n" in out
     best = "each at its best learning_rate: 2 before, 3 after"  # now within the list
     assert out.endswith(f"\nNext: train both sides on other seeds, {best}.\n")
 
