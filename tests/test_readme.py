@@ -149,6 +149,9 @@ def test_edits_can_be_made():
 
 
 OF_OTHERS = "--backend --hosts --bind --starting --logdir --group --install".split()
+# nanoGPT's
+OF_OTHERS += "--device --compile --eval_iters --eval_interval --block_size --n_layer".split()
+OF_OTHERS += "--n_head --n_embd --max_iters --lr_decay_iters".split()
 
 
 def test_named_flags_exist():
