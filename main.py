@@ -2368,12 +2368,18 @@ def code_folder(run):
     return run.folder / f"code-{run.segments[-1].code_sha1[:8]}"
 
 
+def is_plain_folder(folder):
+    """Whether a path, perhaps a stranger's, is a folder, and nothing in it is a link or a pipe."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    inner = folder.rglob("*")
+    return all(not path.is_symlink() and (path.is_file() or path.is_dir()) for path in inner)
+
+
 def save_code(run):
     """Copies the code that trains a run into its folder. Raises OSError."""
     folder = code_folder(run)
-    if folder.is_symlink() or any(map(Path.is_symlink, folder.rglob("*"))):  # a stranger's
-        return
-    if folder.exists() and not folder.is_dir():  # a stranger's, too
+    if os.path.lexists(folder) and not is_plain_folder(folder):  # a stranger's
         return
     for name, source in run.code.items():
         path = folder / name
@@ -2390,7 +2396,9 @@ def save_code(run):
 def code_mismatch_error(checkpoint, inputs):
     """The UsageError for resuming a checkpoint by other code, that of these Inputs."""
     old = code_folder(checkpoint)
-    paths = filter(Path.is_file, old.rglob("[!.]*"))
+    paths = []
+    if is_plain_folder(old):
+        paths = filter(Path.is_file, old.rglob("[!.]*"))
     old_code = {str(path.relative_to(old)): path.read_text("utf-8", "replace") for path in paths}
     names = sorted(dict(hash_sources(inputs.code).items() ^ hash_sources(old_code).items()))
     first, *_ = [*names, "main.py"]
@@ -2434,7 +2442,8 @@ METRIC_FORMATS = {
 }
 
 
-# Those beside the progress bar, where no more fits.
+# tqdm's own format but for the steps per second, and the metrics that fit into 80 columns.
+BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 BAR_METRICS = ["loss", "learning_rate", "tokens_per_second"]
 
 
@@ -2451,7 +2460,8 @@ class Reporter:
         self.timed_from = None  # (iteration, seconds) at the last report or after the first step
         self.failed_files = set()  # names of files that could not be written
         total = max(run.flags.num_iters, run.iteration)
-        self.bar = datasets.progress_bar(total=total, initial=run.iteration, dynamic_ncols=True)
+        options = {"dynamic_ncols": True, "bar_format": BAR_FORMAT}
+        self.bar = datasets.progress_bar(total=total, initial=run.iteration, **options)
         self.log = Log(run)
         self.dashboards = None
         if run.flags.report_to:

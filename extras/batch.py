@@ -11,7 +11,7 @@ from extras.common.program import load_checkpoint, make_parser, read_flags, star
 
 import os
 
-from datasets import Flag, end_of_text, explain_errors, path_name
+from datasets import Flag, UsageError, end_of_text, explain_errors, path_name
 from extras.features.decode import BatchDecoder
 from extras.features.quantize import quantize
 from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
@@ -43,6 +43,8 @@ def answer_file(model, tokenizer, checkpoint, flags):
     An --output that holds the first of these lines is resumed. Raises UsageError or RunError if it
     cannot be resumed (see append_lines).
     """
+    if flags.output and os.path.realpath(flags.output) == os.path.realpath(flags.file):
+        raise UsageError(f"--output {flags.output} would overwrite the prompts: rename it")
     with explain_errors(f"{flags.file} must be a UTF-8 file", OSError, ValueError):
         prompts = read_prompt_lines(flags.file)
     settings = {"checkpoint": checkpoint.id} | get_values(flags, SAMPLING_FLAGS)

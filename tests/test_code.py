@@ -1,5 +1,6 @@
 """The code of a run is what Python has loaded; an edit of it is another run, wherever it stands."""
 
+import os
 import pathlib
 import re
 
@@ -52,7 +53,8 @@ def cells(folder, line, *code):
     return re.findall(r"^run +(\S+), from iteration (\d+) ", out, re.M), out + err
 
 
-def test_code_is_not_saved_through_a_strangers_link(line, tmp_path):
+def test_a_strangers_folder_of_code_stays_as_it_is(line, tmp_path):
+    """If it holds a link, which could lead anywhere, or a pipe, which never ends."""
     name, _, _ = begin(*line)
     [code] = (tmp_path / "lm" / name).glob("code-*/extras")
     code.rename(tmp_path / "elsewhere")
@@ -63,6 +65,12 @@ def test_code_is_not_saved_through_a_strangers_link(line, tmp_path):
         path.unlink()
     run(*line, "--num_iters", 3)
     assert not [*filter(pathlib.Path.is_file, (tmp_path / "elsewhere").rglob("*"))]
+    code.unlink()
+    os.mkfifo(code)
+    run(*line, "--num_iters", 4)
+    edited = [copy_program(tmp_path / "copy", {anchors.MOMENTUM: "momentum=0.8"})]
+    _, err = run(*line, "--num_iters", 5, program=edited, status=2)
+    assert "was trained by other code than this" in err
 
 
 def test_an_edit_is_trained_once_it_is_loaded(line, tmp_path):

@@ -19,19 +19,22 @@ import signal
 import sys
 import textwrap
 
-# Nothing imports main.py here: the current one may be broken.
-from datasets import Parser, RunError, UsageError, number, one_line, run_program
-from extras.versus import ledger
-from extras.versus.judge import DEFAULT_TOKENS, DIVERGED
-from extras.versus.runs import Comparison, tune
-from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, add_test_options, bounds_of
-from extras.versus.sequential import decide, summarize
-from extras.versus.sides import SideError, copied_sides, is_flags
-from extras.versus.verdict import PAIRS_HEADER, SIDES, describe_numbers, describe_pair
-from extras.versus.verdict import describe_verdict, list_side_differences
-
 CANNOT_TELL = 125  # `git bisect run` then skips the commit
 SAME_STEPS = 20  # of each run of --same; five of them are warm-up
+
+try:  # nothing imports main.py here: the current one may be broken
+    from datasets import Parser, RunError, UsageError, number, one_line, run_program
+    from extras.versus import ledger
+    from extras.versus.judge import DEFAULT_TOKENS, DIVERGED
+    from extras.versus.runs import Comparison, tune
+    from extras.versus.sequential import RACE_BOUNDS, SCREEN_BOUNDS, add_test_options, bounds_of
+    from extras.versus.sequential import decide, summarize
+    from extras.versus.sides import SideError, copied_sides, is_flags
+    from extras.versus.verdict import PAIRS_HEADER, SIDES, describe_numbers, describe_pair
+    from extras.versus.verdict import describe_verdict, list_side_differences
+except Exception as error:
+    print(f"extras.versus: cannot run with these files: {error!r}", file=sys.stderr)
+    sys.exit(CANNOT_TELL)
 
 
 def main(arguments):
