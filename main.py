@@ -248,6 +248,7 @@ MLPS = {
     "swiglu": (nn.silu, True),
 }
 
+
 class MLP(nn.Module):
     """The feed-forward layer, [B, L, D] to [B, L, D]."""
 

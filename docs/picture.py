@@ -13,12 +13,11 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from extras.versus.losses import read_losses  # noqa: E402
+from extras.versus.losses import mean_losses, read_losses, tuning_seeds_of  # noqa: E402
 from extras.versus.sequential import RACE_BOUNDS, confidence_interval  # noqa: E402
 
 NAMES = {"before": "GELU", "after": "squared ReLU"}
 DEMO_RATE = 1e-3
-TUNING_SEEDS = ("1", "2")
 # Of the text, and of the side "after": GitHub's.
 COLORS = {
     "light": {"before": "#1f2328", "after": "#0969da"},
@@ -32,7 +31,8 @@ def draw(losses, colors):
     figure.suptitle("nanoGPT's CPU demo: does squared ReLU help?", weight="bold")
     left, right = figure.subplots(1, 2, sharey=True)
     best_rates = draw_rates(left, losses, colors)
-    draw_pairs(right, [losses[side][best_rates[side]] for side in NAMES], colors)
+    pairs = [losses[side][best_rates[side]] for side in NAMES]
+    draw_pairs(right, pairs, {*tuning_seeds_of(losses["before"])}, colors)
     left.set_ylabel("validation loss (lower is better)")
     return figure
 
@@ -41,13 +41,15 @@ def draw_rates(axis, losses, colors):
     """The losses of the tuning seeds by learning rate; returns the best rates, {side: text}."""
     best_rates = {}
     for side, name in NAMES.items():
-        means = {}
-        for rate in sorted(losses[side], key=float):
-            values = [loss for seed, loss in losses[side][rate].items() if seed in TUNING_SEEDS]
+        means = mean_losses(side, "learning_rate", losses[side])
+        seeds = tuning_seeds_of(losses[side])
+        rates = sorted(means, key=float)
+        for rate in rates:
+            values = [losses[side][rate][seed] for seed in seeds]
             axis.plot([float(rate)] * len(values), values, "o", color=colors[side], ms=4, alpha=0.6)
-            means[rate] = np.mean(values)
         best_rates[side] = best = min(means, key=means.get)
-        axis.plot([*map(float, means)], [*means.values()], color=colors[side], label=name)
+        means_by_rate = [means[rate] for rate in rates]
+        axis.plot([*map(float, rates)], means_by_rate, color=colors[side], label=name)
         axis.plot(float(best), means[best], "o", ms=13, mfc="none", color=colors[side])
     axis.axvline(DEMO_RATE, color=colors["before"], ls=":", lw=1)
     axis.set_title("At each learning rate (two seeds;\ncircles: each side's best)", fontsize=11)
@@ -58,9 +60,9 @@ def draw_rates(axis, losses, colors):
     return best_rates
 
 
-def draw_pairs(axis, sides, colors):
+def draw_pairs(axis, sides, tuning_seeds, colors):
     """The losses of new seeds, [{seed: loss}] before and after, and their mean difference."""
-    seeds = [seed for seed in sides[0] if seed in sides[1] and seed not in TUNING_SEEDS]
+    seeds = [seed for seed in sides[0] if seed in sides[1] and seed not in tuning_seeds]
     before, after = [np.array([losses[seed] for seed in seeds]) for losses in sides]
     places = range(len(seeds))
     axis.vlines(places, before, after, color=colors["after"], alpha=0.5)

@@ -1,6 +1,6 @@
 """What the rules of extras.versus do, by simulation: no run is trained.
 
-    python tests/nightly/simulate_verdicts.py     20,000 comparisons and 4,000 nights, ten minutes
+    python tests/nightly/simulate_verdicts.py     20,000 comparisons and 4,000 nights
     python tests/nightly/simulate_verdicts.py --tries 2000 --nights 40
 
 The differences of pairs are drawn from a distribution, and decided by the functions that
