@@ -327,7 +327,7 @@ def test_edit_without_effect_is_proved(project):
     edit(project, f"    return {norm}", f"    normed = {norm}    return normed\n")
     out, _ = compare(project, "HEAD", "--pairs", 2)
     assert "\nedited   rms_norm: both sides run main.py's version" in out
-    assert out.endswith(f"{NO_EFFECT}\n")
+    assert f"\n{NO_EFFECT.rstrip('.')}" in out  # perhaps with the ratio of two noisy times
     assert len([*project.glob("runs/versus/*/text-*/*.safetensors")]) == 4, "both are computed"
 
 
