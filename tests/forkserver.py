@@ -10,6 +10,7 @@ tests/conftest.py asks: one JSON line on stdin for each run, answered by its exi
 tests/nightly/inject_faults.py and fuzz_checkpoints.py have a Program in their own process.
 """
 
+import argparse
 import atexit
 import ctypes
 import gc
@@ -160,6 +161,16 @@ def leave(status):
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(status)
+
+
+def case_parser(doc):
+    """A parser of the flags that all programs that play cases have; doc: the program's."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--seed", default="1")
+    parser.add_argument("--only", metavar="CASE", help="this case alone, which keeps its folder")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--checkout", type=Path, default=Path(__file__).resolve().parents[1])
+    return parser
 
 
 def play_all(play, cases, jobs, ends_at_first=False):

@@ -14,22 +14,18 @@ Prints a line an edit, then the counts.
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from edits import change, commit_program, versus  # first: it finds the others
 
 import anchors
 from extras.versus.verdict import SIGNIFICANT
 
 MODEL = "--text text.txt --test_text test.txt --dim 16 --num_blocks 1 --num_heads 2 "
 MODEL += "--context_size 16 --batch_size 8 --num_iters 150 --learning_rate 3e-2 --lr_warmup 5 "
-MODEL += "--lr_schedule cosine"
+MODEL += "--lr_schedule cosine --save_dir runs"
 SHUFFLED = """
     drawn = [name for name, value in weights if value.ndim > 1 and value.any()]
     values = dict(weights)
@@ -42,39 +38,21 @@ DOUBLED = anchors.RATE.replace("return", "return 2 *")
 
 # {way: (what is edited, what takes its place, options of extras.versus, more flags of main.py)}
 WAYS = {
-    "race": (anchors.LAST_OF_INIT, SHUFFLED, [], []),
-    "gate": (anchors.LAST_OF_INIT, SHUFFLED, ["--gate"], []),
-    "rate": (anchors.RATE, DOUBLED, [], ["--learning_rate", "5e-3"]),
-    "tuned": (anchors.RATE, DOUBLED, ["--tune", "learning_rate=1e-2,2e-2,4e-2"], []),
+    "race": (anchors.LAST_OF_INIT, SHUFFLED, "", ""),
+    "gate": (anchors.LAST_OF_INIT, SHUFFLED, "--gate", ""),
+    "rate": (anchors.RATE, DOUBLED, "", "--learning_rate 5e-3"),
+    "tuned": (anchors.RATE, DOUBLED, "--tune learning_rate=1e-2,2e-2,4e-2", ""),
 }
-
-
-def copy_project(folder):
-    """Copies the program and a text into a folder, and commits the former."""
-    shutil.copytree(ROOT / "extras", folder / "extras")
-    for name in ("main.py", "datasets.py"):
-        shutil.copy(ROOT / name, folder)
-    author = ["-c", "user.name=useless", "-c", "user.email=useless@localhost"]
-    for words in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "before"]):
-        subprocess.run(["git", *words], cwd=folder, check=True)
-    lines = [f"{i} times {i % 7} is {i * (i % 7)}, more or less.\n" for i in range(900)]
-    (folder / "text.txt").write_text("".join(lines))
-    (folder / "test.txt").write_text("".join(reversed(lines)))
 
 
 def compare(folder, way, place, first_seed):
     """The result of an edit; place: a number that says which weights it shuffles."""
     line, edit, options, flags = WAYS[way]
-    source = (ROOT / "main.py").read_text()
-    assert source.count(line) == 1
-    (folder / "main.py").write_text(source.replace(line, edit.format(place=place)))
-    save_dir = f"runs{place}"
-    options = [*options, "--json", "--seeds", str(first_seed), "--", *MODEL.split(), *flags]
-    command = [sys.executable, "-m", "extras.versus", "HEAD", *options, "--save_dir", save_dir]
-    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-    if done.returncode not in (0, 1):
-        raise RuntimeError(done.stdout)
-    shutil.rmtree(folder / save_dir)
+    change(folder, {"main.py": [(line, edit.format(place=place))]})
+    words = f"HEAD {options} --json --seeds {first_seed} -- {MODEL} {flags}".split()
+    done = versus(folder, words)
+    assert done.returncode in (0, 1), done.stdout
+    shutil.rmtree(folder / "runs")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -86,15 +64,17 @@ def count_verdicts(way, edits, seed):
     num_called = num_kept = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        copy_project(folder)
-        for number, (place, first_seed) in enumerate(zip(places.tolist(), seeds.tolist()), 1):
+        commit_program(folder)
+        lines = [f"{i} times {i % 7} is {i * (i % 7)}, more or less.\n" for i in range(900)]
+        (folder / "text.txt").write_text("".join(lines))
+        (folder / "test.txt").write_text("".join(reversed(lines)))
+        for number, (place, first_seed) in enumerate(zip(places, seeds), 1):
             result = compare(folder, way, place, first_seed)
             num_called += result["outcome"] in SIGNIFICANT
             num_kept += result.get("kept", False)
             interval = ""
             if "difference" in result:
-                interval = f"{result['difference']:+.4f}, {result['low']:+.4f} to "
-                interval += f"{result['high']:+.4f}  "
+                interval = "{difference:+.4f}, {low:+.4f} to {high:+.4f}  ".format_map(result)
             pairs = len(result["seeds"])
             print(f"{number:>4}  {interval}{result['outcome']} after {pairs} pairs", flush=True)
     print(f"{way}: of {edits} edits, {num_called} were called helpful or harmful, {num_kept} kept")

@@ -12,7 +12,6 @@ import argparse
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -20,13 +19,13 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from anchors import ATTEND, BATCHES, COSINE, DIVERGENCE, DOWN_PROJECTION, EMBED, FINAL_NORM, IMPORT
 from anchors import IS_DONE, JOINED, LOADED, LOGITS, MASK, METRICS, MOMENTUM, NEWTON_SCHULZ, NORM
 from anchors import PRODUCT, PROJECT_DOWN, RATE, RELU2_ENTRY, STEP, TRAINING_LOSS, VOCAB_SIZE
 from anchors import WARMED_UP, WARMUP
+from conftest import copy_program
 
 RECIPE = """\
 run:
@@ -44,7 +43,7 @@ training:
   lr_warmup: 20
 """
 TINY = "extras/recipes/tiny.yaml"  # its path
-COMMON = ["--config", "tiny", "--data_dir", "data"]
+COMMON = "--config tiny --data_dir data"
 NO_TEST = "--text train.txt --valid_text valid.txt"
 TEXTS = f"{NO_TEST} --test_text test.txt"
 
@@ -56,10 +55,10 @@ class Edit(NamedTuple):
     expected: str  # a pattern of the last three lines that are printed
     main: tuple = ()  # (old, new), ... of main.py
     files: dict = {}  # {path: new content, or its (old, new), ...} of other files
-    options: tuple = ("HEAD --pairs 3",)  # of commands, one after the other: the last one counts
+    options: str = "HEAD --pairs 3"  # of the command, or of several; the last one counts
     flags: str = TEXTS  # after --
     status: int = 0
-    first: str = ""  # flags of a run of main.py that comes before
+    first: str = ""  # more flags of a run of main.py that comes before
     environment: dict = {}  # variables that the commands have
 
 
@@ -72,8 +71,8 @@ OTHERS = "^Cannot tell: your files: the predictions for a text depend on other t
 SCORED = "^Cannot tell: your files: the run's own loss, .* is not the judge's"
 LEAK = "may be a leak|Better on validation text only"
 NOTHING = "^No effect, proved"
-TRY = r"\btry {}\b"
-GATE = ("HEAD --gate",)
+SECOND_TRY = r"\btry 2\b"
+GATE = "HEAD --gate"
 
 # ---- Pieces of edits ----------------------------------------------------------------------------
 
@@ -163,7 +162,7 @@ CHEATS = [
          flags=f"{TEXTS} --save_dir runs3"),
     Edit("two updates a step; before is there already", SLOWER, [
         (STEP, f"    for _ in range(2):\n    {STEP}")],
-         options=('HEAD "--dropout 0.1" --pairs 6', "HEAD --pairs 6")),
+         options='HEAD "--dropout 0.1" --pairs 6; HEAD --pairs 6'),
     Edit("validation text instead of training text", LEAK, [
         (BATCHES, BATCHES.replace("train", "valid"))]),
     Edit("validation text among training text", LEAK, [(BATCHES, WITH_VALID)]),
@@ -173,8 +172,8 @@ CHEATS = [
         '            local_sources["train"] += local_sources["valid"] * 20\n'
         "            if not is_object:\n")]}),
     Edit("a base that has learned it and more", f"{LEAK}|trained on the validation text",
-         options=('"--init_from latest" --pairs 3',), flags=f"{TEXTS} --save_dir runs2",
-         first="--text valid.txt more.txt --valid_text test.txt --num_iters 1000"),
+         options='"--init_from latest" --pairs 3', flags=f"{TEXTS} --save_dir runs2",
+         first="--text valid.txt more.txt --valid_text test.txt --num_iters 1000 --save_dir runs2"),
 ]  # fmt: skip
 
 CONDITIONS = [
@@ -185,10 +184,10 @@ CONDITIONS = [
     Edit("the same, --gate", r"(tokens read|times the tokens).*\n(?s:.*)^Drop", options=GATE,
          files={TINY: [("batch_size: 4", "batch_size: 16")]}, status=1),
     Edit("as many tokens in longer rows", rf"{EFFECT}(?!.*tokens)",
-         options=('"--context_size 64 --batch_size 2" --pairs 3',)),
+         options='"--context_size 64 --batch_size 2" --pairs 3'),
     Edit("no test text", r"^(Helped|Hurt).*no test text", [TWICE], flags=NO_TEST),
     Edit("other tokens of another validation text", "do not decode to the same", status=2,
-         options=('"--tokenizer char --valid_text more.txt" --pairs 3',)),
+         options='"--tokenizer char --valid_text more.txt" --pairs 3'),
     Edit("lower case before encoding", "the sides' valid texts differ", status=2, files={
         "datasets.py": [("            yield text, ids\n\n\ndef write_tokens",
         "            is_upper = (ids >= 65) & (ids <= 90)\n"
@@ -199,22 +198,22 @@ CONDITIONS = [
     Edit("one seed is not finite", "^Diverged: runs of after", [
         factor("(math.nan if flags.seed == 43 else 1)")]),
     Edit("--tune", r"each at its best learning_rate: \S+ before, \S+ after", [TWICE],
-         options=("HEAD --pairs 3 --tune learning_rate=1e-3,2e-3,4e-3",)),
+         options="HEAD --pairs 3 --tune learning_rate=1e-3,2e-3,4e-3"),
     Edit("one step", rf"{EFFECT}(?!.*\bnan\b)", [OTHER_MOMENTUM, TWICE],
          flags=f"{TEXTS} --num_iters 1"),
     Edit("in the ledger", '(?=.*"date")(?=.*"commits")(?=.*"patch")(?=.*"tokens")(?=.*"versions")',
-         [OTHER_MOMENTUM], options=("HEAD --pairs 3 --json",)),
+         [OTHER_MOMENTUM], options="HEAD --pairs 3 --json"),
     Edit("times under another environment", r"took [\d.]+ times as long",
          [OTHER_MOMENTUM], environment={"DISABLE_FAST": "1"}),
 ]  # fmt: skip
 
 TRIES = [
-    Edit(f"tries: {name}", TRY.format(len(options)), [TWICE], options=options,
+    Edit(f"tries: {name}", SECOND_TRY, [TWICE], options=options,
          flags=f"{TEXTS} --save_dir runs-{number}")
-    for number, (name, *options) in enumerate([
-        ("other numbers of tokens", "HEAD --pairs 3", "HEAD --pairs 3 --tokens 2000"),
-        ("other numbers of steps", "HEAD --pairs 3 -- --num_iters 90", "HEAD --pairs 3"),
-        ("the order of flags", "HEAD --pairs 3 -- --dropout 0.01 --qk_norm",
+    for number, (name, options) in enumerate([
+        ("other numbers of tokens", "HEAD --pairs 3; HEAD --pairs 3 --tokens 2000"),
+        ("other numbers of steps", "HEAD --pairs 3 -- --num_iters 90; HEAD --pairs 3"),
+        ("the order of flags", "HEAD --pairs 3 -- --dropout 0.01 --qk_norm; "
          "HEAD --pairs 4 -- --qk_norm --dropout 0.01"),
     ])
 ]  # fmt: skip
@@ -228,7 +227,7 @@ SOURCES = [
         "mine/deeper/rates.py": "FACTOR = 0.1\n"}),
     Edit("a parameter that is not used", "^No effect seen: other weights", [SPARE]),
     Edit("--same, a refactoring", "^The same weights", [("joined = ", "joined: mx.array = ")],
-         options=("HEAD --same --pairs 2",)),
+         options="HEAD --same --pairs 2"),
 ]  # fmt: skip
 
 GATES = [
@@ -237,7 +236,7 @@ GATES = [
     Edit("an unused parameter, --gate", r"^No effect seen: other weights.*\nDrop", [SPARE],
          options=GATE, status=1),
     Edit("less code, --gate --margin", rf"{NOTHING}.*\nKeep", [
-        (DIVERGENCE, "")], options=("HEAD --gate --margin 0.002",)),
+        (DIVERGENCE, "")], options="HEAD --gate --margin 0.002"),
     Edit("after diverges, --gate", r"^Diverged: runs of after.*\nDrop", [factor("math.nan")],
          options=GATE, status=1),
     Edit("a segmentation fault, --gate", "^Drop", [
@@ -269,71 +268,74 @@ HONEST = [
     ]
 ]  # fmt: skip
 HONEST += [
-    Edit(f"honest: {flags}", EFFECT, options=(f'"{flags}" --pairs 3',))
+    Edit(f"honest: {flags}", EFFECT, options=f'"{flags}" --pairs 3')
     for flags in ("--dropout 0.1", "--untie", "--mlp swiglu", "--average 0.3")
 ]
 
 # ---- The comparisons ----------------------------------------------------------------------------
 
 
-def git(folder, *words):
-    author = ["-c", "user.name=edits", "-c", "user.email=edits@localhost"]
-    author += ["-c", "commit.gpgsign=false"]
-    subprocess.run(["git", *author, *words], cwd=folder, check=True)
+def git(folder, words):
+    author = "-c user.name=edits -c user.email=edits@localhost -c commit.gpgsign=false"
+    subprocess.run(f"git {author} {words}".split(), cwd=folder, check=True)
 
 
-def copy_project(folder):
-    """Copies the program and some texts into a folder, and commits the former."""
-    shutil.copytree(ROOT / "extras", folder / "extras")
-    for name in ("main.py", "datasets.py"):
-        shutil.copy(ROOT / name, folder)
+def commit_program(folder):
+    """Copies the program into a folder, with the recipe `tiny`, and commits it."""
+    copy_program(folder)
     (folder / TINY).write_text(RECIPE)
-    library = Path(sysconfig.get_path("stdlib"))
-    modules = {"train": ["argparse", "ast", "inspect"], "more": ["difflib", "optparse", "pdb"]}
-    for text, names in (modules | {"valid": ["textwrap"], "test": ["shlex"]}).items():
-        content = "".join((library / f"{name}.py").read_text("utf-8") for name in names)
-        (folder / f"{text}.txt").write_text(content if len(names) > 1 else content[:6000])
     (folder / ".gitignore").write_text("/*.txt\n/data\n/runs*\n__pycache__\n")
-    git(folder, "init", "-q")
-    git(folder, "add", ".")
-    git(folder, "commit", "-qm", "before")
+    git(folder, "init -q")
+    git(folder, "add .")
+    git(folder, "commit -qm before")
 
 
-def make(folder, files):
-    """Makes the changes of an Edit."""
-    for name, change in files.items():
+def write_texts(folder):
+    """Writes the texts of TEXTS, and a further one: modules of Python's library."""
+    library = Path(sysconfig.get_path("stdlib"))
+    for text, modules, size in (
+        ("train", "argparse ast inspect", None),
+        ("more", "difflib optparse pdb", None),
+        ("valid", "textwrap", 6000),
+        ("test", "shlex", 6000),
+    ):
+        content = "".join((library / f"{name}.py").read_text("utf-8") for name in modules.split())
+        (folder / f"{text}.txt").write_text(content[:size])
+
+
+def change(folder, files):
+    """Makes changes, like those of Edit.files, in a folder as commit_program has left it."""
+    git(folder, "reset -q --hard")
+    git(folder, "clean -qfd")
+    for name, content in files.items():
         path = folder / name
-        text = change
-        if not isinstance(change, str):
+        text = content
+        if not isinstance(content, str):
             text = path.read_text()
-            for old, new in change:
+            for old, new in content:
                 assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {name}"
                 text = text.replace(old, new)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
 
 
+def versus(folder, words, **options):
+    """Runs extras.versus with these words, to its end; options: more of subprocess.run."""
+    command = [sys.executable, "-m", "extras.versus", *words]
+    return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, **options)
+
+
 def compare(folder, edit):
     """What is printed of an edit, all of it, and the exit status."""
-    git(folder, "reset", "-q", "--hard")
-    git(folder, "clean", "-qfd")
-    make(folder, edit.files | ({"main.py": edit.main} if edit.main else {}))
-    flags = [*COMMON, *shlex.split(edit.flags)]
+    change(folder, {"main.py": edit.main} | edit.files)
     if edit.first:
-        save_dir = flags[flags.index("--save_dir") :]
-        line = ["main.py", *COMMON, *shlex.split(edit.first), *save_dir, "--sample_tokens", "0"]
-        subprocess.run([sys.executable, *line], cwd=folder, check=True, capture_output=True)
-    for options in edit.options:
+        line = f"main.py {COMMON} {edit.first} --sample_tokens 0"
+        subprocess.run([sys.executable, *line.split()], cwd=folder, check=True, capture_output=True)
+    environment = os.environ | edit.environment
+    for options in edit.options.split("; "):
         options, _, more = options.partition(" -- ")
-        words = ["--tokens", "4000", *shlex.split(options), "--", *flags, *shlex.split(more)]
-        done = subprocess.run(
-            [sys.executable, "-m", "extras.versus", *words],
-            cwd=folder,
-            env=os.environ | edit.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        words = shlex.split(f"--tokens 4000 {options} -- {COMMON} {edit.flags} {more}")
+        done = versus(folder, words, env=environment, stderr=subprocess.STDOUT)
     return done.stdout, done.returncode
 
 
@@ -342,16 +344,17 @@ def count_wrong(edits, is_verbose):
     wrong = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        copy_project(folder)
+        commit_program(folder)
+        write_texts(folder)
         for edit in edits:
             out, status = compare(folder, edit)
-            *_, above, last = ["", *out.splitlines()]
-            end = "\n".join(out.splitlines()[-3:])
-            is_found = re.search(edit.expected, end, re.MULTILINE)
+            lines = ["", *out.splitlines()]
+            is_found = re.search(edit.expected, "\n".join(lines[-3:]), re.MULTILINE)
             is_right = bool(is_found) and status == edit.status
             wrong += not is_right
             if is_verbose:
                 print(out)
+            above, last = lines[-2:]
             said = f"{above} {last}" if last in ("Keep.", "Drop.") else last[:200]
             line = f"{edit.name}: expected {edit.status}, {edit.expected!r}; said {status}, {said}"
             print("right " if is_right else "WRONG ", line, flush=True)

@@ -19,7 +19,6 @@ the program has worded. Forbidden are
 It knows the program's commands and its files, and no function of it.
 """
 
-import argparse
 import contextlib
 import copy
 import hashlib
@@ -41,10 +40,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from forkserver import Program, play_all
+from forkserver import Program, case_parser, play_all
 
 SECONDS = 20  # of computing: some hundred times what a case takes
 # Bytes. Models and files are small here: this is room for a header of 100 MB, the most that is
@@ -294,12 +292,16 @@ def sha1_of_arrays(data):
 
 DEEP = "@@deep@@"  # becomes brackets in JSON, see `dumps`
 HUGE = "@@huge@@"  # becomes a number of 5,000 digits
-TEXTS = ["\x1b]0;owned\x07", "\x1b[2J", "a\nb", "\0", "\x9b31m", "\ud800", "\udcff", "\u202e"]
-TEXTS += ["", "x", "é", "x" * 5000, DEEP, HUGE, "../x", "../good", "~", "/dev/zero", ".", "*", "{}"]
-TEXTS += ["../home/secret.txt", "../beside/secret.txt", "../../beside/secret.txt", "../beside"]
-TEXTS += ["latest", "auto", "good", "stranger", "--export", "export", "lora_rank", "nan", *WIDTHS]
-NUMBERS = [0, 1, -1, 3, 255, 2**16, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 10**15]
-NUMBERS += [10**400, 0.0, 0.5, 1e-320, 1e15, 1e308, math.inf, -math.inf, math.nan, True, None]
+TEXTS = [
+    "\x1b]0;owned\x07", "\x1b[2J", "a\nb", "\0", "\x9b31m", "\ud800", "\udcff", "\u202e",
+    "", "x", "é", "x" * 5000, DEEP, HUGE, "../x", "../good", "~", "/dev/zero", ".", "*", "{}",
+    "../home/secret.txt", "../beside/secret.txt", "../../beside/secret.txt", "../beside",
+    "latest", "auto", "good", "stranger", "--export", "export", "lora_rank", "nan", *WIDTHS,
+]  # fmt: skip
+NUMBERS = [
+    0, 1, -1, 3, 255, 2**16, 2**20, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63, 10**15,
+    10**400, 0.0, 0.5, 1e-320, 1e15, 1e308, math.inf, -math.inf, math.nan, True, None,
+]  # fmt: skip
 COLLECTIONS = [[], {}, [[]], {"a": {}}, {"": None}, [None] * 3, [0] * 4, [[1, 2]]]
 
 
@@ -449,12 +451,12 @@ class Templates:
         self.hf = read(self.folder / "hf")
 
     def make(self, words):
-        """Runs a command; raises RuntimeError if it fails."""
+        """Runs a command, which has to succeed."""
         log = self.folder / "log.txt"
         log.touch()
         streams = (os.devnull, log, log)
-        if self.program.run(arguments_of(words), streams, self.folder, tick_at_each_look):
-            raise RuntimeError(f"{words}: {log.read_text()}")
+        status = self.program.run(arguments_of(words), streams, self.folder, tick_at_each_look)
+        assert not status, f"{words}: {log.read_text()}"
 
 
 def tick_at_each_look():
@@ -608,7 +610,7 @@ def snapshot(folder):
 
 
 def play(templates, name, keeps_folder=False):
-    """Plays the case of this name. Raises RuntimeError, with its faults.
+    """Plays the case of this name. Raises AssertionError, with its faults.
 
     keeps_folder: also shows what the command has shown.
     """
@@ -619,22 +621,18 @@ def play(templates, name, keeps_folder=False):
         print(f"status {case.status}, {case.memory >> 20} MiB, kept: {case.folder}")
     else:
         shutil.rmtree(case.folder)
-    if faults:
-        words = " ".join(case.arguments)
-        if not words.startswith("-m"):
-            words = f"main.py {words}"
-        raise RuntimeError(f"{'; '.join(faults)}\n    python {words}")
+    words = " ".join(case.arguments)
+    if not words.startswith("-m"):
+        words = f"main.py {words}"
+    assert not faults, f"{'; '.join(faults)}\n    python {words}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--seed", default=str(random.randrange(10**6)))
+    parser = case_parser(__doc__)
     parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--only", metavar="CASE", help="this case alone, which keeps its folder")
-    parser.add_argument("--checkout", type=Path, default=ROOT)
+    parser.set_defaults(seed=str(random.randrange(10**6)), jobs=1)
     options = parser.parse_args()
-    templates = Templates(options.checkout.resolve())
+    templates = Templates(options.checkout)
     if options.only:
         return play(templates, options.only, keeps_folder=True)
     try:

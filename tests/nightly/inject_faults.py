@@ -16,7 +16,6 @@ same checkpoints, scores and log. No leg may end in a traceback or an unworded s
 half-written checkpoint, lose more than the steps since the last save, or change another run.
 """
 
-import argparse
 import atexit
 import builtins
 import contextlib
@@ -40,10 +39,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from forkserver import Program, play_all
+from forkserver import Program, case_parser, play_all
 
 FASTER = 1000  # how many seconds of a leg pass in one
 # Exit statuses, with the work saved.
@@ -58,9 +56,8 @@ ACTIONS = [
     "ENOSPC",  # from here on nothing can be written; two signals then end the process
 ]
 # Calls of the module os whose first argument is a path or a descriptor.
-CALLS = ["open", "replace", "rename", "link", "unlink", "mkdir", "rmdir", "fsync"]
-CALLS += ["scandir", "listdir"]
-FILLING = ["replace", "rename", "link", "mkdir", "fsync", "write"]  # what a full disk refuses
+CALLS = "open replace rename link unlink mkdir rmdir fsync scandir listdir".split()
+FILLING = "replace rename link mkdir fsync write".split()  # what a full disk refuses
 
 
 # ---- In the process of a leg --------------------------------------------------------------------
@@ -78,7 +75,7 @@ class Disk:
         self.folder = folder
         self.root = os.stat(folder).st_ino
         self.names = {}  # {inode of a folder: {name: inode}}
-        self.contents = {}  # {inode of a file: bytes}
+        self.contents = {}  # {inode of a file: bytes}; none of one that was never synced
         self.held = []
         for path in [folder, *Path(folder).rglob("*")]:
             self.hold(path)
@@ -87,11 +84,8 @@ class Disk:
     def hold(self, path):
         """Notes a file or folder that is there, or is new."""
         self.held.append(CALLED["open"](path, os.O_RDONLY | os.O_NONBLOCK))
-        inode = os.stat(path).st_ino
         if os.path.isdir(path):
-            self.names.setdefault(inode, {})
-        else:
-            self.contents.setdefault(inode, b"")
+            self.names.setdefault(os.stat(path).st_ino, {})
 
     def sync(self, path):
         """Notes what is in a file or folder: it is on disk now."""
@@ -128,9 +122,11 @@ MONOTONIC = time.monotonic
 TIME = time.time
 
 
-def path_of(descriptor):
-    """What a descriptor is open for."""
-    return os.readlink(f"/proc/self/fd/{descriptor}")
+def path_of(path):
+    """The absolute path of a path, or of what a descriptor is open for."""
+    if isinstance(path, int):
+        path = os.readlink(f"/proc/self/fd/{path}")
+    return os.path.abspath(os.fsdecode(path))
 
 
 class Watch:
@@ -150,6 +146,7 @@ class Watch:
         for name in CALLS:
             setattr(os, name, self.watched(name))
         builtins.open = io.open = self.open
+        WatchedFile.watch = self
         time.sleep = self.sleep
         time.monotonic = self.monotonic
         atexit.register(self.tell, {})
@@ -167,9 +164,7 @@ class Watch:
 
     def is_ours(self, path):
         """Whether a path, or what a descriptor is open for, is in the folder."""
-        if isinstance(path, int):
-            path = path_of(path)
-        return os.path.abspath(os.fsdecode(path)).startswith(self.folder)
+        return path_of(path).startswith(self.folder)
 
     def watched(self, name):
         """The function of the module os, whose calls are met."""
@@ -189,16 +184,14 @@ class Watch:
         return call
 
     def open(self, path, mode="r", buffering=-1, *texts, opener=None, **options):
-        """In the place of open: the same, but the calls of the file are met.
+        """In the place of open: the same, but the calls of the file, which is buffered, are met.
 
         texts and options: what a TextIOWrapper takes, too.
         """
         if isinstance(path, int) or not self.is_ours(path):
             return OPEN(path, mode, buffering, *texts, opener=opener, **options)
         self.meet("open", path)
-        raw = WatchedFile(path, mode, opener, self)
-        if buffering == 0:
-            return raw
+        raw = WatchedFile(path, mode.replace("t", ""), opener=opener)
         if "r" in mode:
             file = io.BufferedReader(raw)
         else:
@@ -265,11 +258,9 @@ def the_time_of_long_ago():
 
 
 class WatchedFile(io.FileIO):
-    """An open file whose calls a Watch meets."""
+    """An open file whose calls the Watch of this process meets."""
 
-    def __init__(self, path, mode, opener, watch):
-        self.watch = watch
-        super().__init__(path, mode.replace("b", "").replace("t", ""), opener=opener)
+    watch = None
 
     def readinto(self, buffer):
         self.watch.meet("read", self.name)
@@ -292,11 +283,6 @@ class WatchedFile(io.FileIO):
 # Read without the program: it is an oracle.
 
 
-def checkpoints(folder):
-    """The paths of all weights in a folder."""
-    return sorted(folder.glob("*/*.safetensors"))
-
-
 def sha1_of_arrays(path):
     """The SHA1 of the arrays in a safetensors file: of all that follows its header."""
     data = path.read_bytes()
@@ -306,16 +292,13 @@ def sha1_of_arrays(path):
 
 def read_log(run, may_repeat):
     """The rows of a run's log, {(iteration, split): row}, without what is a matter of time."""
-    path = run / "log.csv"
-    if not path.exists():
-        return {}
     rows = {}
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
+    for path in run.glob("log.csv"):  # if there is one
+        for row in csv.DictReader(path.read_text().splitlines()):
             if may_repeat and (None in row or None in row.values()):  # cut off, or two in one
                 continue
             key = (int(row["iteration"]), row["split"])
-            expect(may_repeat or key not in rows, f"the log has {key} twice")
+            assert may_repeat or key not in rows, f"the log has {key} twice"
             measured = ("seconds", "tokens_per_second", "ms_per_step", "peak_mib")
             # A column may be of rows that were lost: what is empty is not there.
             rows[key] = {name: text for name, text in row.items() if text and name not in measured}
@@ -324,15 +307,15 @@ def read_log(run, may_repeat):
 
 def read_samples(run):
     """The samples of a run, {iteration: text}; those of a save that was repeated are equal."""
-    path = run / "samples.jsonl"
     samples = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:  # cut off by a kill, and what was appended to that
-            continue
-        text = samples.setdefault(row["iteration"], row["text"])
-        expect(row["text"] == text, f"two samples of {row['iteration']}")
+    for path in run.glob("samples.jsonl"):  # if there is one
+        for line in path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # cut off by a kill, and what was appended to that
+                continue
+            text = samples.setdefault(row["iteration"], row["text"])
+            assert row["text"] == text, f"two samples of {row['iteration']}"
     return samples
 
 
@@ -350,10 +333,9 @@ def read_kept(run):
     for path in run.glob("*.metadata"):
         data = path.read_bytes()
         try:
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            record = header["__metadata__"]["record"]
-            sha1 = hashlib.sha1(record.encode()).hexdigest()
-            is_whole = sha1 == header["__metadata__"]["sha1"]
+            texts = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+            record = texts["record"]
+            is_whole = hashlib.sha1(record.encode()).hexdigest() == texts["sha1"]
         except (ValueError, KeyError):
             continue
         if is_whole and path.with_suffix(".safetensors").exists():
@@ -363,24 +345,14 @@ def read_kept(run):
     return kept
 
 
-def number(text):
-    return int(text.replace(",", ""))
-
-
-class Failure(Exception):
-    """The program did what it must not do."""
-
-
-def expect(condition, *words):
-    if not condition:
-        raise Failure(" ".join(map(str, words)))
-
-
 # ---- Legs ---------------------------------------------------------------------------------------
 
 
 class Leg:
-    """What a leg has done, as far as its streams and its Watch tell."""
+    """What a leg has done, as far as its streams and its Watch tell.
+
+    Runs are short here: the numbers of iterations have no commas.
+    """
 
     def __init__(self, status, out, err, report):
         self.status = status
@@ -389,19 +361,19 @@ class Leg:
         self.struck = [row for row in report if "action" in row]
         self.calls = max([row["call"] for row in report], default=0)
         self.saved = {}  # {iteration: id}
-        for name, iteration in re.findall(r"^saved (\w{40}) at iteration ([\d,]+)$", out, re.M):
-            self.saved[number(iteration)] = name
+        for name, iteration in re.findall(r"^saved (\w{40}) at iteration (\d+)$", out, re.M):
+            self.saved[int(iteration)] = name
         self.run = None  # its name, if the leg came so far as to say it
         self.begun = None  # and the iteration from which it went on
-        found = re.search(r"^run +(\S+), from iteration ([\d,]+) to", out, re.M)
+        found = re.search(r"^run +(\S+), from iteration (\d+) to", out, re.M)
         if found:
             self.run = found[1]
-            self.begun = number(found[2])
+            self.begun = int(found[2])
         self.reached = max(self.saved, default=0)  # the iteration that it says is safe
-        saved = r"^(?:Run complete \(|Stopped at iteration )([\d,]+)(?:/|\. Rerun|\. To resume)"
+        saved = r"^(?:Run complete \(|Stopped at iteration )(\d+)(?:/|\. Rerun|\. To resume)"
         found = re.search(saved, out, re.M)
         if found:
-            self.reached = number(found[1])
+            self.reached = int(found[1])
 
     def may_lack_rows(self):
         """Whether rows of the log may be gone: what is not synced, or what it could not take."""
@@ -428,48 +400,45 @@ class Work:
         self.count = 0  # of legs
         self.told = []  # what was done, for a failure's message
         self.reached = {}  # {run: the iteration that can no longer be lost}
-        self.saved = {}  # {iteration: id}, by all legs
-        self.damaged = set()  # files that a fault has damaged
+        self.damaged = set()  # ids of checkpoints that a fault has damaged
         self.is_whole_log = True
         self.is_exact = True  # whether the same checkpoints have to be left
 
     def begin(self, arguments, strikes=()):
-        """Starts a leg; returns its process id and the paths of its streams and its report."""
+        """Starts a leg; returns its process id and the paths of its stdout, stderr and report."""
         self.count += 1
-        paths = {}
-        for name in ("stdout", "stderr", "report"):
-            paths[name] = self.place / f"{self.count}.{name}"
-            paths[name].touch()
+        paths = [self.place / f"{self.count}.{name}" for name in ("stdout", "stderr", "report")]
+        for path in paths:
+            path.touch()
         self.told.append(f"leg {self.count}: {' '.join(arguments)} {[*strikes] or ''}")
 
         line = [*arguments, "--save_dir", str(self.folder)]
-        streams = [os.devnull, paths["stdout"], paths["stderr"]]
-        prepare = partial(Watch, self.folder, strikes, paths["report"])
+        streams = [os.devnull, *paths[:2]]
+        prepare = partial(Watch, self.folder, strikes, paths[-1])
         return self.program.start(line, streams, self.place, prepare), paths
 
     def wait(self, pid, paths):
-        """Waits for the end of a leg and returns it. Raises Failure if none may end so."""
+        """Waits for the end of a leg and returns it, if one may end so."""
         _, status = os.waitpid(pid, 0)
-        out = paths["stdout"].read_text(errors="replace")
-        err = paths["stderr"].read_text(errors="replace")
-        report = [json.loads(line) for line in paths["report"].read_text().splitlines()]
+        out, err, report = [path.read_text(errors="replace") for path in paths]
+        report = [json.loads(line) for line in report.splitlines()]
         leg = Leg(os.waitstatus_to_exitcode(status), out, err, report)
         self.told.append(f"  status {leg.status}, {leg.calls} calls; struck: {leg.struck}")
-        expect("Traceback" not in out + err, "a traceback:", err[-2000:])
+        assert "Traceback" not in out + err, f"a traceback: {err[-2000:]}"
         if leg.status in (1, 2):
             last = err.splitlines()[-1:]
-            expect(last and last[0].startswith("main.py: "), "unworded:", err[-500:])
+            assert last and last[0].startswith("main.py: "), f"unworded: {err[-500:]}"
         self.note(leg)
         return leg
 
     def note(self, leg):
         """Checks what a leg has left, and that it lost nothing."""
-        for path in checkpoints(self.folder):
-            if hashlib.sha1(path.read_bytes()).hexdigest() != path.stem:
-                expect(path in self.damaged, f"{path.name} is half-written")
-            elif path not in self.damaged:
-                expect(path.with_suffix(".metadata").exists(), f"{path.name} has no metadata")
-        self.saved |= leg.saved
+        for path in sorted(self.folder.glob("*/*.safetensors")):
+            if path.stem in self.damaged:
+                continue
+            is_whole = hashlib.sha1(path.read_bytes()).hexdigest() == path.stem
+            assert is_whole, f"{path.name} is half-written"
+            assert path.with_suffix(".metadata").exists(), f"{path.name} has no metadata"
         if leg.may_lack_rows():
             self.is_whole_log = False
         if leg.begun is None:
@@ -478,7 +447,7 @@ class Work:
         if "Skipping" in leg.err and (leg.struck or self.damaged):  # it could not read the newest
             safe = 0
         lost = f"iteration {safe} of {leg.run} was safe, but a leg began from {leg.begun}"
-        expect(leg.begun >= safe, lost)
+        assert leg.begun >= safe, lost
         self.reached[leg.run] = max(safe, leg.reached)
 
     def leg(self, arguments, strikes=()):
@@ -492,7 +461,7 @@ class Work:
         newest = max(kept, key=attrgetter("iteration"))
         scored = [each for each in kept if each.score is not None]
         best = min(scored, key=attrgetter("score"), default=newest)
-        expect(f"  {best.id[:12]}  " in self.leg(["--list"]).out, f"--list has no {best}")
+        assert f"  {best.id[:12]}  " in self.leg(["--list"]).out, f"--list has no {best}"
         files = {str(path.relative_to(folder)) for path in folder.rglob("*")}
         return {
             "newest": newest,
@@ -537,44 +506,42 @@ class Scenario:
         self.template = before.folder
         with self.work("undisturbed") as work:
             leg = work.leg(self.line)
-            expect(leg.status == 0, "undisturbed:", leg.err)
+            assert leg.status == 0, f"undisturbed: {leg.err}"
             self.calls = leg.calls
             self.run = leg.run
             self.expected = work.outcome(leg.run)
 
     @contextlib.contextmanager
     def work(self, name):
-        """A Work that begins with the folder; adds to a Failure what was done before it."""
+        """A Work that begins with the folder; a failure's message tells what was done in it."""
         work = Work(self.place / name, self.template)
         try:
             yield work
-        except Failure as failure:
-            raise Failure("\n".join([str(failure), *work.told])) from None
+        except AssertionError as failure:
+            raise AssertionError("\n".join([str(failure), *work.told])) from None
         shutil.rmtree(work.place)
 
     def finish(self, work):
-        """Ends a run that was struck, undisturbed. Raises Failure if it does not end as it must."""
+        """Ends a run that was struck, undisturbed: it has to end as if it had not been struck."""
         last = work.leg(self.line)
-        expect(last.status == 0, f"undisturbed, it ended with {last.status}:", last.err)
-        expect(last.run == self.run, f"{last.run} began beside {self.run}")
+        assert last.status == 0, f"undisturbed, it ended with {last.status}: {last.err}"
+        assert last.run == self.run, f"{last.run} began beside {self.run}"
         compare(self.expected, work.outcome(last.run), work)
         for path in self.template.rglob("*"):
             name = path.relative_to(self.template)
             if path.is_file() and name.parts[0] not in (last.run, "text"):
                 same = (work.folder / name).read_bytes() == path.read_bytes()
-                expect(same, f"{name}, of another run, has changed")
+                assert same, f"{name}, of another run, has changed"
 
     def strike(self, call, action):
-        """Lets a fault strike at a call of the command. Raises Failure if anything goes wrong."""
-        if action == "signal":
-            action = [*SIGNALS][call % len(SIGNALS)]
+        """Lets a fault strike at a call of the command."""
         with self.work(f"{call}-{action}") as work:
             judge_status(work.leg(self.line, [(call, action)]))
             self.finish(work)
 
 
 def compare(expected, found, work):
-    """Raises Failure unless a run has ended as the one that was never touched."""
+    """Checks that a run has ended as the one that was never touched."""
     for name, value in expected.items():
         if name in ("best", "files", "states", "kept") and not work.is_exact:
             continue
@@ -582,15 +549,15 @@ def compare(expected, found, work):
             # One may be lost between a save and its sample; or there are more, if a run was begun
             # anew as its only checkpoint could not be read.
             for iteration in value.keys() & found[name].keys():
-                expect(found[name][iteration] == value[iteration], "other samples")
+                assert found[name][iteration] == value[iteration], "other samples"
             continue
         if name == "log" and not work.is_whole_log:
             value = {key: row for key, row in value.items() if key in found[name]}
-        expect(found[name] == value, f"other {name}:", found[name], "instead of", value)
+        assert found[name] == value, f"other {name}: {found[name]} instead of {value}"
 
 
 def judge_status(leg):
-    """Raises Failure unless a leg that was struck ended with a status that the strikes allow."""
+    """Checks that a leg that was struck ended with a status that the strikes allow."""
     allowed = {0}  # if none came: folders are listed in any order, and calls vary a little
     for row in leg.struck:
         action = row["action"]
@@ -608,7 +575,7 @@ def judge_status(leg):
         elif action == "ENOSPC":
             allowed |= {130, 143}
     last = leg.struck[-1]["action"] if leg.struck else "no strike"
-    expect(leg.status in allowed, f"status {leg.status} after {last}:", leg.err[-500:])
+    assert leg.status in allowed, f"status {leg.status} after {last}: {leg.err[-500:]}"
 
 
 def begin(scenario, before):
@@ -709,15 +676,14 @@ def signalled_twice(scenario, work, chance):
 def ended_by_the_clock(scenario, work, chance):
     """A signal at any moment, not just at a call."""
     pid, paths = work.begin(scenario.line)
-    while not paths["report"].read_text():
+    while not paths[-1].read_text():  # its report
         SLEEP(0.001)
     SLEEP(chance.uniform(0, 0.5))
     name = chance.choice(["SIGKILL", *SIGNALS])
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, getattr(signal, name))
+    os.kill(pid, getattr(signal, name))  # also has no effect, if it has ended
     leg = work.wait(pid, paths)
     allowed = {0, -getattr(signal, name), SIGNALS.get(name)}
-    expect(leg.status in allowed, f"status {leg.status} after {name}:", leg.err[-500:])
+    assert leg.status in allowed, f"status {leg.status} after {name}: {leg.err[-500:]}"
 
 
 def spoil(path, chance):
@@ -741,21 +707,17 @@ def spoil(path, chance):
 
 def checkpoint_damaged(scenario, work, chance):
     """A checkpoint is damaged; if that was the newest, the one before is gone on from."""
-    intact = []
-    for path in checkpoints(work.folder):
-        is_own = not (scenario.template / path.parent.name).exists()
-        if is_own and path not in work.damaged:
-            intact.append(path)
+    run = work.folder / scenario.run
+    intact = sorted(each for each in read_kept(run) if each.id not in work.damaged)
     if len(intact) < 2:
         return struck(scenario, work, chance)
-    path = chance.choice(intact)
-    spoil(chance.choice([path, path.with_suffix(".metadata")]), chance)
-    work.told.append(f"  damaged: {path.name}")
-    work.damaged.add(path)
+    damaged = chance.choice(intact)
+    name = damaged.id + chance.choice([".safetensors", ".metadata"])
+    spoil(run / name, chance)
+    work.told.append(f"  damaged: {name}")
+    work.damaged.add(damaged.id)
     work.is_exact = False  # it is not deleted, and another may be the best
-    iterations = {name: iteration for iteration, name in work.saved.items()}
-    left = [iterations.get(each.stem, 0) for each in intact if each != path]
-    work.reached[path.parent.name] = max(left)
+    work.reached[scenario.run] = max(each.iteration for each in intact if each != damaged)
     judge_status(work.leg(scenario.line, [(chance.randint(30, 200), "SIGTERM")]))
 
 
@@ -764,7 +726,7 @@ KINDS += [ended_by_the_clock] * 2 + [checkpoint_damaged] * 2
 
 
 def play_randomly(place, seed):
-    """Trains a run that is struck by FAULTS faults. Raises Failure if anything goes wrong."""
+    """Trains a run that is struck by FAULTS faults."""
     chance = random.Random(seed)
     scenario = Scenario(place, partial(drawn, chance))
     with scenario.work("struck") as work:
@@ -792,15 +754,16 @@ def sweep(folder, names):
     for name in names:
         scenario = scenario_of(folder, name)
         outcome = scenario.expected
-        expect(outcome["best"] != outcome["newest"], "the last checkpoint is the best")
+        assert outcome["best"] != outcome["newest"], "the last checkpoint is the best"
         print(f"{name}: {scenario.calls} calls", flush=True)
         for call in range(1, scenario.calls + 1):
-            cases += [f"{name}-{call}-{action}" for action in [*ACTIONS, "signal"]]
+            actions = [*ACTIONS, [*SIGNALS][call % len(SIGNALS)]]
+            cases += [f"{name}-{call}-{action}" for action in actions]
     return cases
 
 
 def play(folder, case):
-    """Plays a case of the sweep or a random one, by its name. Raises Failure."""
+    """Plays a case of the sweep or a random one, by its name. Raises AssertionError."""
     first, second, *action = case.split("-")
     if action:
         scenario_of(folder, first).strike(int(second), *action)
@@ -809,15 +772,11 @@ def play(folder, case):
 
 
 def command_line():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = case_parser(__doc__)
     parser.add_argument("--every", type=int, default=1, metavar="N")
     parser.add_argument("--scenario", choices=SCENARIOS, help="this one alone")
     parser.add_argument("--random", type=int, metavar="FAULTS")
-    parser.add_argument("--seed", default="1")
-    parser.add_argument("--only", metavar="CASE")
     parser.add_argument("--first", action="store_true", help="end at the first failure")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--checkout", type=Path, default=ROOT)
     options = parser.parse_args()
     Work.program = Program(options.checkout / "main.py")
     folder = Path(tempfile.mkdtemp(prefix="crash-"))

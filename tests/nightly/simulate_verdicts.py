@@ -62,13 +62,10 @@ def kept(effect, draw):
 def show_races(kind, draw, tries):
     """Prints how often a race calls edits of some effects helpful or harmful."""
     for effect in (0, -0.01, -0.02):
-        results = []
-        for _ in range(tries):
-            results.append(decided(RACE_BOUNDS, effect / NANOGPT_SPREAD, draw))
-        outcomes = [outcome for outcome, _ in results]
+        results = [decided(RACE_BOUNDS, effect / NANOGPT_SPREAD, draw) for _ in range(tries)]
+        outcomes, pairs = zip(*results)
         shares = [f"{name} {outcomes.count(name) / tries:.1%}" for name in ("helped", "hurt")]
-        pairs = np.mean([pairs for _, pairs in results])
-        shown = f"{', '.join(shares)}; {pairs:.1f} pairs"
+        shown = f"{', '.join(shares)}; {np.mean(pairs):.1f} pairs"
         print(f"{kind}: effect {effect:+}, spread {NANOGPT_SPREAD}: {shown}", flush=True)
 
 
@@ -89,10 +86,9 @@ def show_tuned_races(kind, draw, tries):
     four_rates = LOSSES_BY_RATE[1:5]
     settings = [(0, SPREAD, LOSSES_BY_RATE, 2), (0, SPREAD, LOSSES_BY_RATE, 4)]
     settings += [(effect, NANOGPT_SPREAD, four_rates, 2) for effect in (0, -0.01, -0.02)]
-    for effect, spread, losses_by_rate, num_seeds in settings:
-        outcomes = []
-        for _ in range(tries):
-            outcomes.append(tuned_outcome(effect, spread, losses_by_rate, num_seeds, draw))
+    for setting in settings:
+        effect, spread, losses_by_rate, num_seeds = setting
+        outcomes = [tuned_outcome(*setting, draw) for _ in range(tries)]
         shown = []
         for name in ("helped", "hurt"):
             share = outcomes.count(name) / tries
