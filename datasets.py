@@ -5,8 +5,8 @@
 
 Texts are streamed, so memory use hardly grows with the corpus.
 
-The last third, from the section Errors and messages on, is not about text, but what main.py and
-extras/ need, too. It is here as importing this file does not import MLX.
+The last third, from the section Errors and messages on, is not about text: main.py and extras/ use
+it, too. It is here because importing this file does not import MLX.
 """
 
 import os
@@ -113,17 +113,21 @@ class Dataset(NamedTuple):
 
 
 class Span(NamedTuple):
-    """A byte range of a file: one document, or several separated by `marker`."""
+    """A byte range of a file: one document, or several with `separator` between them."""
 
     path: Path
     start: int  # byte
     stop: int  # byte, exclusive
-    marker: str | None = None
+    separator: str | None = None
     errors: str = "surrogateescape"  # for decoding; "strict" rejects invalid UTF-8
 
 
+# Names of files with a document in each row, which extras/features/formats.py reads.
+ROW_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz)?)", re.DOTALL | re.IGNORECASE)
+
+
 class RowFile(NamedTuple):
-    """A file with a document in each row, see extras/features/formats.py."""
+    """A file that ROW_FILES matches."""
 
     path: Path
     field: str  # name of the one that holds the text
@@ -440,7 +444,7 @@ def encode_after(tokenizer, blocks):
 
 
 def end_of_text(tokenizer):
-    """The id of the end token; None if there is none, or it also encodes line ends, as in word."""
+    """The id of the end token; None if there is none, or if line ends have it, too (`word`)."""
     if tokenizer.eos in tokenizer.encode("\n"):
         return None
     return tokenizer.eos
@@ -529,9 +533,9 @@ def tinystories(get_file):
 
     There is no test split, so the second half of the validation file serves as one.
     """
-    train = whole(get_file("TinyStories-train.txt"), marker=END)
-    valid = whole(get_file("TinyStories-valid.txt"), marker=END)
-    return [train, *cut(valid, find_cut(valid, valid.stop // 2, END))]
+    train = whole(get_file("TinyStories-train.txt"), separator=END)
+    valid = whole(get_file("TinyStories-valid.txt"), separator=END)
+    return [train, *cut(valid, find_cut(valid, valid.stop // 2))]
 
 
 WIKITEXT_HOSTS = (
@@ -601,16 +605,18 @@ c5cf5e22ff13614e830afbe61a99fbcbe8bcb7dd72252b989fa1117a368d401f 1924281556 Tiny
 }
 
 # The tokenizer "gpt2" is downloaded in the same way.
-GPT2_TOKENIZER_FILES = Corpus(
-    "gpt2",
-    hosts=(
-        "https://huggingface.co/openai-community/gpt2/resolve/"
-        "607a30d783dfa663caf39e06633721c8d4cfcd7e/",
-    ),
-    files="""
+DOWNLOADS = CORPORA | {
+    "gpt2": Corpus(
+        "gpt2",
+        hosts=(
+            "https://huggingface.co/openai-community/gpt2/resolve/"
+            "607a30d783dfa663caf39e06633721c8d4cfcd7e/",
+        ),
+        files="""
 8414cab924d8b9b33013f0d221c5862f365ee9be39c5c2bfae8a5a9e970478a6    1355256 tokenizer.json
 """,
-)
+    ),
+}
 
 
 def whole(path, **options):
@@ -649,10 +655,11 @@ def python_modules():
     return splits
 
 
-def find_cut(span, at, marker):
+def find_cut(span, at):
     """The byte near `at` at which to cut the Span of a whole file in two.
 
-    It is where the first `marker` ends or, if the next 32 KiB have none, where a character does.
+    It is where the next separator ends or, in a Span without one, the next line; if there is none
+    within 32 KiB, it is where a character ends.
     """
     start = min(at, span.stop) - 1  # a line end right before `at` counts
     if start < 0:
@@ -660,11 +667,11 @@ def find_cut(span, at, marker):
     with open(span.path, "rb") as file:
         file.seek(start)
         near = file.read(1 << 16)
-    marker = marker.encode()
+    separator = (span.separator or "\n").encode()
     # Near the end of the file, the cut stays in the first half of what is left.
-    found = near.find(marker, 0, len(near) // 2)
+    found = near.find(separator, 0, len(near) // 2)
     if found >= 0:
-        return start + found + len(marker)
+        return start + found + len(separator)
     # A byte and the continuation bytes of its character.
     return start + re.match(rb".[\x80-\xbf]*", near, re.DOTALL).end()
 
@@ -672,15 +679,15 @@ def find_cut(span, at, marker):
 # ---- The user's own text ------------------------------------------------------------------------
 
 
-def user_text(paths_of, valid_fraction, text_field, program_folders):
+def user_text(user_paths, valid_fraction, text_field, program_folders):
     """{split: sources, [Span or RowFile, ...]} of the user's files.
 
-    paths_of: {split: [path, ...]}, without "train" if they only replace the test split of a corpus.
-    Files for validation or testing are left out of "train", see set_aside; if there are none for
-    validation, a part of "train" is held out, see hold_out. program_folders: see find_text_files;
-    text_field: RowFile's `field`.
+    user_paths: {split: [absolute path, ...]}, without "train" if they only replace the test split
+    of a corpus. Files for validation or testing are left out of "train", see set_aside; if there
+    are none for validation, a part of "train" is held out, see hold_out. program_folders: see
+    find_text_files; text_field: RowFile's `field`.
     """
-    files = {split: find_files(paths, program_folders) for split, paths in paths_of.items()}
+    files = {split: find_files(paths, program_folders) for split, paths in user_paths.items()}
     if "train" in files:
         set_aside(files)
     splits = {split: [] for split in files}
@@ -735,34 +742,36 @@ def find_files(paths, program_folders):
 def find_text_files(path, program_folders):
     """[(path, name), ...] in order: a file, the texts in a folder, or those that match a glob.
 
-    Files that are no text, or cannot be read, are left out with a message. Hidden files do not
-    count, nor do those in `program_folders` (resolved paths, where this program keeps its files)
-    unless `path` itself lies there. Links to folders are followed, but not to one above.
+    path: an absolute one; names: see find_files. Files that are no text, or cannot be read, are
+    left out with a message. Hidden files do not count, nor do those in `program_folders` (resolved
+    paths, where this program keeps its files) unless `path` itself lies there. Links to folders are
+    followed, but not to one above.
     Raises UsageError if nothing matches; with the reason for the last file left out, also if no
     match is text, or if all that are named for training are left out, and others are not.
     """
     program_folders = program_folders.difference(Path(os.path.realpath(path)).parents)
-    queue = [(Path(path), Path(path).name, ())]  # path, name, real paths of the folders above
+    base = os.path.dirname(path)  # to which names are relative
+    matches = [path]
     if not os.path.exists(path):
         base = os.path.dirname(re.split("[*?[]", path)[0])
-        matches = map(Path, sorted(glob.glob(path, recursive=True)))
-        queue = [(match, os.path.relpath(match, base or "."), ()) for match in matches]
-    if not queue:
+        matches = sorted(glob.glob(path, recursive=True))
+    if not matches:
         raise UsageError(
             f"{path}: no such file, folder or pattern; "
             "give a text's path (if a run needs this one, put it back)"
         )
+    queue = [(Path(match), ()) for match in matches]  # paths, real paths of the folders above
     files = {}  # path -> name
-    for entry, name, above in queue:  # which grows by what the folders in it hold
+    for entry, above in queue:  # which grows by what the folders in it hold
         real = Path(os.path.realpath(entry))
         if real in above or program_folders.intersection([real, *real.parents]):
             continue
         if entry.is_dir() and os.access(entry, os.R_OK | os.X_OK):
             if not any(entry.glob("[0-9a-f]" * 40 + ".metadata")):  # a run's files are not text
                 for below in sorted(entry.glob("[!.]*")):
-                    queue.append((below, f"{name}/{below.name}", (*above, real)))
+                    queue.append((below, (*above, real)))
         elif entry.exists():
-            files[entry] = name
+            files[entry] = os.path.relpath(entry, base)
     splits = {*map(named_split, files.values())}
     left_out = Counter()  # suffix -> bytes
     for file in sorted(files):
@@ -782,9 +791,6 @@ def find_text_files(path, program_folders):
         print(f"{path}: leaving out {what} ({first_names([*left_out])})")
     return sorted(files.items())
 
-
-# Names of files with a document in each row, which extras/features/formats.py reads.
-ROW_FILES = re.compile(r".*\.(parquet|(jsonl|ndjson)(\.gz)?)", re.DOTALL | re.IGNORECASE)
 
 LFS = b"version https://git-lfs"  # the first bytes of what git leaves in place of a large file
 # The first bytes of files that are not plain text -> what they are, and the remedy.
@@ -811,9 +817,9 @@ def check_text(path):
     with explain_errors(f"{path} cannot be read", OSError), open(path, "rb") as file:
         begin = file.read(1 << 16)
     has_rows = ROW_FILES.fullmatch(path.name)
-    for magic_bytes, what in NO_TEXT.items():
-        if begin.startswith(magic_bytes) and (magic_bytes == LFS or not has_rows):
-            raise UsageError(f"{path} is {what}")
+    for magic_bytes in [LFS] if has_rows else NO_TEXT:  # rows may be compressed
+        if begin.startswith(magic_bytes):
+            raise UsageError(f"{path} is {NO_TEXT[magic_bytes]}")
     if has_rows:
         return
     if b"\0" in begin:
@@ -851,7 +857,7 @@ def set_aside(files):
 def first_names(names):
     """The first five names of a list, and how many more there are."""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return one_line(", ".join(name.lstrip("/") for name in names[:5])) + more
+    return one_line(", ".join(names[:5])) + more
 
 
 def is_held_out(index, valid_fraction):
@@ -884,7 +890,7 @@ def hold_out(sources, valid_fraction):
         valid = []
         left = round(total * (1 - valid_fraction))  # bytes to train on
         for span in spans:
-            first, rest = cut(span, find_cut(span, left, "\n"))
+            first, rest = cut(span, find_cut(span, left))
             train.append(first)
             valid.append(rest)
             left -= span.stop
@@ -922,7 +928,7 @@ BLOCK_SIZE = 1 << 17  # bytes or characters that are read at once
 def read_documents(sources):
     """Yields (text, previous) for everything in `sources`, Spans and RowFiles.
 
-    The text is a whole document in a Span with a marker, else a block of about BLOCK_SIZE
+    The text is a whole document in a Span with a separator, else a block of about BLOCK_SIZE
     characters. `previous` is the character before it in its document, "" at a start. Raises
     UsageError if a file cannot be read.
     """
@@ -934,8 +940,8 @@ def read_documents(sources):
                     chunks = (text[i : i + BLOCK_SIZE] for i in range(0, len(text), BLOCK_SIZE))
                     yield from cut_into_blocks(chunks)
                 num_rows += 1
-        elif source.marker:
-            for document in split_at_marker(source):
+        elif source.separator:
+            for document in split_at_separator(source):
                 if document.strip():
                     yield document.strip("\n"), ""
         else:
@@ -955,12 +961,12 @@ def begin_lines(blocks):
         last = text[-1]
 
 
-def split_at_marker(span):
-    """Yields the text between the markers in a span."""
+def split_at_separator(span):
+    """Yields the text between the separators in a span."""
     rest = ""
     for chunk in read_chunks(span):
         # The last document may continue in the next chunk.
-        *documents, rest = (rest + chunk).split(span.marker)
+        *documents, rest = (rest + chunk).split(span.separator)
         yield from documents
     yield rest
 
@@ -1119,9 +1125,8 @@ def load_dataset(
         print("--vocab_size has no effect without --tokenizer bpe; gpt2 has 50,257 tokens.")
     user_paths = named_files(dataset, text, valid_text, test_text)
     local_sources = python_modules() if dataset == "python" else {}
-    if user_paths:
-        program_folders = {Path(user_path(path)).resolve() for path in (data_dir, save_dir) if path}
-        local_sources |= user_text(user_paths, valid_fraction, text_field, program_folders)
+    program_folders = {Path(os.path.realpath(path)) for path in (data_dir, save_dir) if path}
+    local_sources |= user_text(user_paths, valid_fraction, text_field, program_folders)
     # `name` stands for one use of a text. It has a folder for each version of the text's files and
     # of datasets.py; the two written last stay.
     key = [user_paths, valid_fraction, text_field, vocab_size, is_object and tokenizer.to_dict()]
@@ -1130,13 +1135,12 @@ def load_dataset(
     with hold_lock(cache):  # only one process encodes
         about = read_about(cache)
         if about is None:
-            fetch_file = functools.partial(fetch, data_dir=data_dir, mirror=mirror)
+            get_file = functools.partial(fetch, folder=dataset, data_dir=data_dir, mirror=mirror)
             if "train" not in local_sources:
-                get_file = functools.partial(fetch_file, folder=dataset, corpus=corpus)
                 splits = zip(SPLITS, corpus.find_texts(get_file))
                 local_sources = {split: [span] for split, span in splits} | local_sources
             if not is_object:
-                tokenizer = make_tokenizer(kind, local_sources["train"], vocab_size, fetch_file)
+                tokenizer = make_tokenizer(kind, local_sources["train"], vocab_size, get_file)
             about = write_splits(local_sources, tokenizer, cache)
             written = sorted(cache.parent.glob(f"{name}*/about.json"), key=os.path.getmtime)
             for path in written[:-2]:  # a run that has mapped one keeps its tokens
@@ -1169,10 +1173,10 @@ def hash_of_inputs(sources):
     return hash_of_data(entries)
 
 
-def make_tokenizer(kind, sources, vocab_size, fetch_file):
-    """GPT-2's tokenizer, or one trained on the training split; fetch_file: see fetch."""
+def make_tokenizer(kind, sources, vocab_size, get_file):
+    """GPT-2's tokenizer, or one trained on the training split; get_file: see fetch."""
     if kind == "gpt2":
-        path = fetch_file("tokenizer.json", "gpt2", GPT2_TOKENIZER_FILES)
+        path = get_file("tokenizer.json", folder="gpt2")
         return PackageTokenizer(path.read_text("utf-8"), kind)
     texts = (text for text, _ in read_documents(sources))
     return TOKENIZERS[kind].train(texts, vocab_size)
@@ -1194,16 +1198,16 @@ def read_about(cache):
     try:
         about = json.loads((cache / "about.json").read_text("utf-8"))
         if about.pop("check") != hash_of_data(about):
-            raise ValueError("about.json is not what was written")
+            raise ValueError
         for split, counts in about["splits"].items():
             if hash_of_file(cache / f"{split}.tokens") != counts["sha256"]:
-                raise ValueError("tokens are not what was written")
+                raise ValueError
         return about
     except FileNotFoundError:  # nothing encoded yet, or killed while encoding
-        return None
-    except Exception:  # a damaged file may hold anything
+        pass
+    except Exception:  # what is not as it was written may raise any
         print(f"The encoded text in {cache} is damaged: encoding it again.")
-        return None
+    return None
 
 
 def map_dataset(name, cache, about, train_tokens):
@@ -1235,13 +1239,14 @@ def map_dataset(name, cache, about, train_tokens):
 # ---- Downloads ----------------------------------------------------------------------------------
 
 
-def fetch(name, folder, corpus, data_dir, mirror):
+def fetch(name, folder, data_dir, mirror):
     """Downloads <data_dir>/<folder>/<name>, unless it is already there; returns its path.
 
-    corpus: the Corpus that lists the file; its hosts are tried in turn. mirror: a URL or a folder
-    that holds <folder>/<name>, tried instead; or None. A download that was killed is resumed.
-    Raises RunError with the reason for each failure and what the user can do.
+    folder: the key in DOWNLOADS of what lists the file; its hosts are tried in turn. mirror: a URL
+    or a folder that holds <folder>/<name>, tried instead; or None. A download that was killed is
+    resumed. Raises RunError with the reason for each failure and what the user can do.
     """
+    corpus = DOWNLOADS[folder]
     listed = re.search(rf"([0-9a-f]{{64}}) +(\d+) +{re.escape(name)}\n", corpus.files)
     if not listed:
         raise UsageError(f'add a line "SHA256 SIZE {name}" to the files of {folder} in CORPORA')
@@ -1831,8 +1836,9 @@ class Flag(NamedTuple):
     """A row of a table of flags."""
 
     default: object
-    convert: object  # turns what is typed into the value, or raises ValueError; bool: a switch
+    type: object  # turns what is typed into the value, or raises ValueError; bool: a switch
     help: str
+    required: bool = False
 
 
 MAX_INT32 = 2**31 - 1
@@ -1991,27 +1997,29 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(group, flags):
-    """Adds flags, {name: Flag}, to an argparse parser, or to a group of one."""
+    """Adds flags, {name: Flag}, to an argparse parser, or to a group of one.
+
+    A flag that is not typed is absent from what the parser returns: load_dataset and
+    main.resolve_flags know the defaults.
+    """
     for name, flag in flags.items():
-        options = {"type": flag.convert, "metavar": getattr(flag.convert, "metavar", "TEXT")}
-        if flag.convert is bool:
+        options = {"type": flag.type, "metavar": getattr(flag.type, "metavar", "TEXT")}
+        if flag.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif flag.default == []:
             options |= {"nargs": "+", "action": "extend"}  # `--text a --text b` names both
+        options["default"] = argparse.SUPPRESS
         has_default = str(flag.default) not in ("None", "False", "[]")
         default = f" (default: {flag.default})" if has_default else ""
-        group.add_argument(f"--{name}", help=flag.help + default, **options)
+        help_text = flag.help + default
+        group.add_argument(f"--{name}", help=help_text, required=flag.required, **options)
         for other in hint_table("ALIASES").get(name, "").split():
             group.add_argument(f"--{other}", dest=name, help=argparse.SUPPRESS, **options)
 
 
 def main(arguments):
     """Prepares a text ahead of training; prints its sizes and how it begins."""
-    parser = Parser(
-        prog="datasets.py",
-        description=main.__doc__,
-        argument_default=argparse.SUPPRESS,  # load_dataset has the defaults
-    )
+    parser = Parser(prog="datasets.py", description=main.__doc__)
     more = {"save_tokenizer": Flag(None, path_name, "also write the tokenizer as a tokenizer.json")}
     for flags in [*TEXT_FLAGS.values(), more]:
         add_flags(parser, flags)

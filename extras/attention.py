@@ -8,42 +8,39 @@ Dimension letters are those of main.py: D model, H query heads, L positions, d h
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import load_checkpoint, make_parser, read_flags, start
+from extras.common.program import make_parser, read_flags, start
 
 import mlx.core as mx
 import numpy as np
 
 from datasets import explain_errors
 from extras.plot import make_figure, save_figure
-from main import announce, attend, encode_prompt
+from main import announce, attend, encode_prompt, open_checkpoint
 
 
 def main(arguments):
-    """Plots as these arguments specify."""
-    parser = make_parser("attention", __doc__, "identifier", "gpu")
-    parser.add_argument("file", metavar="FILE", help="the picture to write")
-    parser.add_argument("--prompt", metavar="TEXT", required=True, help="the text")
-    flags = read_flags(parser, arguments)
-    checkpoint, model, tokenizer = load_checkpoint(flags)
-    plot_attention(model, tokenizer, flags.prompt, str(checkpoint), flags.file)
-    announce(checkpoint)
-
-
-def plot_attention(model, tokenizer, prompt, title, path):
     """Plots a matrix for each block (down) and each head (across), and saves their numbers.
 
     Its element in row i and column j is how much token i of the prompt attends to token j, from 0
     (white) to 1 (dark blue). Only the end of a prompt longer than the context is plotted.
-    Raises UsageError if `path` cannot be written.
+    Raises UsageError if the files cannot be written.
     """
-    tokens = encode_prompt(tokenizer, prompt)[-model.config.context_size :]
+    parser = make_parser("attention", __doc__, "identifier", "gpu")
+    parser.add_argument("file", metavar="FILE", help="the picture to write")
+    parser.add_argument("--prompt", metavar="TEXT", required=True, help="the text")
+    flags = read_flags(parser, arguments)
+    contents = open_checkpoint(flags)
+    model = contents.load_model()
+    tokenizer = contents.tokenizer
+    tokens = encode_prompt(tokenizer, flags.prompt)[-model.config.context_size :]
     weights = attention_weights(model, tokens)  # [blocks, H, L, L]
     # Each on one line, with spaces that can be seen.
     labels = [repr(tokenizer.decode([token]))[1:-1].replace(" ", "\u2423") for token in tokens]
     blocks, heads = weights.shape[:2]
     side = max(2.5, 0.22 * len(tokens))  # inches of a matrix, with room for each label
     figure = make_figure(side * heads + 1, side * blocks + 0.5)
-    figure.suptitle(f"{title}: how much each token (row) attends to those before it (columns)")
+    title = "how much each token (row) attends to those before it (columns)"
+    figure.suptitle(f"{contents.checkpoint}: {title}")
     axes = figure.subplots(blocks, heads, squeeze=False)
     for (block, head), axis in np.ndenumerate(axes):
         image = axis.imshow(weights[block, head], vmin=0, vmax=1, cmap="Blues")
@@ -53,11 +50,11 @@ def plot_attention(model, tokenizer, prompt, title, path):
         axis.set_xticks(range(len(tokens)), rotation=90, **text)
         axis.set_yticks(range(len(tokens)), **text)
     figure.colorbar(image, ax=axes, label="attention", shrink=0.8)
-    path = save_figure(figure, path)
-    numbers = path.with_suffix(".npz")
+    numbers = save_figure(figure, flags.file).with_suffix(".npz")
     with explain_errors(f"cannot write {numbers}: name another picture", OSError):
         np.savez(numbers, weights=weights, tokens=labels)
     print(f"Numbers saved to {numbers}")
+    announce(contents.checkpoint)
 
 
 def attention_weights(model, tokens):

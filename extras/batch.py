@@ -7,7 +7,7 @@ sampling flags, completion and tokens. Rerun the same command to resume.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import load_checkpoint, make_parser, read_flags, start
+from extras.common.program import make_parser, read_flags, start
 
 import os
 
@@ -16,7 +16,7 @@ from extras.features.decode import BatchDecoder
 from extras.features.quantize import quantize
 from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
 from main import FLAGS, Conversation, Detokenizer, announce, encode_prompt, get_values
-from main import warn_about_prompt
+from main import open_checkpoint, warn_about_prompt
 
 BATCH_SIZE = 16
 # The flags that, besides the seed, determine a completion.
@@ -24,30 +24,27 @@ SAMPLING_FLAGS = [name for name in FLAGS["sampling"] if name not in ("num_sample
 
 
 def main(arguments):
-    """Continues prompts as these arguments specify."""
-    output = Flag(None, path_name, "JSON Lines; resumed if it exists (default: stdout)")
-    names = ["identifier", "gpu", "num_samples", "seed", *SAMPLING_FLAGS]
-    parser = make_parser("batch", __doc__, *names, output=output)
-    prompts = "UTF-8 text, a prompt per line"
-    parser.add_argument("file", metavar="FILE", type=path_name, help=prompts)
-    flags = read_flags(parser, arguments)
-    checkpoint, model, tokenizer = load_checkpoint(flags)
-    if flags.quantize:
-        quantize(model, flags.quantize, is_packed=flags.gpu)
-    answer_file(model, tokenizer, checkpoint, flags)
-
-
-def answer_file(model, tokenizer, checkpoint, flags):
     """Writes --num_samples continuations of each prompt to --output or stdout.
 
     An --output that holds the first of these lines is resumed. Raises UsageError or RunError if it
     cannot be resumed (see append_lines).
     """
+    output = Flag(None, path_name, "JSON Lines; resumed if it exists (default: stdout)")
+    names = ["identifier", "gpu", "num_samples", "seed", *SAMPLING_FLAGS]
+    parser = make_parser("batch", __doc__, *names, output=output)
+    file_help = "UTF-8 text, a prompt per line"
+    parser.add_argument("file", metavar="FILE", type=path_name, help=file_help)
+    flags = read_flags(parser, arguments)
+    contents = open_checkpoint(flags)
+    model = contents.load_model()
+    tokenizer = contents.tokenizer
+    if flags.quantize:
+        quantize(model, flags.quantize, is_packed=flags.gpu)
     if flags.output and os.path.realpath(flags.output) == os.path.realpath(flags.file):
         raise UsageError(f"--output {flags.output} would overwrite the prompts: rename it")
     with explain_errors(f"{flags.file} must be a UTF-8 file", OSError, ValueError):
         prompts = read_prompt_lines(flags.file)
-    settings = {"checkpoint": checkpoint.id} | get_values(flags, SAMPLING_FLAGS)
+    settings = {"checkpoint": contents.checkpoint.id} | get_values(flags, SAMPLING_FLAGS)
     jobs = []
     for prompt in prompts:
         for _ in range(flags.num_samples):
@@ -56,9 +53,10 @@ def answer_file(model, tokenizer, checkpoint, flags):
         if flags.output:
             out, answered = append_lines(flags.output, jobs)
         else:
-            out, answered = os.fdopen(os.dup(1), "wb"), []  # stdout itself stays open
+            out = os.fdopen(os.dup(1), "wb")  # stdout itself stays open
+            answered = []
     with out:
-        announce(checkpoint)
+        announce(contents.checkpoint)
         conversation = Conversation(tokenizer, model)
         for prompt in dict.fromkeys(job["prompt"] for job in jobs[len(answered) :]):
             warn_about_prompt(conversation, prompt)

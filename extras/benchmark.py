@@ -50,14 +50,11 @@ def main(arguments):
         flags = resolve_flags(flags.explicit, checkpoint.flags)
         run = rebuild_run(flags, checkpoint, checkpoint)
     else:
-        inputs = load_inputs(flags)
-        flags = inputs.flags
-        run = make_run(flags.save_dir, inputs)
-    for line in ineffective_flag_notices(flags):
+        run = make_run(flags.save_dir, load_inputs(flags))
+    for line in ineffective_flag_notices(run.flags):
         print(line)
     parameters = count_by_part(run.model)
-    num_trainable = count_parameters(run.model.trainable_parameters())
-    flops = count_flops(run.model.config, parameters, num_trainable)
+    flops = count_flops(run.model, parameters)
     result = {"parameters": parameters, "flops_per_token": flops}
     result["memory"] = memory_of_step(run, run.flags)
     result |= measure_training(run)
@@ -87,21 +84,23 @@ def count_by_part(model):
     return counts
 
 
-def count_flops(config, parameters, num_trainable):
+def count_flops(model, parameters):
     """Floating-point operations per token of the forward and the backward pass.
 
-    The forward pass takes a multiplication and an addition per weight of a matrix. Attention takes
-    them twice per element of a query and position of the window: for the scores and for the
-    weighted sum of values. The backward pass takes twice as many: for the gradients with respect
-    to the inputs and for those with respect to the weights, which LoRA needs for its adapters
-    alone (extras/features/fast.py computes those of the output layer nevertheless).
+    parameters: see count_by_part. The forward pass takes a multiplication and an addition per
+    weight of a matrix. Attention takes them twice per element of a query and position of the
+    window: for the scores and for the weighted sum of values. The backward pass takes twice as
+    many: for the gradients with respect to the inputs and for those with respect to the weights,
+    which LoRA needs for its adapters alone (extras/features/fast.py computes those of the output
+    layer nevertheless).
     """
+    config = model.config
     # The output layer multiplies by a matrix, either the embeddings or its own.
     output = config.vocab_size * config.dim
     matrices = parameters["attention"] + parameters["mlp"] + output
     queries = config.num_blocks * config.num_heads * config.head_dim  # elements
     forward = 2 * matrices + 4 * queries * config.context_size
-    num_frozen = max(0, matrices - num_trainable)
+    num_frozen = max(0, matrices - count_parameters(model.trainable_parameters()))
     backward = 2 * forward - 2 * num_frozen
     return {"forward": forward, "backward": backward}
 
@@ -122,7 +121,8 @@ def measure_decoding(run):
     """Time to first token and decoding speed for one text, after a prompt of half a context."""
     if fast is not None:
         fast.use_streams(1, 1)  # a single row is not split: its products use all cores
-    model, flags = run.model, run.flags
+    model = run.model
+    flags = run.flags
     length = max(1, model.config.context_size // 2)
     prompt = run.dataset.train.tokens[:length].tolist()
 

@@ -84,8 +84,10 @@ def list_checks(folder, flags):
 # ---- Operations ---------------------------------------------------------------------------------
 def list_operations():
     """Yields what steps and samples compute: a name, a function, and its arguments' shapes."""
-    states, table = (4, 128, 256), (2000, 256)
-    heads, few_heads = (4, 4, 128, 64), (4, 2, 128, 64)
+    states = (4, 128, 256)
+    table = (2000, 256)
+    heads = (4, 4, 128, 64)
+    few_heads = (4, 2, 128, 64)
     tokens = mx.random.randint(0, 200, (4, 128), key=mx.random.key(7))  # most more than once
     frequencies = core.rope_frequencies(64, 10000)
     yield "hash for dropout", partial(core.hash32, mx.arange(9999, dtype=mx.uint32))

@@ -40,6 +40,11 @@ def main(arguments):
     """Collects a corpus as these arguments specify."""
     of_text = ["dataset", "text", "text_field", "valid_text", "valid_fraction"]
     program_flags = {
+        "distill_from": Flag(
+            None, nonempty, "URL of a server with OpenAI's chat completions API", required=True
+        ),
+        "teacher_model": Flag(None, nonempty, "the server's model", required=True),
+        "output": Flag(None, path_name, "folder for answers.jsonl and corpus.txt", required=True),
         "teacher_prompts": Flag(
             None, path_name, "a prompt per line, or what extras.batch wrote (default: from a text)"
         ),
@@ -48,22 +53,6 @@ def main(arguments):
         ),
     }
     parser = make_parser("collect", __doc__, *of_text, "data_dir", "mirror", **program_flags)
-    add = parser.add_argument
-    add(
-        "--distill_from",
-        metavar="URL",
-        required=True,
-        type=nonempty,
-        help="server with OpenAI's chat completions API",
-    )
-    add("--teacher_model", metavar="NAME", required=True, type=nonempty, help="the server's model")
-    add(
-        "--output",
-        metavar="DIR",
-        required=True,
-        type=path_name,
-        help="folder for answers.jsonl and corpus.txt",
-    )
     flags = read_flags(parser, arguments)
     teacher = Teacher(flags.distill_from, flags.teacher_model)
     if flags.teacher_prompts:

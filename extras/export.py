@@ -8,12 +8,12 @@
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import load_checkpoint, make_parser, read_flags, start
+from extras.common.program import make_parser, read_flags, start
 
 import sys
 
 from datasets import extra, path_name
-from main import EDITED_FUNCTIONS, announce
+from main import EDITED_FUNCTIONS, announce, open_checkpoint
 
 
 def main(arguments):
@@ -22,14 +22,15 @@ def main(arguments):
     target = "a new folder, or a new file FILE.gguf"
     parser.add_argument("path", metavar="PATH", type=path_name, help=target)
     flags = read_flags(parser, arguments)
-    checkpoint, model, tokenizer = load_checkpoint(flags)
+    contents = open_checkpoint(flags)
+    model = contents.load_model()
     if flags.path.lower().endswith(".gguf"):
         write = extra("gguf").export_gguf
     else:
         write = extra("huggingface").export_model
-    kind = write(model, tokenizer, flags.path, flags.quantize)
+    kind = write(model, contents.tokenizer, flags.path, flags.quantize)
     print(f"{kind} and its tokenizer are in {flags.path}", file=sys.stderr)
-    announce(checkpoint)
+    announce(contents.checkpoint)
     if EDITED_FUNCTIONS:
         edited = ", ".join(EDITED_FUNCTIONS)
         print(f"Other programs know nothing of your edit of {edited}.", file=sys.stderr)

@@ -23,28 +23,23 @@ from main import find_checkpoint, list_checkpoints, make_step, token_metrics, tr
 
 
 def main(arguments):
-    """Shows what these arguments name."""
+    """Prints what happened in the step that the arguments name, between two checkpoints."""
     rows = Flag(1, COUNT, "texts to show, most changed first")
     parser = make_parser("inspect_step", __doc__, "gpu", "data_dir", "mirror", rows=rows)
     parser.add_argument("step", metavar="RUN@STEP", help="the step that ended in this checkpoint")
     flags = read_flags(parser, arguments)
     checkpoints = list_checkpoints(flags.save_dir)
     after = find_checkpoint(flags, checkpoints, flags.step)
-    run, _, _ = after.folder.name.partition("@")
-    before = find_checkpoint(flags, checkpoints, f"{run}@{after.iteration - 1}")
-    print_step(flags, before, after)
-
-
-def print_step(command_flags, before, after):
-    """Prints what happened between two checkpoints, a step apart."""
-    flags = flags_of_run(command_flags, before)
-    run = rewind(f"{after.folder.name}, step {after.iteration:,},", flags, before, after)
+    name, _, _ = after.folder.name.partition("@")
+    before = find_checkpoint(flags, checkpoints, f"{name}@{after.iteration - 1}")
+    what = f"{after.folder.name}, step {after.iteration:,},"
+    run = rewind(what, flags_of_run(flags, before), before, after)
     inputs, targets = copy.copy(run.batches).next()
-    losses_before = losses_of(run.model, inputs, targets, flags.batch_size)
+    losses_before = losses_of(run.model, inputs, targets, run.flags.batch_size)
     weights = dict(tree_flatten(run.model.trainable_parameters()))
     recorder, seen = recording(run.optimizer)
-    metrics = train_step(run, make_step(run.model, recorder, flags, teacher=run.teacher))
-    losses_after = losses_of(run.model, inputs, targets, flags.batch_size)
+    metrics = train_step(run, make_step(run.model, recorder, run.flags, teacher=run.teacher))
+    losses_after = losses_of(run.model, inputs, targets, run.flags.batch_size)
     texts = [f"{name} {value:.4g}" for name, value in metrics.items()]
     print(f"{before.folder.name} -> {after.folder.name}: {', '.join(texts)}")
     print(
@@ -53,7 +48,7 @@ def print_step(command_flags, before, after):
     )
     print_norms(weights, seen["gradients"], run.model)
     changes = np.abs(losses_after - losses_before).mean(axis=1)
-    for row in np.argsort(-changes)[: command_flags.rows].tolist():
+    for row in np.argsort(-changes)[: flags.rows].tolist():
         print_text(row, targets[row], losses_before[row], losses_after[row], run.dataset.tokenizer)
 
 

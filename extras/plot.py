@@ -52,8 +52,8 @@ def count_ngrams(flags, checkpoints):
     if len({str(checkpoint.tokens_sha256) for checkpoint in checkpoints}) > 1:
         raise UsageError("--ngrams is about one text: name runs of the same by --identifier")
     dataset = reload_data(flags_of_run(flags, checkpoints[0]), checkpoints[0])
-    splits = dataset.train.tokens, dataset.valid.tokens
-    return losses_of_ngrams(*splits, dataset.tokenizer.vocab_size)
+    vocab_size = dataset.tokenizer.vocab_size
+    return losses_of_ngrams(dataset.train.tokens, dataset.valid.tokens, vocab_size)
 
 
 def losses_of_ngrams(train, valid, vocab_size):

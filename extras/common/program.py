@@ -5,7 +5,6 @@
 Each has a few flags of its own beside some of main.py's, which mean the same here.
 """
 
-import argparse
 import fnmatch
 
 import main
@@ -23,11 +22,7 @@ def make_parser(name, doc, *flags, **program_flags):
     doc: the docstring that --help shows; flags: the names of those flags of main.py that it takes;
     program_flags: flags of its own, {name: Flag}.
     """
-    parser = Parser(
-        prog=f"python -m extras.{name}",
-        description=doc,
-        argument_default=argparse.SUPPRESS,  # main.resolve_flags knows the defaults
-    )
+    parser = Parser(prog=f"python -m extras.{name}", description=doc)
     add_flags(parser, {flag: main.ALL_FLAGS[flag] for flag in ("save_dir", *flags)} | program_flags)
     parser.set_defaults(**{flag: row.default for flag, row in program_flags.items()})
     return parser
@@ -43,19 +38,10 @@ def read_flags(parser, arguments):
     return flags
 
 
-def load_checkpoint(flags):
-    """The checkpoint that --identifier names or, without it, the newest: (it, model, tokenizer)."""
-    contents = main.open_checkpoint(flags)
-    return contents.checkpoint, contents.load_model(), contents.tokenizer
-
-
 def flags_of_run(flags, checkpoint):
     """The flags of a checkpoint's run; its text lies where the command's `flags` say."""
-    folders = {}
-    for name in ("save_dir", "data_dir", "mirror"):
-        if name in flags.explicit:
-            folders[name] = flags.explicit[name]
-    return main.resolve_flags(folders, checkpoint.flags)
+    names = {"save_dir", "data_dir", "mirror"} & {*flags.explicit}
+    return main.resolve_flags(main.get_values(flags, names), checkpoint.flags)
 
 
 def select_checkpoints(flags):

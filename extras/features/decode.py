@@ -94,7 +94,7 @@ class BatchDecoder:
             # One pass reads the same number of tokens of each text, so those with more are first
             # read alone, except for their last ones.
             for row in np.flatnonzero(unread > count):
-                self.read_alone(row, windows[row][:-count])
+                self.prefill(row, windows[row][:-count])
         rows = [window[length:] for window, length in zip(windows, self.num_read)]
         tokens = mx.array(rows)  # [B, unread]
         for cache in self.caches:
@@ -114,8 +114,8 @@ class BatchDecoder:
         most = length - self.window_starts[row] - count
         self.num_read[row] = min(self.num_read[row], most)
 
-    def read_alone(self, row, window):
-        """Reads the ids `window` of one text."""
+    def prefill(self, row, window):
+        """Reads the ids `window` of one text alone, into its row of the caches."""
         alone = Decoder(self.model, window)
         alone.next_token_logits()
         B = len(self.texts)

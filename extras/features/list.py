@@ -35,15 +35,16 @@ def list_runs(save_dir):
     columns = f"{'trained':>20}{'bits/byte' if in_bits else 'valid nats':>12}{'of tokens':>12}"
     print(f"{'run':<24}{columns}{'iteration':>12}  checkpoint    flags")
     for checkpoint in sorted(map(best_checkpoint, runs.values()), key=sort_key):
-        newest = runs[checkpoint.folder.name][0]
+        run = checkpoint.folder.name
+        newest = runs[run][0]
         trained = f"{newest.iteration:,} of {newest.flags['num_iters']:,}"
         columns = f"{'-':>12}{'-':>12}"
-        if checkpoint.evaluation:
-            loss = checkpoint.evaluation.bits_per_byte if in_bits else checkpoint.evaluation.loss
-            columns = f"{loss:>12.4f}{checkpoint.evaluation.num_tokens:>12,}"
-        flags = flags_by_run[checkpoint.folder.name]
-        columns += f"{checkpoint.iteration:>12,}  {checkpoint.id[:12]}  {flags}"
-        print(f"{checkpoint.folder.name:<24}{trained:>20}{columns}")
+        evaluation = checkpoint.evaluation
+        if evaluation:
+            loss = evaluation.bits_per_byte if in_bits else evaluation.loss
+            columns = f"{loss:>12.4f}{evaluation.num_tokens:>12,}"
+        columns += f"{checkpoint.iteration:>12,}  {checkpoint.id[:12]}  {flags_by_run[run]}"
+        print(f"{run:<24}{trained:>20}{columns}")
 
 
 def distinguishing_flags(checkpoints):
@@ -60,8 +61,9 @@ def distinguishing_flags(checkpoints):
     for run, checkpoint in newest.items():
         values = {}
         for name in names:
-            values[name] = checkpoint.flags[name]
-            if isinstance(values[name], list) and len(values[name]) > 3:
-                values[name] = [*values[name][:2], f"({len(values[name]) - 2:,} more)"]
+            value = checkpoint.flags[name]
+            if isinstance(value, list) and len(value) > 3:
+                value = [*value[:2], f"({len(value) - 2:,} more)"]
+            values[name] = value
         texts[run] = printable(utf8(shlex.join(arguments_of(values))))
     return texts

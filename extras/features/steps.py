@@ -27,11 +27,11 @@ def checkpoint_at(flags, checkpoints, identifier):
         raise UsageError(f"{identifier} is not a run, @ and a step of it: see --list")
     step = int(step)
     newest = run_checkpoints[0]
-    past = [checkpoint for checkpoint in run_checkpoints if is_past(checkpoint, newest)]
-    earlier = [checkpoint for checkpoint in past if checkpoint.iteration < step]
-    later = [checkpoint for checkpoint in past if checkpoint.iteration > step]
+    ancestors = [checkpoint for checkpoint in run_checkpoints if is_ancestor(checkpoint, newest)]
+    earlier = [checkpoint for checkpoint in ancestors if checkpoint.iteration < step]
+    later = [checkpoint for checkpoint in ancestors if checkpoint.iteration > step]
     folder = newest.folder / "steps" / f"{name}@{step}"
-    for checkpoint in [*past, *computed_before(folder, newest)]:
+    for checkpoint in [*ancestors, *computed_before(folder, newest)]:
         if checkpoint.iteration == step:
             return checkpoint
     if not later:
@@ -57,11 +57,11 @@ def checkpoint_at(flags, checkpoints, identifier):
 
 def computed_before(folder, newest):
     """The checkpoint in the folder of a step, if it was computed: a list of at most one."""
-    return [checkpoint for checkpoint in checkpoints_in(folder) if is_past(checkpoint, newest)]
+    return [checkpoint for checkpoint in checkpoints_in(folder) if is_ancestor(checkpoint, newest)]
 
 
-def is_past(checkpoint, newest):
-    """Whether a checkpoint is of the steps that led to its run's newest one.
+def is_ancestor(checkpoint, newest):
+    """Whether a run's newest checkpoint descends from this one, or is it.
 
     A run that has passed over a damaged checkpoint may have gone on with other flags or code.
     """
@@ -127,12 +127,10 @@ def rewind(what, flags, earlier, later):
     return rebuild_run(flags, earlier, later)
 
 
-def rebuild_run(flags, checkpoint, kin):
+def rebuild_run(flags, checkpoint, sibling):
     """The run in the state of a checkpoint, or before its first step if that is None.
 
-    kin: a checkpoint of the same run, with whose text and models it is trained.
+    sibling: a checkpoint of the same run, with whose text and models it is trained.
     """
-    contents = None
-    if checkpoint:
-        contents = open_newest([checkpoint], is_named=True)
-    return make_run(kin.folder, load_inputs(flags, kin), contents)
+    contents = checkpoint and open_newest([checkpoint], is_named=True)
+    return make_run(sibling.folder, load_inputs(flags, sibling), contents)

@@ -226,7 +226,7 @@ def compare(comparison, entry, first_seed, margin, bounds):
         "unlike": [*list_side_differences(comparison.sides, pairs)],
     }
     if len(pairs) > 1 and not fault:
-        result |= summarize(pairs, None if bounds is SCREEN_BOUNDS else bounds[len(pairs)])
+        result |= summarize(bounds, pairs)
     return result | {"verdict": describe_verdict(result)}
 
 

@@ -82,10 +82,9 @@ class Judge(Worker):
 
     def __init__(self, side, metadata, environment):
         """metadata: the path of the checkpoint's .metadata."""
-        self.side = side
-        self.tolerance = TOLERANCE[side.flags["gpu"]]
-        words = ["serve", metadata, str(side.flags["gpu"])]
-        super().__init__(side.name, side.folder, *words, env=environment, cwd=side.folder)
+        gpu = side.flags["gpu"]
+        self.tolerance = TOLERANCE[gpu]
+        super().__init__(side, "serve", metadata, str(gpu), env=environment, cwd=side.folder)
 
     def logits(self, rows):
         """Logits [B, L, V] of rows of tokens [B, L], without those that pad a vocabulary."""

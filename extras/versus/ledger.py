@@ -31,16 +31,15 @@ def begin_entry(path, described, again=False):
     another edit, other seeds or more pairs are the next one. A repeated command is the same try,
     unless `again` is set and it has ended. fresh: a seed that no earlier comparison has reached.
     """
-    asked = [described["comparison"], described["asked"]]
     fresh = described["asked"]["seed"] + max(SCREEN_BOUNDS)
     try_number = 1
     for result in reversed(read_results(path)):
-        is_same = [result["comparison"], result["asked"]] == asked
+        is_same = all(result[name] == described[name] for name in ("comparison", "asked"))
         if is_same and not (again and result["outcome"]):
             return described | {name: result[name] for name in ("look", "fresh")}
         if result["baseline"] == described["baseline"]:
             try_number += result["outcome"] not in ("same", "alike")
-        fresh = max([fresh, *[seed + 1 for seed in result["seeds"]]])
+        fresh = max(fresh, 1 + max(result["seeds"], default=0))
     return described | {"look": try_number, "fresh": fresh}
 
 

@@ -43,7 +43,7 @@ def main(arguments):
     best = None
     if tuning_seeds:
         print_means(setting, means, tuning_seeds)
-        best = describe_best(setting, best_values, [losses[side] for side in SIDES])
+        best = describe_best(setting, best_values, losses.values())
         condition = best
         if not seeds:
             print(f"Next: train both sides on other seeds, {best}.")
@@ -165,7 +165,7 @@ def print_verdict(seeds, before, after, options, best, condition):
         print(f"Cannot tell: all differences are the same, so seeds are {why}.")
         return
     result = {"seeds": seeds[: len(pairs)], "outcome": outcome, "unit": "in loss"}
-    result |= {"asked": vars(options), "tuned": best} | summarize(pairs, bounds[len(pairs)])
+    result |= {"asked": vars(options), "tuned": best} | summarize(bounds, pairs)
     print(*describe_numbers(result), sep="\n")
     if len(pairs) < len(seeds):
         print(f"Pairs after the first {len(pairs)} do not count.")

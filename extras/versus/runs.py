@@ -72,7 +72,8 @@ class Comparison:
             side_id = identify(side, side.versions, self.plain_functions)
             # The number of cores decides how sums are rounded.
             path = folder / f"{side_id}.{len(self.core_shares[0])}"
-            self.sides.append(install(replace(side, valid=valid, test=test), path))
+            install(side, path)
+            self.sides.append(replace(side, folder=path, valid=valid, test=test))
         self.run_seconds = []  # of finished runs
 
     def train_pairs(self, seeds):

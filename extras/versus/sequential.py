@@ -17,8 +17,8 @@ RACE_BOUNDS = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
 # of normal differences, 1.35 to 1.40 in a race, 1.43 to 1.45 with --pairs.)
 MDE_FACTOR = 1.4
 FUTILITY_BOUND = 0.7  # from six pairs on, a race without --margin ends if |t| is below it
-# {pairs after which the screen of --gate looks: it goes on only if t is below minus this}. It has
-# seeds that were used before; see tests/nightly/simulate_verdicts.py.
+# The screen of --gate, on seeds that were used before: {pairs after which it looks: it goes on only
+# if t is below minus this}. See tests/nightly/simulate_verdicts.py.
 SCREEN_BOUNDS = {2: 0, 6: 1.8}
 
 
@@ -116,13 +116,11 @@ def decide(bounds, margin, pairs):
     return "none" if is_last else None
 
 
-def summarize(pairs, critical_value=None):
-    """What a result says of pairs of RunScores, {name: number}.
-
-    critical_value: see confidence_interval.
-    """
+def summarize(bounds, pairs):
+    """What a result says of pairs of RunScores, {name: number}; bounds: see `decide`."""
     before, after = scores = field_values(pairs, "score")
     differences = after - before
+    critical_value = None if bounds is SCREEN_BOUNDS else bounds[len(pairs)]
     mean, low, high, _ = confidence_interval(differences, critical_value)
     numbers = {
         "difference": mean,

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import RunError, UsageError, explain_errors, hash_of_data, hash_of_file, hold_lock
@@ -128,14 +128,9 @@ def copy_commit(commit, folder):
     # Its SHA1, or why there is none.
     tree = git("rev-parse", f"{commit}:./", stderr=subprocess.STDOUT).decode(errors="replace")
     tree = one_line(tree)
-    git_folder = git("rev-parse", "--absolute-git-dir").strip()
-    environment = os.environ | {
-        "GIT_DIR": git_folder,
-        "GIT_WORK_TREE": folder,
-        "GIT_INDEX_FILE": folder.with_suffix(".index"),
-    }
+    environment = os.environ | {"GIT_INDEX_FILE": folder.with_suffix(".index")}
     for words in (["read-tree", tree], ["checkout-index", "--all"]):
-        git("-C", folder, *words, env=environment)
+        git("--work-tree", folder, *words, env=environment)
     if not (folder / "datasets.py").exists():
         what = f"is no commit with this program, in a git repository at {HERE}"
         raise UsageError(f"{commit} {what} ({tree[-200:]})")
@@ -218,18 +213,15 @@ def process_error(name, status, output):
     return RunError(line) if "OSError" in line else SideError(line)
 
 
-class Worker:
-    """A process that answers questions about a side by its code, see worker.py.
+class Worker(contextlib.AbstractContextManager):
+    """A process that answers questions about a side by its code, see worker.py."""
 
-    A context manager.
-    """
-
-    def __init__(self, name, folder, *words, **options):
-        """name: the side's; words: the question; options: of Popen."""
-        self.name = name
+    def __init__(self, side, *words, **options):
+        """side: a Copy or a Side; words: the question; options: of Popen."""
+        self.side = side
         self.messages = tempfile.TemporaryFile("w+", errors="replace")
         self.process = subprocess.Popen(
-            [sys.executable, "-B", WORKER, folder, *words],
+            [sys.executable, "-B", WORKER, side.folder, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.messages,
@@ -237,9 +229,6 @@ class Worker:
         )
         self.killer = threading.Timer(TIMEOUT_SECONDS, self.process.kill)
         self.killer.start()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         self.killer.cancel()
@@ -256,12 +245,13 @@ class Worker:
         except (OSError, ValueError):
             self.process.wait()
             self.messages.seek(0)
-            raise process_error(self.name, self.process.returncode, self.messages.read()) from None
+            output = self.messages.read()
+            raise process_error(self.side.name, self.process.returncode, output) from None
 
 
 def make_side(copy, words):
     """The Side of a Copy with these flags; its code answers, see `describe` in worker.py."""
-    with Worker(copy.name, copy.folder, "describe", *words) as worker:
+    with Worker(copy, "describe", *words) as worker:
         return Side(**vars(copy), **worker.ask())
 
 
@@ -271,7 +261,7 @@ def identify(side, *others):
 
 
 def install(side, folder):
-    """Copies the files of a Side into a folder, unless it exists; returns the Side with it.
+    """Copies the files of a Side into a folder, unless it exists.
 
     Raises UsageError if they were changed there.
     """
@@ -289,4 +279,3 @@ def install(side, folder):
         for source, words in side.code_words.items():
             if words_of_file(folder / source) != words:
                 raise OSError(f"{source} is not that of {side.name}")
-    return replace(side, folder=folder)

@@ -99,10 +99,10 @@ def list_conditions(result):
         yield result["tuned"]
 
 
-def describe_best(setting, best_values, lists):
-    """The condition that each side has its best value of a setting; lists: the values tried."""
+def describe_best(setting, best_values, tried):
+    """The condition that each side has its best value of a setting; tried: the values by side."""
     texts = []
-    for side, best, values in zip(SIDES, best_values, lists):
+    for side, best, values in zip(SIDES, best_values, tried):
         is_edge = best in (min(values, key=float), max(values, key=float))
         edge = " (at the edge of the list: give more)" if is_edge else ""
         texts.append(f"{best} {side}{edge}")
