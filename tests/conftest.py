@@ -26,7 +26,6 @@ MAIN = str(ROOT / "main.py")
 DATASETS = str(ROOT / "datasets.py")
 sys.path.insert(0, str(ROOT))
 
-INITIAL = dict(os.environ)  # fast.py sets some variables for its own process
 # The folder in which compiled code is kept, for commands whose home is another.
 CACHES = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
 # Commands buffer what they print, and keep what they have compiled, as a user's do.
@@ -43,9 +42,12 @@ os.environ |= {
 
 # Tests of functions are about the CPU; with --gpu, a Mac's products are float32, too.
 os.environ["MLX_ENABLE_TF32"] = "0"
+INITIAL = dict(os.environ)  # that of each command; fast.py sets some variables for this process
 # Before any test imports MLX, which takes the BLAS that is loaded before it.
 import main  # noqa: E402
 import mlx.core as mx  # noqa: E402
+from forkserver import default_signals  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 
 mx.set_default_device(mx.cpu)  # a Mac's is its GPU
 
@@ -69,9 +71,7 @@ TEXT = "".join(map(line_of_words, range(400)))
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers():
     """The workers of `-n auto`: one more than cores, as many tests wait for processes."""
-    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
-        return None  # pytest-xdist reads it
-    return 1 + (os.cpu_count() or 1)
+    return 1 + os.cpu_count()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -85,14 +85,10 @@ def pytest_xdist_make_scheduler(config, log):
 def start(*arguments, env=None, program=(MAIN,), **options):
     """Starts `python main.py *arguments`, or another `program`.
 
-    Signals have their default action even where the tests run in the background.
+    env: variables beside those of INITIAL; options: of Popen.
     """
-
-    def default_signals():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-
     defaults = {
+        "preexec_fn": default_signals,
         "stdin": subprocess.DEVNULL,
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
@@ -100,12 +96,7 @@ def start(*arguments, env=None, program=(MAIN,), **options):
         "errors": "surrogateescape",
     }
     command = [sys.executable, *program, *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        env={**os.environ, **(env or {})},
-        preexec_fn=default_signals,
-        **defaults | options,
-    )
+    return subprocess.Popen(command, env=INITIAL | (env or {}), **defaults | options)
 
 
 def wait_for(process, words):
@@ -125,60 +116,39 @@ def interrupt(process, number=signal.SIGINT):
     return out, err
 
 
-def environment(env):
-    """This process's environment with `env` on top.
-
-    But for what pytest sets for each test, and fast.py when it is used.
-    """
-    result = dict(os.environ)
-    result.pop("PYTEST_CURRENT_TEST", None)
-    for name in ("PATH", "TMPDIR", "OMP_WAIT_POLICY"):
-        result.pop(name, None)
-        if name in INITIAL:
-            result[name] = INITIAL[name]
-    return result | env
-
-
-class ForkServer:
+@functools.cache
+def fork_server(program, variables):
     """tests/forkserver.py for one program: a run begins 0.2 s earlier than in its own Python.
 
-    env: what it needs from its start.
+    variables: of its environment, ((name, value), ...).
     """
+    server = [ROOT / "tests" / "forkserver.py"]
+    env = dict(variables)
+    return start(program, program=server, env=env, stdin=subprocess.PIPE, stderr=None)
 
-    def __init__(self, program, env):
-        command = [sys.executable, str(ROOT / "tests" / "forkserver.py"), program]
-        self.process = subprocess.Popen(
-            command,
-            env=environment(dict(env)),
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
 
-    def run(self, path, arguments, input, cwd, env):
-        """Runs `python path *arguments` to its end: its exit status, stdout and stderr.
+def run_in_fork(server, path, arguments, input, cwd, env):
+    """Runs `python path *arguments` to its end: its exit status, stdout and stderr.
 
-        path: of the program, or of a copy of which only main.py was edited.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            stdin = Path(folder, "stdin")
-            stdout = Path(folder, "stdout")
-            stderr = Path(folder, "stderr")
-            stdin.write_text(input or "", errors="surrogateescape")
-            stdout.touch()
-            stderr.touch()
-            request = {
-                "path": path,
-                "arguments": arguments,
-                "cwd": cwd or os.getcwd(),
-                "env": env,
-                "streams": [stdin, stdout, stderr],
-            }
-            print(json.dumps(request, default=str), file=self.process.stdin, flush=True)
-            status = int(self.process.stdout.readline())
-            out = stdout.read_text(errors="surrogateescape")
-            err = stderr.read_text(errors="surrogateescape")
-            return status, out, err
+    path: of the server's program, or of a copy of which only main.py was edited.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        stdin = Path(folder, "stdin")
+        stdout = Path(folder, "stdout")
+        stderr = Path(folder, "stderr")
+        stdin.write_text(input or "", errors="surrogateescape")
+        request = {
+            "path": path,
+            "arguments": arguments,
+            "cwd": cwd or os.getcwd(),
+            "env": env,
+            "streams": [stdin, stdout, stderr],
+        }
+        print(json.dumps(request, default=str), file=server.stdin, flush=True)
+        status = int(server.stdout.readline())
+        out = stdout.read_text(errors="surrogateescape")
+        err = stderr.read_text(errors="surrogateescape")
+        return status, out, err
 
 
 def is_edited_alone(path):
@@ -192,7 +162,6 @@ def is_edited_alone(path):
 # Variables that Python, or a module that a server has imported, reads when it starts.
 READ_AT_START = re.compile("PYTHON|LC_|HOME|PATH|TMPDIR|XDG_|DISABLE_FAST")
 SURVIVES_A_FORK = sys.platform == "linux"  # on macOS neither Metal nor Accelerate does
-fork_server = functools.cache(ForkServer)
 
 
 def run(*arguments, status=0, input=None, program=(MAIN,), cwd=None, env=None, **options):
@@ -205,7 +174,7 @@ def run(*arguments, status=0, input=None, program=(MAIN,), cwd=None, env=None, *
         path = Path(program[0])
         at_start = tuple((name, env[name]) for name in sorted(env) if READ_AT_START.match(name))
         server = fork_server(MAIN if is_edited_alone(path) else str(path), at_start)
-        ended, out, err = server.run(path, [*map(str, arguments)], input, cwd, env)
+        ended, out, err = run_in_fork(server, path, [*map(str, arguments)], input, cwd, env)
     else:
         if input is not None:
             options["stdin"] = subprocess.PIPE
@@ -227,7 +196,7 @@ def load_module(path):
 def run_extra(name, *arguments, **options):
     """Runs `python -m extras.NAME *arguments`, as `run` does."""
     program = ["-m", f"extras.{name}"]
-    if SURVIVES_A_FORK and not options.keys() - {"status", "input", "cwd", "env"}:
+    if SURVIVES_A_FORK:
         return run(*program, *arguments, **options)  # which the forks of main.py know
     env = {"PYTHONPATH": str(ROOT)} | options.pop("env", {})
     return run(*arguments, program=program, env=env, **options)
@@ -281,13 +250,8 @@ def serving(handler):
 
 
 def ids(save_dir):
-    """The ids of the checkpoints of all runs in a folder, the one written last first."""
-
-    def written(path):
-        return path.stat().st_mtime_ns
-
-    paths = Path(save_dir).glob("*/*.safetensors")
-    return [path.stem for path in sorted(paths, key=written, reverse=True)]
+    """The ids of the checkpoints of all runs in a folder, the one saved last first."""
+    return [checkpoint.id for checkpoint in saved(save_dir)]
 
 
 def run_folders(save_dir):
@@ -311,14 +275,9 @@ def read_record(metadata_path):
 def saved(save_dir, run="*"):
     """The checkpoints of one or all runs in a folder, the one saved last first."""
     found = []
-    for path in Path(save_dir).glob(f"{run}/*.safetensors"):
-        record = read_record(path.with_suffix(".metadata"))
-        record["config"] = main.Config(**record["config"])
-        checkpoint = main.Checkpoint(**record)
-        checkpoint.evaluations = [main.Evaluation(*each) for each in checkpoint.evaluations]
-        checkpoint.folder = path.parent
-        found.append(checkpoint)
-    return sorted(found, key=lambda checkpoint: checkpoint.saved_at, reverse=True)
+    for folder in Path(save_dir).glob(run):
+        found += main.checkpoints_in(folder)
+    return main.newest_first(found)
 
 
 def newest(save_dir):
@@ -351,18 +310,27 @@ def rows_of(path, split=None):
     return [row for row in rows if split in (None, row["split"])]
 
 
-def write_text(folder):
-    """A UTF-8 file of 600 lines to train on."""
+LINES = "".join(
+    f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n" for i in range(600)
+)
+
+
+def write_text(folder, text=LINES):
+    """A UTF-8 file to train on."""
     path = folder / "text.txt"
-    with path.open("w") as file:
-        for i in range(600):
-            file.write(f"line {i}: the quick brown fox — jümps over {i * i} lazy dogs\n")
+    path.write_text(text)
     return path
 
 
 @pytest.fixture
 def text(tmp_path):
     return write_text(tmp_path)
+
+
+@pytest.fixture
+def line(text, tmp_path):
+    """A command that trains a small model on that text, and saves it in the test's own folder."""
+    return ["--text", text, *TINY, "--save_dir", tmp_path]
 
 
 def flags(**values):
@@ -376,21 +344,8 @@ def documents_of(split):
     return [text.decode() for text in bytes(tokens.astype(np.uint8)).split(b"\xff")]
 
 
-@functools.cache
-def documented():
-    """The value that --help gives each flag, as text, or None: {flag: word}."""
-    out, _ = run("--help")
-    found = {}
-    for name, text in re.findall(r"^  --(\w+)(.*?)(?=^  --|^\S)", out + "\n.", re.M | re.S):
-        default = re.search(r"\(default:\s+([\w.-]+)\)", text)
-        found[name] = default and default[1]
-    return found
-
-
 def make_model(context_size=8, vocab_size=31, seed=0, **values):
     """A small model with every weight random, those of the norms too: no part does nothing."""
-    from mlx.utils import tree_flatten, tree_unflatten
-
     shape = dict(num_blocks=2, dim=16, num_heads=4, num_kv_heads=2, mlp="relu2", mlp_dim=24)
     config = main.Config(vocab_size, context_size, **shape | values)
     model = main.LanguageModel(config)
@@ -400,14 +355,12 @@ def make_model(context_size=8, vocab_size=31, seed=0, **values):
         mean, deviation = (1, 0.3) if weight.ndim == 1 else (0, 0.5)
         value = random.normal(mean, deviation, weight.shape)
         weights.append((name, mx.array(value.astype(np.float32))))
-    model.update(tree_unflatten(weights))
+    model.load_weights(weights)
     return model
 
 
 def arrays(tree):
     """The arrays of a tree or a model, {name: NumPy array in float64}."""
-    from mlx.utils import tree_flatten
-
     if hasattr(tree, "parameters"):
         tree = tree.parameters()
     return {name: np.array(array, np.float64) for name, array in tree_flatten(tree)}
@@ -417,8 +370,7 @@ def assert_equal(weights, expected, **tolerances):
     """Both are {name: array}, of the same names and, to rounding, of the same values."""
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
-        theirs = np.array(expected[name])
-        np.testing.assert_allclose(np.array(weight), theirs, err_msg=name, **tolerances)
+        np.testing.assert_allclose(weight, expected[name], err_msg=name, **tolerances)
 
 
 @pytest.fixture(scope="session")
@@ -440,8 +392,7 @@ def base(first_base, tmp_path):
 
 def train_small(folder, tokenizer):
     """A folder with a small model and without the text it was trained on."""
-    path = folder / "text.txt"
-    path.write_text(TEXT)
+    path = write_text(folder, TEXT)
     schedule = ["--learning_rate", 0.01, "--lr_warmup", 10, "--num_iters", 100]
     run("--text", path, *TINY, "--tokenizer", tokenizer, *schedule, "--save_dir", folder / "lm")
     path.unlink()
@@ -462,8 +413,8 @@ def byte_model(tmp_path_factory):
 def trained(tmp_path_factory):
     """A folder with two runs of a byte model that has learnt a little."""
     folder = tmp_path_factory.mktemp("trained")
-    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
-    line = ["--text", folder / "text.txt", *TINY, "--context_size", 32, "--save_dir", folder / "lm"]
+    text = write_text(folder, "the quick brown fox jumps over the lazy dog\n" * 400)
+    line = ["--text", text, *TINY, "--context_size", 32, "--save_dir", folder / "lm"]
     line += ["--learning_rate", 0.01, "--lr_warmup", 5, "--num_iters", 60, "--steps_per_eval", 20]
     for seed in (1, 2):
         run(*line, "--seed", seed)

@@ -29,6 +29,12 @@ from pathlib import Path
 TIMEOUT = 300  # seconds
 
 
+def default_signals():
+    """Gives signals their default action: what runs in the background ignores some."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Program:
     """A Python program, ready to be run in forks of this process.
 
@@ -96,8 +102,7 @@ class Program:
 
     def be_one(self, arguments, streams, cwd):
         """Makes a fork's signals, folder, streams and arguments those of a new process."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
+        default_signals()
         signal.alarm(TIMEOUT)
         os.chdir(cwd)
         open_streams(streams)
@@ -116,21 +121,13 @@ class Program:
 
 
 def open_streams(paths):
-    """Puts files in the place of stdin, stdout and stderr, opened as Python opens its own."""
-    for name, path in zip(("stdin", "stdout", "stderr"), paths):
-        old = getattr(sys, name)
-        mode = "r" if name == "stdin" else "w"
-        with open(path, mode) as file:
-            os.dup2(file.fileno(), old.fileno())
-        new = open(
-            old.fileno(),
-            mode,
-            buffering=1 if name == "stderr" else -1,  # by the line
-            encoding=old.encoding,
-            errors=old.errors,
-            closefd=False,
-        )
-        setattr(sys, name, new)
+    """Puts files in the place of stdin, stdout and stderr, as buffered as Python's own."""
+    for descriptor, path in enumerate(paths):
+        with open(path, "w" if descriptor else "r") as file:
+            os.dup2(file.fileno(), descriptor)
+    old = sys.stdin  # which may have read ahead
+    sys.stdin = open(0, encoding=old.encoding, errors=old.errors, closefd=False)
+    sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())
 
 
 def generate_kernels():

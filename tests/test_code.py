@@ -1,25 +1,19 @@
 """The code of a run is what Python has loaded; an edit of it is another run, wherever it stands."""
 
 import os
-import pathlib
 import re
+import shutil
 
 import anchors
-import main
 import pytest
-from conftest import ROOT, TINY, begin, copy_program, run, saved
+from conftest import ROOT, begin, copy_program, run, saved
 from datasets import hash_of_code
-
-SMALL = [*TINY, "--num_blocks", 1, "--sample_tokens", 0, "--num_iters", 2, "--steps_per_eval", 0]
 
 # What a notebook does in its cells. The arguments of the process: a folder, then those of main.py.
 NOTEBOOK = """
-import importlib, pathlib, sys
+import pathlib, sys
 folder = sys.argv.pop(1)
 import main
-
-def train():
-    return main.main(sys.argv[1:])
 
 def edit(file, old, new):
     path = pathlib.Path(folder, file)
@@ -28,6 +22,7 @@ def edit(file, old, new):
     path.write_text(source.replace(old, new))
 
 """
+TRAIN = "main.main(sys.argv[1:])"
 # As IPython does it: once more, in the same process.
 RUN_AGAIN = """
 import runpy
@@ -41,9 +36,9 @@ SMALLER_EMBEDDINGS = f'edit("main.py", "{anchors.EMBEDDINGS_SCALE}", "* 4 / mode
 
 
 @pytest.fixture
-def line(text, tmp_path):
+def line(line):
     """A command that trains two steps of a small model."""
-    return ["--text", text, *SMALL, "--save_dir", tmp_path / "lm"]
+    return [*line, "--num_blocks", 1, "--sample_tokens", 0, "--num_iters", 2, "--steps_per_eval", 0]
 
 
 def cells(folder, line, *code):
@@ -56,15 +51,13 @@ def cells(folder, line, *code):
 def test_a_strangers_folder_of_code_stays_as_it_is(line, tmp_path):
     """If it holds a link, which could lead anywhere, or a pipe, which never ends."""
     name, _, _ = begin(*line)
-    [code] = (tmp_path / "lm" / name).glob("code-*/extras")
-    code.rename(tmp_path / "elsewhere")
-    code.symlink_to(tmp_path / "elsewhere")
-    [*files] = filter(pathlib.Path.is_file, (tmp_path / "elsewhere").rglob("*"))
-    assert files
-    for path in files:
-        path.unlink()
+    [code] = tmp_path.glob(f"{name}/code-*/extras")
+    shutil.rmtree(code)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    code.symlink_to(elsewhere)
     run(*line, "--num_iters", 3)
-    assert not [*filter(pathlib.Path.is_file, (tmp_path / "elsewhere").rglob("*"))]
+    assert not os.listdir(elsewhere)
     code.unlink()
     os.mkfifo(code)
     run(*line, "--num_iters", 4)
@@ -76,7 +69,7 @@ def test_a_strangers_folder_of_code_stays_as_it_is(line, tmp_path):
 def test_an_edit_is_trained_once_it_is_loaded(line, tmp_path):
     """By the next process, or the next %run of a notebook; until then, the run is the old one."""
     folder = copy_program(tmp_path / "copy").parent
-    runs, said = cells(folder, line, "train()", SMALLER_EMBEDDINGS, "train()", RUN_AGAIN)
+    runs, said = cells(folder, line, TRAIN, SMALLER_EMBEDDINGS, TRAIN, RUN_AGAIN)
     [(name, _), *_] = runs
     assert runs == [(name, "0"), (name, "2"), (f"{name}.2", "0")]
     assert said.count("main.py was edited since it was loaded: the edit is not in this run.\n") == 1
@@ -88,7 +81,7 @@ def test_what_main_imports_is_loaded_anew_with_it(line, tmp_path):
     path = copy_program(tmp_path / "copy", IMPORTED)
     path.with_name("mine.py").write_text("FACTOR = 1\n")
     folder = path.parent
-    [(base, _)], _ = cells(folder, line, "train()")
+    [(base, _)], _ = cells(folder, line, TRAIN)
     line += ["--init_from", base, "--lora_rank", 2]
     values = anchors.NORMAL_INIT
     edit = f'edit("main.py", "{values}", "2 * {values}")'
@@ -97,7 +90,7 @@ def test_what_main_imports_is_loaded_anew_with_it(line, tmp_path):
     [(name, _), (other, _), (third, _)] = runs
     assert (other, third) == (f"{name}.2", f"{name}.3")
     fresh, _, _ = begin(*line, "--new_model", program=["-B", path])
-    ended = {run: saved(line[-5], run)[0].id for run in (name, other, fresh)}
+    ended = {run: saved(tmp_path, run)[0].id for run in (name, other, fresh)}
     assert ended[name] != ended[other] == ended[fresh]
 
 
@@ -153,41 +146,21 @@ def test_what_is_code_is_the_same_in_all_versions_of_python():
 
 
 @pytest.mark.upkeep
-def test_each_anchor_stands_once():
+@pytest.mark.parametrize("name", [*filter(str.isupper, vars(anchors))])
+def test_each_anchor_stands_once(name):
     """Where tests edit main.py."""
-    source = (ROOT / "main.py").read_text()
-    lines = {name: line for name, line in vars(anchors).items() if name.isupper()}
-    assert {name: source.count(line) for name, line in lines.items()} == dict.fromkeys(lines, 1)
+    assert (ROOT / "main.py").read_text().count(vars(anchors)[name]) == 1
 
 
-@pytest.mark.upkeep
-def test_no_function_was_edited_since_its_fast_version():
-    assert main.EDITED_FUNCTIONS == []
-
-
-# Places of main.py, and what is put before each; the same with a 2 is the edit.
-TITLE = "# ---- Sampling of weights -----\n\nFACTOR = 1\n\n\n"
-PLACES = {
-    "at the top": (anchors.TOP, "FACTOR = 1\n"),
-    "in a room": (anchors.ADAMW, "FACTOR = 1\n\n\n"),
-    "with a title": (anchors.ADAMW, TITLE),
-    "among reports": (anchors.PLURAL, "FACTOR = 1\n\n\n"),
-    "among flags": (anchors.PRESETS, "FACTOR = 1\n"),
-}
-
-
-def name_of_run(folder, line, place, factor):
-    """The run that a main.py trains in which `place` was edited."""
-    target, insertion = place
-    edits = {target: insertion.replace("1", str(factor)) + target}
-    name, _, _ = begin(*line, program=[copy_program(folder / str(factor), edits)])
-    return name
-
-
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", [anchors.TOP, anchors.PLURAL, anchors.PRESETS])
 def test_code_counts_wherever_it_stands(place, line, tmp_path):
-    first = name_of_run(tmp_path, line, PLACES[place], 1)
-    assert name_of_run(tmp_path, line, PLACES[place], 2) == f"{first}.2"
+    """At the top, among reports, among flags. An optimizer's: test_runs.py."""
+    names = []
+    for factor in (1, 2):
+        edits = {place: f"FACTOR = {factor}\n\n\n{place}"}
+        name, _, _ = begin(*line, program=[copy_program(tmp_path / str(factor), edits)])
+        names.append(name)
+    assert names[1] == f"{names[0]}.2"
 
 
 @pytest.mark.parametrize("place", [
@@ -206,14 +179,14 @@ def test_installed_modules_are_not_ones_own(place, line, tmp_path):
     assert begin(*line, "--num_iters", 3, **options)[:2] == (name, 2)
 
 
-def test_modules_count_where_they_are_used(line, text, tmp_path):
+def test_modules_count_where_they_are_used(line, tmp_path):
     """One of the user's own, fast.py with its C, and extras/features/lora.py in a LoRA run alone.
 
     A remark does not, nor does extras/check.py. Each run keeps what it was trained by.
     """
     edits = {anchors.TOP: f"import own.part.mine\n\n{anchors.TOP}"}
     path = copy_program(tmp_path / "copy", edits)
-    module = path.parent / "own" / "part" / "mine.py"
+    module = path.parent / "own/part/mine.py"
     module.parent.mkdir(parents=True)
     module.write_text("FACTOR = 1\n")
     name, _, _ = begin(*line, program=["-B", path])
@@ -234,7 +207,7 @@ def test_modules_count_where_they_are_used(line, text, tmp_path):
     assert names_of(line, adapters) == [name, f"{lora}.2"]
     edit("own/part/mine.py", "FACTOR = 2\n")
     assert names_of(line, adapters) == [f"{name}.2", f"{lora}.3"]
-    kept = (line[-1] / lora).glob("code-*/own/part/mine.py")
+    kept = tmp_path.glob(f"{lora}/code-*/own/part/mine.py")
     assert [each.read_text() for each in kept] == ["FACTOR = 1\n"], "as it was loaded"
     edit("extras/features/fast.c", "// 2\n")
     assert names_of(line) == [f"{name}.3"]

@@ -11,25 +11,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CACHES, MAIN, ROOT, TINY, begin, documented, newest, run, run_folder, saved
+from conftest import CACHES, MAIN, ROOT, TINY, begin, newest, run, run_folder, saved
 from conftest import start, wait_for
 
 import main
 from extras.features.hints import ALIASES, NOT_HERE
-
-
-@pytest.fixture
-def trained(first_base):
-    """A folder with `text.txt` and, in `lm`, a run; to be left as it is."""
-    return first_base.parent
-
-
-@pytest.fixture
-def short(text, tmp_path):
-    """A path of some lines to train on."""
-    path = tmp_path / "short.txt"
-    path.write_text("".join(text.read_text().splitlines(True)[:60]))
-    return path
 
 
 # ---- Values -------------------------------------------------------------------------------------
@@ -39,18 +25,19 @@ def test_help(tmp_path):
     out, err = run("--help", cwd=tmp_path)
     assert err == "" and "research" not in out and "n_embd" not in out
     assert "list all flags\n\noptions:\n" in out, "and nothing of how the code is read"
+    assert "peak learning rate (default: 0.0003)\n" in out
     assert not list(tmp_path.iterdir())
     for title in main.FLAGS:
         assert f"\n{title}:\n" in out
 
 
 def given_in(folder, *line):
-    """The flags of the run that a line trains for a step, but for those that are as documented."""
+    """The flags of the run that a line trains for a step, but for those with their defaults."""
     run(*line, "--save_dir", folder, "--num_iters", 1, "--new_model")
     given = {}
     for name, value in newest(folder).flags.items():
-        is_documented = not value or str(value) == documented()[name]
-        if not is_documented and name not in ("num_iters", "text", "dataset", "sample_tokens"):
+        is_default = not value or value == main.DEFAULTS[name]
+        if not is_default and name not in ("num_iters", "text", "dataset", "sample_tokens"):
             given[name] = value
     return given
 
@@ -64,9 +51,9 @@ def given_in(folder, *line):
         dict(dim=128, mlp_dim=512, num_heads=2, num_kv_heads=1, context_size=128, seed=1),
     ),
 ])  # fmt: skip
-def test_what_is_not_given_follows(line, expected, short, tmp_path):
-    """Or is as --help says."""
-    small = ["--text", short, "--batch_size", 1, "--sample_tokens", 1]
+def test_what_is_not_given_follows(line, expected, text, tmp_path):
+    """Or has its default, which --help says."""
+    small = ["--text", text, "--batch_size", 1, "--sample_tokens", 1]
     values = dict(tokenizer="byte", batch_size=1, num_kv_heads=8) | expected
     assert given_in(tmp_path, *small, *line.split()) == values
 
@@ -97,17 +84,21 @@ FROM_FILES = [  # what the file holds, what is typed beside it; the line without
      "--sample_prompt 'a b' --sample_prompt=--c"),
     (GROUPED, "--no-qk_norm --dim 16 --num_heads 2", "--dim 16 --num_heads 2 --context_size 32 "
      "--learning_rate 0.5 --sample_prompt a --tokenizer char"),
-    ("n_embd: 16\nsample_prompt: []\n", "--num_heads 2", "--dim 16 --num_heads 2"),
+    ("n_embd: 16\ngradient_checkpointing: true\nsample_prompt: []\n", "--num_heads 2",
+     "--dim 16 --num_heads 2 --grad_checkpoint"),
     ("context_size: 32\ndim: 8\n", "--preset tiny --dim 16", "--preset tiny --dim 16"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("content, beside, line", FROM_FILES)
-def test_a_file_of_flags(content, beside, line, short, tmp_path):
-    """Flat or in groups: what is typed counts more, and all of it more than a preset."""
+def test_a_file_of_flags(content, beside, line, text, tmp_path):
+    """Flat or in groups: what is typed counts more, and all of it more than a preset.
+
+    Names may be those of other programs.
+    """
     path = tmp_path / "own.yaml"
     path.write_text(content)
-    small = ["--text", short, "--batch_size", 2, "--sample_tokens", 1]
+    small = ["--text", text, "--batch_size", 2, "--sample_tokens", 1]
     found = given_in(tmp_path / "lm", *small, "--config", path, *shlex.split(beside))
     assert found == given_in(tmp_path / "lm", *small, *shlex.split(line))
 
@@ -127,9 +118,8 @@ def test_a_file_of_flags(content, beside, line, short, tmp_path):
     ),
     ("--num_iters 2 --min_lr 1e-5 --lr_schedule linear --lr_warmup 0 --valid_fraction 0.2", {}),
 ])  # fmt: skip
-def test_flags_without_an_effect_are_named(options, needed, trained, tmp_path):
-    line = ["--text", trained / "text.txt", *TINY, "--num_iters", 1, "--save_dir", tmp_path]
-    out, _ = run(*line, *options.split())
+def test_flags_without_an_effect_are_named(options, needed, line):
+    out, _ = run(*line, "--num_iters", 1, *options.split())
     notices = re.findall(r"^--(\w+) has no effect without (.*)\.$", out, re.M)
     assert dict(notices) == needed
 
@@ -180,24 +170,18 @@ ANOTHER = {
 
 
 @pytest.mark.parametrize("theirs, ours", THEIRS.values(), ids=THEIRS)
-def test_names_of_other_programs(theirs, ours, short, tmp_path):
-    """Typed, and in a file of flags."""
-    line = ["--text", short, "--sample_tokens", 4]
+def test_names_of_other_programs(theirs, ours, text, tmp_path):
+    line = ["--text", text, "--sample_tokens", 4]
     expected = given_in(tmp_path, *line, *ours.split())
     assert len(expected) > 6
     assert given_in(tmp_path, *line, *theirs.split()) == expected
-    path = tmp_path / "own.yaml"
-    pairs = re.findall(r"--(\w+)(?: ([^\s-]+))?", theirs)
-    path.write_text("".join(f"{name}: {value or 'true'}\n" for name, value in pairs))
-    assert given_in(tmp_path, *line, "--config", path) == expected
 
 
-def test_names_of_samplers(trained):
-    folder = ["--save_dir", trained / "lm"]
+def test_names_of_samplers(first_base):
     ours = "--prompt line --max_tokens 9 --temperature 2 --identifier latest"
     theirs = "--start line --max_new_tokens 9 --temp 2 --resume_from_checkpoint latest"
-    expected, _ = run(*ours.split(), *folder)
-    assert run(*theirs.split(), "--out_dir", trained / "lm")[0] == expected
+    expected, _ = run(*ours.split(), "--save_dir", first_base)
+    assert run(*theirs.split(), "--out_dir", first_base)[0] == expected
     assert len(expected) > 2
 
 
@@ -208,22 +192,14 @@ def test_names_of_something_else(theirs):
     assert ANOTHER[theirs] in err
 
 
-OF_PROGRAMS = [
-    ("datasets.py --compile", "steps are always compiled"),
-    ("extras.batch FILE --compile", "steps are always compiled"),
-    ("extras.batch --checkpoint X", "--identifier names a checkpoint"),
-    ("extras.export DIR --checkpoint X", "--identifier names a checkpoint"),
-]
-
-
-@pytest.mark.parametrize("typed, hint", OF_PROGRAMS)
-def test_other_programs_know_them_too(typed, hint):
-    program, *words = typed.split()
-    begin = [ROOT / program] if program.endswith(".py") else ["-m", program]
-    _, err = run(program=[*begin, *words], status=2, cwd=ROOT)
-    [wrong] = [word for word in words if word.startswith("--")]
-    expected = f"{program}: unrecognized arguments: {wrong} ({hint}; --help lists all flags)\n"
-    assert err == expected
+@pytest.mark.parametrize("program, wrong, hint", [
+    ("datasets.py", "--compile", "steps are always compiled"),
+    ("-m extras.export DIR", "--checkpoint", "--identifier names a checkpoint"),
+])  # fmt: skip
+def test_other_programs_know_them_too(program, wrong, hint):
+    _, err = run(program=[*program.split(), wrong], status=2, cwd=ROOT)
+    said = rf"\S+: unrecognized arguments: {wrong} \({hint}; --help lists all flags\)\n"
+    assert re.fullmatch(said, err)
 
 
 def test_each_hint_can_be_found():
@@ -238,35 +214,34 @@ def test_each_hint_can_be_found():
 # ---- The folder of runs -------------------------------------------------------------------------
 
 
-def test_list(trained, tmp_path):
+def test_list(text, tmp_path):
     """The best run first, one without a score last, with the flags that tell them apart."""
-    folder = ["--save_dir", tmp_path / "lm"]
-    far = tmp_path / "a folder"
-    far.mkdir()
-    (far / "text.txt").write_text((trained / "text.txt").read_text()[::-1])
-    common = [*TINY, *folder, "--steps_per_eval", 2, "--learning_rate", 0.01]
-    bad, _, _ = begin(*common, "--text", trained / "text.txt", "--num_iters", 2)
-    without = ["--num_iters", 1, "--steps_per_eval", 0]
-    other, _, _ = begin(*common, "--text", trained / "text.txt", "--seed", 1, *without)
-    good, _, _ = begin(*common, "--text", far / "text.txt", "--num_iters", 9)
+    far = tmp_path / "a folder" / "text.txt"
+    far.parent.mkdir()
+    far.write_text(text.read_text()[::-1])
+    folder = ["--save_dir", tmp_path]
+    common = [*TINY, *folder, "--steps_per_eval", 2, "--learning_rate", 0.01, "--text"]
+    bad, _, _ = begin(*common, text, "--num_iters", 2)
+    other, _, _ = begin(*common, text, "--seed", 1, "--num_iters", 1, "--steps_per_eval", 0)
+    good, _, _ = begin(*common, far, "--num_iters", 9)
     header, *rows = run("--list", *folder)[0].splitlines()
     assert header.split() == "run trained valid nats of tokens iteration checkpoint flags".split()
     cells = [re.split("  +", row, maxsplit=6) for row in rows]
-    scored = [each for each in saved(tmp_path / "lm", good) if each.evaluation]
+    scored = [each for each in saved(tmp_path, good) if each.evaluation]
     best = min(scored, key=lambda each: each.evaluation.loss)
     place = [f"{best.evaluation.loss:.4f}", "64", str(best.iteration), best.id[:12]]
     assert cells[0][:6] == [good, "9 of 9", *place]
     assert [each[0] for each in cells] == [good, bad, other]
     assert cells[2][1:5] == ["1 of 1", "-", "-", "1"]
     assert ["--seed=1" in each[6] for each in cells] == [False, False, True]
-    assert f"'--text={far / 'text.txt'}'" in cells[0][6], "quoted for a shell"
+    assert f"'--text={far}'" in cells[0][6], "quoted for a shell"
     assert "--batch_size" not in str(cells), "those in which they do not differ"
-    char, _, _ = begin(*common, "--text", far / "text.txt", "--tokenizer", "char", "--num_iters", 9)
+    char, _, _ = begin(*common, far, "--tokenizer", "char", "--num_iters", 9)
     header, *rows = run("--list", *folder)[0].splitlines()
     assert header.split()[2:5] == ["bits/byte", "of", "tokens"], "where tokenizers differ"
     bits = {}
     for name in (good, bad, char):
-        bits[name] = saved(tmp_path / "lm", name)[0].evaluation.bits_per_byte
+        bits[name] = saved(tmp_path, name)[0].evaluation.bits_per_byte
     assert [row.split()[0] for row in rows] == [*sorted(bits, key=bits.get), other]
 
 
@@ -275,17 +250,17 @@ def test_list_of_a_run_on_many_files(tmp_path):
     for path in paths:
         path.write_text("the quick brown fox\n" * 2)
     for texts in (paths, paths[:1] * 9):
-        run("--text", *texts, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm")
-    _, *rows = run("--list", "--save_dir", tmp_path / "lm")[0].splitlines()
+        run("--text", *texts, *TINY, "--num_iters", 1, "--save_dir", tmp_path)
+    _, *rows = run("--list", "--save_dir", tmp_path)[0].splitlines()
     assert any(f"{paths[1]}' '--text=(398 more)'" in row for row in rows)
     assert max(map(len, rows)) < 500
 
 
-def test_runs_are_saved_here_unless_a_folder_is_named(trained, tmp_path):
+def test_runs_are_saved_here_unless_a_folder_is_named(text, tmp_path):
     """In ./runs; texts' tokens lie in --data_dir, or in the folder that is named."""
     home = tmp_path / "home"
     options = {"cwd": tmp_path, "env": {"HOME": str(home), "XDG_CACHE_HOME": CACHES}}
-    line = ["--text", trained / "text.txt", *TINY, "--num_iters", 1]
+    line = ["--text", text, *TINY, "--num_iters", 1]
     run(*line, "--data_dir", "data", **options)
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["text"]
     assert [*(tmp_path / "runs").iterdir()] == [run_folder(tmp_path / "runs")]
@@ -295,14 +270,12 @@ def test_runs_are_saved_here_unless_a_folder_is_named(trained, tmp_path):
     assert sorted(own.iterdir()) == sorted([run_folder(own), own / "text"])
 
 
-def test_a_path_is_expanded_where_it_is_typed_alone(trained, tmp_path):
+def test_a_path_is_expanded_where_it_is_typed_alone(text, tmp_path):
     """A text may have a name like $x; its run can be used after it has gone."""
-    odd = tmp_path / "$x"
-    odd.mkdir()
-    (odd / "text.txt").write_text((trained / "text.txt").read_text())
-    folder = ["--save_dir", tmp_path / "lm"]
-    run("--text", odd / "text.txt", *TINY, "--num_iters", 1, *folder)
-    (odd / "text.txt").unlink()
+    odd = text.rename(tmp_path / "$x.txt")
+    folder = ["--save_dir", tmp_path]
+    run("--text", odd, *TINY, "--num_iters", 1, *folder)
+    odd.unlink()
     out, err = run("--prompt", "line", "--max_tokens", 2, *folder)
     assert out and "Skipping" not in err
 
@@ -311,32 +284,30 @@ def test_a_path_is_expanded_where_it_is_typed_alone(trained, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="macOS has none")
-@pytest.mark.parametrize("typed", ["--list", "--evaluate valid", "-m extras.cases cases.yaml"])
-def test_a_result_that_could_not_be_written_is_a_failure(typed, trained):
-    (trained / "cases.yaml").write_text("- {prompt: line, expected: '5'}\n")
-    program = [] if typed.startswith("-m") else [MAIN]
-    options = {"program": program, "env": {"PYTHONPATH": str(ROOT)}, "cwd": trained}
+@pytest.mark.parametrize("typed", [
+    "main.py --list",
+    "main.py --evaluate valid",
+    "-m extras.cases tests/cases.yaml",
+])  # fmt: skip
+def test_a_result_that_could_not_be_written_is_a_failure(typed, first_base):
+    program = [*typed.split(), "--save_dir", first_base]
     with open("/dev/full", "w") as full:
-        _, err = run(*typed.split(), "--save_dir", "lm", stdout=full, status=1, **options)
-    lines = err.splitlines()
-    messages = [line for line in lines if re.match(r"(main\.py|extras\.cases): ", line)]
-    assert messages == lines[-1:], "one, and the last of all"
-    assert "No space left" in lines[-1]
-    assert "Traceback" not in err and "Exception ignored" not in err
+        _, err = run(program=program, cwd=ROOT, stdout=full, status=1)
+    [message] = re.findall(r"^(?:main\.py|extras\.cases): .*\n", err, re.M)
+    assert "No space left" in message and err.endswith(message)
 
 
-def test_a_reader_may_leave(trained):
-    command = f"{sys.executable} {MAIN} --list --save_dir {trained / 'lm'}"
+def test_a_reader_may_leave(first_base):
+    command = f"{sys.executable} {MAIN} --list --save_dir {first_base}"
     script = f"{command} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.returncode in (0, 1)  # 1 if it had not written all before
     assert done.stderr == ""
 
 
-def test_readers_beside_a_run_that_saves_and_prunes(trained, tmp_path):
+def test_readers_beside_a_run_that_saves_and_prunes(line, tmp_path):
     """What vanishes while it is read is passed over."""
-    line = ["--text", trained / "text.txt", *TINY, "--steps_per_save", 9]
-    trainer = start(*line, "--sample_tokens", 0, "--save_dir", tmp_path)
+    trainer = start(*line, "--steps_per_save", 9, "--sample_tokens", 0)
     wait_for(trainer, "saved ")
     trainer.stdout.close()  # nobody reads on, which ends no run
     for _ in range(4):

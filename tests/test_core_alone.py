@@ -64,16 +64,20 @@ def losses(folder):
     return np.array(steps)
 
 
-def test_losses_are_those_of_the_fast_program(alone, text, tmp_path):
-    """To rounding, which 20 steps hardly multiply."""
-    options = "--context_size 64 --optimizer muon --dropout 0.1 --grad_accumulation 2 --qk_norm"
-    line = ["--text", text, *TINY, "--batch_size", 8, *options.split(), "--num_iters", 20]
-    line += ["--steps_per_report", 1, "--lr_warmup", 2, "--learning_rate", 3e-3]
-    run(*line, "--save_dir", tmp_path / "plain", **alone)
+def test_the_whole_program_is_the_core_but_for_its_kernels(alone, text, tmp_path):
+    """Without them to the bit; with them to rounding, which 20 steps hardly multiply."""
+    options = (
+        "--context_size 64 --batch_size 8 --grad_accumulation 2 --qk_norm --dropout 0.1 "
+        "--optimizer muon --learning_rate 3e-3 --lr_warmup 2 --num_iters 20 --steps_per_report 1"
+    )
+    line = ["--text", text, *TINY, *options.split()]
+    run(*line, "--save_dir", tmp_path / "alone", **alone)
+    out, _ = run(*line, "--save_dir", tmp_path / "plain", env={"DISABLE_FAST": "1"})
+    assert "matmuls: MLX's own BLAS, kernels: main.py\n" in out
+    assert ids(tmp_path / "alone") == ids(tmp_path / "plain")
     out, _ = run(*line, "--save_dir", tmp_path / "fast")
     assert "MLX's own BLAS" not in out
-    assert len(losses(tmp_path / "fast")) == 20
-    np.testing.assert_allclose(losses(tmp_path / "plain"), losses(tmp_path / "fast"), rtol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path / "alone"), losses(tmp_path / "fast"), rtol=1e-4)
 
 
 MISSING = [  # what is typed; the file that it needs
@@ -98,13 +102,11 @@ NOT_THERE = [
 @pytest.mark.parametrize("line, name", MISSING)
 def test_a_flag_beyond_the_core_names_the_missing_file(line, name, trained, alone):
     before = ids(trained / "lm")
-    options = alone | {"cwd": trained}
-    _, err = run(*line.split(), "--save_dir", "lm", status=2, **options)
+    _, err = run(*line.split(), "--save_dir", "lm", status=2, **alone | {"cwd": trained})
     missing = f"extras/features/{name}.py, or a file that it imports, is missing: "
     remedy = "copy the project's folder extras next to main.py"
     assert err.splitlines()[-1] == f"main.py: {missing}{remedy}"
     assert err.count("main.py: ") == 1
-    assert "Traceback" not in err
     assert ids(trained / "lm") == before
 
 
@@ -128,15 +130,6 @@ def test_a_python_that_does_not_look_beside_the_program(tmp_path):
         assert "no checkpoint in" in out and not err
 
 
-def test_without_its_kernels_the_program_is_the_core(alone, text, tmp_path):
-    """DISABLE_FAST=1 beside extras/ gives the bits of the two files without it."""
-    line = ["--text", text, *TINY, "--context_size", 64, "--num_iters", 5, "--dropout", 0.1]
-    run(*line, "--save_dir", tmp_path / "alone", **alone)
-    out, _ = run(*line, "--save_dir", tmp_path / "whole", env={"DISABLE_FAST": "1"})
-    assert "matmuls: MLX's own BLAS, kernels: main.py\n" in out
-    assert ids(tmp_path / "alone") == ids(tmp_path / "whole")
-
-
 def test_a_run_moves_between_the_core_and_the_whole(alone, text, tmp_path):
     """fast.py is other code, so that the run has to be named."""
     line = ["--text", text, *TINY, "--save_dir", tmp_path]
@@ -147,7 +140,6 @@ def test_a_run_moves_between_the_core_and_the_whole(alone, text, tmp_path):
     assert f"main.py: {name} was trained by other code than this ({others}: diff " in err
     line = ["--identifier", name, "--save_dir", tmp_path]
     out, _ = run(*line, "--num_iters", 6)
-    assert "The code that trains was edited since the checkpoint." in out
     assert "kernels main.py -> fast.py" in out
     assert "resume may not be bit-exact" in out
     assert "from iteration 3 to 6" in out
@@ -158,11 +150,8 @@ def test_a_run_moves_between_the_core_and_the_whole(alone, text, tmp_path):
 
 def test_no_other_package_is_imported(guarded, text, tmp_path):
     """By a run that is stopped and ends as one that never was, and by what uses it."""
-    for package in ("yaml", "extras"):  # the guard holds
-        code = f"try: import {package}\nexcept ModuleNotFoundError: print('none')"
-        assert run(program=["-c", code], cwd=tmp_path, env=guarded["env"]) == ("none\n", "")
-
-    line = ["--text", text, "--tokenizer", "word", *TINY, "--dropout", 0.1, "--num_iters", 60]
+    options = "--tokenizer word --dropout 0.1 --num_iters 60"
+    line = ["--text", text, *TINY, *options.split()]
     saved = ["--save_dir", tmp_path / "lm"]
     process = start(*line, *saved, **guarded)
     wait_for(process, "10/60 ")
@@ -171,13 +160,9 @@ def test_no_other_package_is_imported(guarded, text, tmp_path):
     out, err = run(*line, "--save_dir", tmp_path / "whole", **guarded)
     assert "matmuls: MLX's own BLAS, kernels: main.py\n" in out and not err
     assert ids(tmp_path / "lm")[0] == ids(tmp_path / "whole")[0]
-    for more in (["--evaluate", "valid"], ["--prompt", "line 5", "--max_tokens", 5]):
-        out, _ = run(*more, *saved, **guarded)
+    for more in ("--evaluate valid", "--prompt line --max_tokens 5", "--inference --max_tokens 5"):
+        out, _ = run(*more.split(), *saved, input="line 5\n", **guarded)
         assert out.strip()
-    out, _ = run("--inference", "--max_tokens", 5, *saved, input="line 5\n", **guarded)
-    assert out.strip()
-    out, _ = run("--help", **guarded)
-    assert "--learning_rate" in out
 
 
 @pytest.mark.parametrize("line, package", [
@@ -188,8 +173,8 @@ def test_no_other_package_is_imported(guarded, text, tmp_path):
 def test_a_missing_package_is_named(line, package, guarded, text, tmp_path):
     (tmp_path / "flags.yaml").write_text("dim: 8\n")
     (tmp_path / "own.json").write_text('{"model": {}}')
-    options = guarded | {"cwd": tmp_path}
-    _, err = run("--text", text, *line.split(), "--save_dir", tmp_path / "lm", status=2, **options)
+    line = ["--text", text, *line.split(), "--save_dir", "lm"]
+    _, err = run(*line, status=2, **guarded | {"cwd": tmp_path})
     assert package in err
     assert "pip install" in err
     assert err.count("\n") == 1

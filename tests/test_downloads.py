@@ -104,7 +104,7 @@ def test_an_edited_program_encodes_anew(ptb):
     ptb.edit('" <eos> "', '" <eos> <eos> "')
     assert running.load_dataset("ptb", ptb.data_dir).folder == first
     twice, second, _ = load()
-    assert (ids, twice) == ([1, 3, 2, 0, 0], [1, 3, 2, 0, 0, 0, 0])
+    assert twice == [1, 3, 2, 0, 0, 0, 0]
     ptb.edit('" <eos> <eos> "', '" <eos> "')
     assert load() == (ids, first, written), "it is not encoded again"
     ptb.edit("BLOCK_SIZE = 1 << 17", "BLOCK_SIZE = 1 << 16")
@@ -186,11 +186,8 @@ def test_tinystories(layout, copy):
     dataset = copy.load("tinystories")
     splits = {"train": stories[:10], "valid": stories[10:16], "test": stories[16:]}
     for split, texts in splits.items():
-        expected = []
-        for text in texts:
-            expected += [tokenizer.eos, *tokenizer.encode(text).tolist()]
-        tokens = getattr(dataset, split).tokens
-        assert tokens.tolist() == expected[1:], "between stories only"
+        expected = tokenizer.encode("<|endoftext|>".join(texts))  # between stories only
+        assert getattr(dataset, split).tokens.tolist() == expected.tolist()
 
 
 def test_python(tmp_path):
@@ -277,7 +274,7 @@ def load(server, behaviour):
 
 
 @pytest.mark.parametrize("behaviour", ["good", "whole"])
-@pytest.mark.parametrize("cuts", [[], [len(BIG) - 1], [70_000, 140_000, 210_000, 280_000]])
+@pytest.mark.parametrize("cuts", [[len(BIG) - 1], [70_000, 140_000, 210_000, 280_000]])
 def test_cut_anywhere(behaviour, cuts, server):
     """At most 64 KiB are asked for again, but if the server sends the whole."""
     server.cuts = cuts
@@ -289,7 +286,6 @@ def test_cut_anywhere(behaviour, cuts, server):
 
 @pytest.mark.parametrize("behaviour, reason", [
     ("page", "SHA256"),
-    ("absent", "HTTP status 404"),
     ("longer", f"more than {len(BIG):,} bytes"),
 ])  # fmt: skip
 def test_bad_address(behaviour, reason, server):

@@ -2,7 +2,7 @@
 
 import shutil
 
-from conftest import TEXT, TINY, arrays, assert_equal, begin, ids, run, saved
+from conftest import TEXT, TINY, arrays, assert_equal, begin, ids, run, run_folder, saved
 
 from datasets import PackageTokenizer
 
@@ -15,7 +15,7 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     folder, id = base
     (tmp_path / "more.txt").write_text("señor fox\n" * 400)
     line = ["--text", tmp_path / "more.txt", "--init_from", id, "--save_dir", folder]
-    line += ["--learning_rate", 1e-9, "--context_size", 16, "--sample_tokens", 5]
+    line += "--learning_rate 1e-9 --context_size 16 --sample_tokens 5".split()
     name, _, _ = begin(*line, "--num_iters", 1)
     new_checkpoint, old_checkpoint = saved(folder)
     assert not (new_checkpoint.folder / "init_from").exists()
@@ -32,17 +32,20 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     assert begin(*named)[:2] == (name, 2)
 
 
-def test_another_base_is_another_run(word_model, text, tmp_path):
-    """Whatever it is called: by its id, its beginning, or its run. Its vocabulary counts."""
+def test_a_base_is_the_same_whatever_it_is_called(word_model, text, tmp_path, monkeypatch):
+    """By its id or the beginning of that, by its run's folder, or from where that lies.
+
+    That folder is no other program's model. The vocabulary of the base counts.
+    """
     folder = shutil.copytree(word_model, tmp_path / "lm")
     [id] = ids(folder)
-    line = ["--text", text, "--save_dir", folder, "--learning_rate", 1e-3, "--sample_tokens", 1]
-    name, _, _ = begin(*line, "--init_from", id, "--num_iters", 1)
-    twice, iteration, _ = begin(*line, "--init_from", name, "--num_iters", 1)
-    assert (twice != name, iteration) == (True, 0)
-    run_of_base = saved(folder)[-1].folder.name
-    assert begin(*line, "--init_from", run_of_base, "--num_iters", 2)[:2] == (name, 1)
-    assert begin(*line, "--init_from", id[:8], "--num_iters", 3)[:2] == (name, 2)
+    of_base = run_folder(folder)
+    monkeypatch.chdir(folder)
+    line = ["--text", text, "--save_dir", ".", "--sample_tokens", 1]
+    for iteration, name in enumerate((id, id[:8], of_base, of_base.name)):
+        _, begun, _ = begin(*line, "--init_from", name, "--num_iters", iteration + 1)
+        assert begun == iteration, "it is the same run"
+        assert saved(folder)[0].parents == {"init_from": id}
 
 
 def test_a_base_with_a_tokenizer_of_its_own(text, tmp_path):
@@ -59,22 +62,11 @@ def test_a_base_with_a_tokenizer_of_its_own(text, tmp_path):
         assert begin(*named)[:2] == (each, iteration)
 
 
-def test_a_runs_folder_is_no_other_programs_model(base, text, tmp_path, monkeypatch):
-    """It is named by its path, or from where it lies."""
-    folder, id = base
-    [other] = saved(folder)
-    monkeypatch.chdir(folder)
-    for iteration, name in enumerate((other.folder, other.folder.name, other.folder)):
-        line = ["--text", text, "--save_dir", ".", "--init_from", name, "--sample_tokens", 1]
-        assert begin(*line, "--num_iters", iteration + 1)[1] == iteration, "it is the same run"
-        assert saved(folder)[0].parents == {"init_from": id}
-
-
 def test_a_folder_called_latest(base, text, tmp_path, monkeypatch):
     """The word stands for the newest checkpoint; the folder is ./latest."""
     folder, id = base
     (tmp_path / "latest").mkdir()
     monkeypatch.chdir(tmp_path)
-    line = ["--text", text, "--save_dir", folder, "--init_from", "latest", "--num_iters", 1]
-    begin(*line, "--sample_tokens", 1)
+    line = ["--text", text, "--save_dir", folder, "--sample_tokens", 1]
+    run(*line, "--init_from", "latest", "--num_iters", 1)
     assert saved(folder)[0].parents == {"init_from": id}

@@ -6,14 +6,13 @@ The work is always saved, and a second Ctrl+C always leaves.
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import ROOT, TINY, ids, interrupt, run, start, wait_for, write_script
+from conftest import DATASETS, ROOT, ids, interrupt, run, start, wait_for, write_script
 from test_prompts import Terminal
 
 import main
@@ -22,11 +21,10 @@ import main
 SLOW = "--dim 1024 --num_heads 8 --num_blocks 4 --context_size 256 --batch_size 64".split()
 
 
-def test_signals_of_others_stop_nothing(tmp_path, text):
+def test_signals_of_others_stop_nothing(line):
     """Of a terminal whose size changes, for which a package has set a handler."""
     handle = "import signal; signal.signal(signal.SIGWINCH, lambda *_: None)"
     code = f"{handle}; import main, sys; sys.exit(main.main(sys.argv[1:]))"
-    line = ["--text", text, *TINY, "--save_dir", tmp_path / "lm"]
     process = start(*line, program=["-c", code], cwd=ROOT)
     wait_for(process, "20/100,000 ")
     process.send_signal(signal.SIGWINCH)
@@ -37,19 +35,19 @@ def test_signals_of_others_stop_nothing(tmp_path, text):
 
 # Of a terminal, of Slurm and Grid Engine, and of a limit of CPU time.
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR2, signal.SIGXCPU])
-def test_first_signal_saves(tmp_path, text, number):
-    process = start("--text", text, *TINY, "--save_dir", tmp_path / "lm")
+def test_first_signal_saves(line, tmp_path, number):
+    process = start(*line)
     wait_for(process, "20/100,000 ")
     out, err = interrupt(process, number)
     assert "Stopped at iteration" in out
-    assert len(ids(tmp_path / "lm")) == 1
+    assert len(ids(tmp_path)) == 1
     again = "again " if number == signal.SIGINT else ""
     assert f"Press Ctrl+C {again}to exit without saving." in err
     assert "Traceback" not in err
 
 
-def test_second_signal_leaves_inside_a_long_step(tmp_path, text):
-    process = start("--text", text, *SLOW, "--save_dir", tmp_path / "lm", "--steps_per_report", 1)
+def test_second_signal_leaves_inside_a_long_step(line, tmp_path):
+    process = start(*line, *SLOW, "--steps_per_report", 1)
     wait_for(process, "files ")
     time.sleep(1)  # into the first step
     process.send_signal(signal.SIGINT)
@@ -58,13 +56,13 @@ def test_second_signal_leaves_inside_a_long_step(tmp_path, text):
     out, err = interrupt(process)
     assert "Exited without saving" in err
     assert "  loss " not in out, "it waited for the step after all"
-    assert not ids(tmp_path / "lm")
+    assert not ids(tmp_path)
 
 
-def test_timeout_that_sends_its_signal_twice_loses_nothing(tmp_path, text):
+def test_timeout_that_sends_its_signal_twice_loses_nothing(line, tmp_path):
     """GNU's `timeout` sends SIGTERM to the process and then to its whole group."""
-    long_steps = ["--dim", 256, "--batch_size", 64, "--context_size", 64, "--steps_per_report", 1]
-    process = start("--text", text, *TINY, *long_steps, "--save_dir", tmp_path / "lm")
+    line += ["--dim", 256, "--batch_size", 64, "--context_size", 64]  # steps that take a while
+    process = start(*line, "--steps_per_report", 1)
     wait_for(process, "1/100,000 ")
     process.send_signal(signal.SIGTERM)
     while "Stopping after this step" not in process.stderr.readline():
@@ -72,14 +70,14 @@ def test_timeout_that_sends_its_signal_twice_loses_nothing(tmp_path, text):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode in (143, -signal.SIGTERM), err  # the second may come after all
-    assert len(ids(tmp_path / "lm")) == 1
+    assert len(ids(tmp_path)) == 1
 
 
-def test_signal_that_the_parent_ignores_stays_ignored(tmp_path, text):
-    folder = tmp_path / "lm"
-    options = f"--text {text} {' '.join(TINY)} --num_iters 120 --save_dir {folder}"
-    command = ["bash", "-c", f"trap '' HUP; exec {sys.executable} main.py {options}"]
-    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, cwd=ROOT)
+def test_signal_that_the_parent_ignores_stays_ignored(line):
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process = start(*line, "--num_iters", 120, preexec_fn=ignore)
     wait_for(process, "20/120 ")
     process.send_signal(signal.SIGHUP)
     out, _ = process.communicate(timeout=60)
@@ -87,15 +85,15 @@ def test_signal_that_the_parent_ignores_stays_ignored(tmp_path, text):
     assert "at iteration 120" in out
 
 
-def test_closed_pipe_costs_nothing(tmp_path, text):
-    line = ["--text", text, *TINY, "--num_iters", 70]
-    process = start(*line, "--steps_per_report", 1, "--save_dir", tmp_path / "lm")
+def test_closed_pipe_costs_nothing(line, tmp_path):
+    line += ["--num_iters", 70]
+    process = start(*line, "--steps_per_report", 1)
     wait_for(process, "10/70 ")
     process.stdout.close()
     process.stderr.close()
     assert process.wait(timeout=60) == 0
     run(*line, "--save_dir", tmp_path / "undisturbed")
-    assert ids(tmp_path / "lm") == ids(tmp_path / "undisturbed")
+    assert ids(tmp_path) == ids(tmp_path / "undisturbed")
 
 
 @pytest.mark.parametrize("said, advice", [
@@ -110,14 +108,14 @@ def test_closed_pipe_costs_nothing(tmp_path, text):
      "xcode-select --install"),
     ("[matmul] shapes do not match", None),
 ])  # fmt: skip
-def test_errors_of_mlx(said, advice, tmp_path, text, monkeypatch, capsys):
+def test_errors_of_mlx(said, advice, line, monkeypatch, capsys):
     """What the user can cure is one line; a bug of this program has to show its traceback."""
 
     def fail(*arrays):
         raise RuntimeError(said)
 
     monkeypatch.setattr(mx, "eval", fail)
-    line = ["--text", str(text), *TINY, "--save_dir", str(tmp_path / "lm")]
+    line = [*map(str, line)]
     if advice:
         assert main.main(line) == 1
         err = capsys.readouterr().err
@@ -130,11 +128,14 @@ def test_errors_of_mlx(said, advice, tmp_path, text, monkeypatch, capsys):
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_numpy_starts_no_threads():
     """Where none may start, OpenBLAS ends the process by SIGINT, after four lines of its own."""
-    named = f"import sys; sys.argv[0] = {str(ROOT / 'datasets.py')!r}"
-    code = f"{named}; import os, datasets; print(len(os.listdir('/proc/self/task')))"
-    environment = {key: value for key, value in os.environ.items() if "OPENBLAS" not in key}
-    command = [sys.executable, "-c", code]
-    assert subprocess.check_output(command, cwd=ROOT, env=environment) == b"1\n"
+    code = f"""
+import os, sys
+os.environ.pop("OPENBLAS_NUM_THREADS", None)
+sys.argv[0] = {DATASETS!r}
+import datasets
+print(len(os.listdir("/proc/self/task")))
+"""
+    assert run(program=["-c", code], cwd=ROOT)[0] == "1\n"
 
 
 def test_libraries_that_were_cut_off_are_deleted(tmp_path):
@@ -153,28 +154,30 @@ def test_libraries_that_were_cut_off_are_deleted(tmp_path):
     assert os.listdir(compiled) == ["libwhole.so"]
 
 
-def test_closed_terminal_saves(tmp_path, text):
+def test_closed_terminal_saves(line, tmp_path):
     """A terminal that goes away sends SIGHUP and makes every later write fail."""
-    with Terminal("--text", text, *TINY, "--save_dir", tmp_path / "lm") as terminal:
+    with Terminal(*line) as terminal:
         terminal.wait_for("loss")  # the bar's first report
         assert terminal.close() == 129
-    assert len(ids(tmp_path / "lm")) == 1
+    assert len(ids(tmp_path)) == 1
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="nothing is compiled")
 
 
-def compiler_that_tells(folder):
-    """The environment of a process that has compiled nothing before.
-
-    Its g++ makes the file `header` or `kernel` in the folder before it compiles one.
-    """
+def with_compiler(folder, lines):
+    """The environment of a process that has compiled nothing before; its g++ is these lines."""
     compiler = folder / "bin" / "g++"
+    write_script(compiler, lines)
+    return {"PATH": f"{compiler.parent}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(folder)}
+
+
+def compiler_that_tells(folder):
+    """The same with a g++ that makes the file `header` or `kernel` before it compiles one."""
     header = f"*c++-header*) touch {folder / 'header'} ;;"
     kernel = f"*mlx/*/tmp_*) touch {folder / 'kernel'} ;;"
     lines = f'case "$*" in {header} {kernel} esac\nexec {shutil.which("g++")} "$@"'
-    write_script(compiler, lines)
-    return {"PATH": f"{compiler.parent}:{os.environ['PATH']}", "XDG_CACHE_HOME": str(folder)}
+    return with_compiler(folder, lines)
 
 
 def strike(process, number, path):
@@ -189,30 +192,29 @@ def strike(process, number, path):
 
 
 @needs_compiler
-def test_signal_to_the_group_during_the_first_compile(tmp_path, text):
+def test_signal_to_the_group_during_the_first_compile(line, tmp_path):
     """Ctrl+C in a terminal reaches the compiler too, which goes on: the step is taken and saved.
 
     Whatever a kill leaves behind, the next start must work.
     """
     env = compiler_that_tells(tmp_path)
-    line = ["--text", text, *TINY, "--num_blocks", 1, "--num_iters", 3, "--sample_tokens", 0]
+    line += ["--num_iters", 3, "--num_blocks", 1, "--sample_tokens", 0]
     line += ["--steps_per_eval", 0, "--grad_clip", 0, "--optimizer", "adamw"]  # fewer kernels
-    folder = ["--save_dir", tmp_path / "lm"]
     first = tmp_path / ("header" if sys.platform == "linux" else "kernel")
     for number, status, path in (
         (signal.SIGKILL, -signal.SIGKILL, first),
         (signal.SIGINT, 130, tmp_path / "kernel"),
     ):
         path.unlink(missing_ok=True)
-        process = start(*line, *folder, env=env, start_new_session=True)
+        process = start(*line, env=env, start_new_session=True)
         out = strike(process, number, path)
         assert process.returncode == status
     assert "\nStopped at iteration 1. " in out
-    run(*line, *folder, env=env)
+    run(*line, env=env)
     assert not list((tmp_path / "transformer-lm").rglob("*.new"))
-    assert len(ids(tmp_path / "lm")) == 2
+    assert len(ids(tmp_path)) == 2
     run(*line, "--save_dir", tmp_path / "whole")
-    assert ids(tmp_path / "lm")[0] == ids(tmp_path / "whole")[0]
+    assert ids(tmp_path)[0] == ids(tmp_path / "whole")[0]
 
 
 A_KERNEL = """
@@ -232,14 +234,11 @@ def test_the_compiler_of_the_core_alone_ignores_signals_too(tmp_path):
     assert strike(process, signal.SIGINT, tmp_path / "kernel") == "[2.0, 2.0, 2.0]\n"
 
 
-def test_a_compiler_that_fails(tmp_path, text):
+def test_a_compiler_that_fails(line, tmp_path):
     # MLX asks for the version first, and does without a compiler if it gets no answer.
     script = 'case "$*" in *--version) exit;; esac\necho No space left >&2\nexit 1'
-    write_script(tmp_path / "bin" / "g++", script)
-    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    line = ["--text", text, *TINY, "--num_iters", 1, "--save_dir", tmp_path / "lm"]
-    env = {"PATH": path, "XDG_CACHE_HOME": str(tmp_path)}
-    _, err = run(*line, env=env, status=1)
+    env = with_compiler(tmp_path, script)
+    _, err = run(*line, "--num_iters", 1, env=env, status=1)
     assert err.startswith("main.py: MLX cannot compile, or what it has compiled is damaged: rerun")
     assert "No space left" in err
     assert err.count("\n") == 1
@@ -279,12 +278,11 @@ print("equal" if what_there_is() == before else "something stays")
 """
 
 
-def test_nothing_of_it_stays(tmp_path, text):
+def test_nothing_of_it_stays(line, tmp_path):
     """In a notebook, where main() is one call of many."""
-    line = ["--text", text, *TINY, "--sample_tokens", 0, "--save_dir", tmp_path / "lm"]
     program = ["-c", IN_A_NOTEBOOK]
-    process = start(*line, "--data_dir", tmp_path / "data", program=program, cwd=ROOT)
+    process = start(*line, "--sample_tokens", 0, program=program, cwd=ROOT)
     out, err = process.communicate(timeout=100)
     assert out.count("STATUS 130\n") == 2, err
     assert out.endswith("equal\n")
-    assert len(ids(tmp_path / "lm")) == 2
+    assert len(ids(tmp_path)) == 2

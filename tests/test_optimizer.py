@@ -135,8 +135,9 @@ STEPS = {
 }
 
 
-SCHEDULE = ["--num_iters", 12, "--learning_rate", 0.01, "--lr_warmup", 3]
-SCHEDULE += ["--steps_per_report", 1, "--sample_tokens", 0]
+SCHEDULE = (
+    "--num_iters 12 --learning_rate 0.01 --lr_warmup 3 --steps_per_report 1 --sample_tokens 0"
+).split()
 
 
 def assert_written_out(checkpoint, tokens, loss_of=cross_entropy):
@@ -146,7 +147,6 @@ def assert_written_out(checkpoint, tokens, loss_of=cross_entropy):
     expected, weights = train_by_hand(checkpoint, tokens, loss_of)
     np.testing.assert_allclose(metrics, expected, rtol=2e-4)
     reached = arrays(checkpoint.open().load_model())
-    assert reached.keys() == weights.keys()
     for name, weight in weights.items():
         # Where a gradient is as good as 0, rounding decides its sign, and so AdamW's step.
         error = np.linalg.norm(reached[name] - weight) / np.linalg.norm(weight)
@@ -162,56 +162,47 @@ def test_steps_are_those_written_out(name, text, tmp_path):
 
 
 def test_gradient_checkpointing_saves_memory(text, tmp_path):
+    shape = "--num_blocks 8 --context_size 64 --batch_size 32 --mlp_dim 128".split()
+    line = ["--text", text, *TINY, *shape, "--num_iters", 2, "--steps_per_report", 1]
     peaks = []
     for name in ("--no-grad_checkpoint", "--grad_checkpoint"):
-        line = ["--text", text, *TINY, "--num_blocks", 8, "--context_size", 64, "--num_iters", 2]
-        line += ["--batch_size", 32, "--mlp_dim", 128, "--steps_per_report", 1, name]
-        run(*line, "--save_dir", tmp_path / name)
-        [*_, last] = log_rows(tmp_path / name, "train")
-        peaks.append(last["peak_mib"])
+        run(*line, name, "--save_dir", tmp_path / name)
+        peaks.append(log_rows(tmp_path / name, "train")[-1]["peak_mib"])
     assert peaks[1] < 0.6 * peaks[0]
 
 
 # ---- bfloat16, as a GPU computes it -------------------------------------------------------------
 
 
-def first_gradient_of_embeddings(state):
-    """After one step, the mean gradient of AdamW is a tenth of the gradient."""
-    [mean] = [array for name, array in state.items() if name.endswith("embed_tokens.weight.m")]
-    return 10 * np.array(mean)
-
-
 def test_bfloat16_computes_in_it_and_keeps_float32(text, tmp_path):
     """No weight is rounded, nor is the sum of the gradients of a frequent token."""
     text.write_text("a" * 6000 + text.read_text()[:6000])
-    line = ["--text", text, *TINY, "--batch_size", 128, "--grad_clip", 0]
-    line += ["--steps_per_report", 1, "--sample_tokens", 0, "--num_iters", 1]
+    options = "--batch_size 128 --grad_clip 0 --steps_per_report 1 --sample_tokens 0 --num_iters 1"
+    line = ["--text", text, *TINY, *options.split()]
     losses = []
     gradients = []
     for dtype in ("float32", "bfloat16"):
         folder = tmp_path / dtype
         on_gpu(*line, "--dtype", dtype, "--save_dir", folder)
-        contents = newest(folder).open()
         losses += [row["loss"] for row in log_rows(folder, "train")]
-        gradients.append(first_gradient_of_embeddings(contents.state)[ord("a")])
+        contents = newest(folder).open()
+        for name, array in contents.state.items():
+            if name.endswith("embed_tokens.weight.m"):  # AdamW's mean: a tenth of it at first
+                gradients.append(np.array(array)[ord("a")])
     assert 0 < abs(losses[0] - losses[1]) < 0.02
     expected, gradient = gradients
     assert np.linalg.norm(gradient - expected) < 0.02 * np.linalg.norm(expected)
     embeddings = contents.weights["model.embed_tokens.weight"]
-    is_rounded = embeddings.astype(mx.bfloat16).astype(mx.float32) == embeddings
-    assert is_rounded.astype(mx.float32).mean().item() < 0.1
+    rounded = embeddings.astype(mx.bfloat16).astype(mx.float32)
+    assert np.mean(np.array(rounded == embeddings)) < 0.1
 
 
 # ---- Schedules ----------------------------------------------------------------------------------
 
-ROOT_HALF = 0.5**0.5
-DOWN = [0.4 + 0.4 * ROOT_HALF, 0.4, 0.4 - 0.4 * ROOT_HALF]  # a cosine's
+DOWN = [0.4 + 0.4 * 0.5**0.5, 0.4, 0.4 - 0.4 * 0.5**0.5]  # a cosine's
 RATES = [  # schedule, flags, and the rates of a run with a peak of 0.8
-    ("constant", dict(lr_warmup=4, num_iters=6), [0.2, 0.4, 0.6, 0.8, 0.8, 0.8]),
     ("constant", dict(lr_warmup=1, num_iters=2, min_lr=0.2), [0.8, 0.8]),
     ("linear", dict(num_iters=6), [0.4, 0.8, 0.8, 0.62, 0.44, 0.26]),
-    ("linear", dict(num_iters=6, min_lr=0), [0.4, 0.8, 0.8, 0.6, 0.4, 0.2]),
-    ("linear", dict(lr_cooldown=0.5, min_lr=0), [0.4, *[0.8] * 6, 0.6, 0.4, 0.2]),
     ("linear", dict(lr_cooldown=0.3125, min_lr=0), [0.4, *[0.8] * 7, 0.64, 0.32]),  # between steps
     ("linear", dict(lr_cooldown=0, min_lr=0), [0.4, *[0.8] * 9]),
     ("linear", dict(lr_warmup=20, num_iters=2), [0.04, 0.08]),
@@ -256,11 +247,10 @@ def test_averaged_weights_have_the_powers_of_their_places(share, closed_form):
     steps = np.random.default_rng(0).normal(size=(20, 4, 3)).astype(np.float32)
     average = None
     for i, step in enumerate(steps):
-        average = main.update_average(average, {"layer": [mx.array(step)]}, i, share)
+        average = main.update_average(average, {"layer": mx.array(step)}, i, share)
         if i + 1 >= 1 / share:
-            parts = closed_form(np.arange(1, i + 2, dtype=np.float64))
-            expected = np.tensordot(parts / parts.sum(), steps[: i + 1].astype(np.float64), 1)
+            parts = closed_form(np.arange(1, i + 2))
+            expected = np.tensordot(parts / parts.sum(), steps[: i + 1], 1)
         else:
             expected = step  # the newest weights
-        [result] = average["layer"]
-        np.testing.assert_allclose(np.array(result), expected, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(np.array(average["layer"]), expected, rtol=0, atol=1e-5)

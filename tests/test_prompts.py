@@ -16,7 +16,8 @@ import sys
 import termios
 import time
 
-from conftest import ROOT, TINY, WORDS, ids, run, run_folder, start
+from conftest import MAIN, WORDS, ids, run, run_folder, start
+from forkserver import default_signals
 
 
 def talk(folder, prompts, *arguments):
@@ -35,8 +36,6 @@ def replies_of(folder, prompts, *arguments):
 
 def test_reply(model):
     out, err = talk(model, "the company\n")
-    assert len(out) > 20
-    assert out.endswith("\n")
     assert "the company" not in out[:11], "the continuation, not the prompt"
     prefix = ids(model)[0][:12]
     name = run_folder(model).name
@@ -138,11 +137,7 @@ def test_samples_of_a_prompt(word_model):
     line = ["--prompt", "the company", "--save_dir", word_model, *hot]
     out, _ = run(*line, "--num_samples", 3, "--seed", 5)
     samples = out.split("-" * 15 + "\n")
-    one_by_one = []
-    for seed in (5, 6, 7):
-        out, _ = run(*line, "--seed", seed)
-        one_by_one.append(out)
-    assert samples == one_by_one
+    assert samples == [run(*line, "--seed", seed)[0] for seed in (5, 6, 7)]
     assert len(set(samples)) == 3
 
 
@@ -160,10 +155,9 @@ class Terminal:
         self.raw = b""
         self.pid, self.terminal = pty.fork()
         if self.pid == 0:
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(number, signal.SIG_DFL)
+            default_signals()
             os.environ["TERM"] = "xterm"
-            command = [sys.executable, str(ROOT / "main.py"), *map(str, arguments)]
+            command = [sys.executable, MAIN, *map(str, arguments)]
             os.execv(sys.executable, command)
         size = struct.pack("4H", 24, 100, 0, 0)
         fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, size)
@@ -207,8 +201,7 @@ class Terminal:
         self.type(key)
         while self.is_open(10):
             self.type(key)
-        assert "Traceback" not in self.seen, self.seen
-        assert "Error" not in self.seen, self.seen
+        assert not re.search("Traceback|Error", self.seen), self.seen
         return self.close()
 
     def close(self):
@@ -267,12 +260,12 @@ def test_ctrl_c_ends_the_reply_and_then_the_session(byte_model):
         assert terminal.leave(CTRL_C) == 0, "in the middle of a line"
 
 
-def test_control_characters_do_not_reach_a_terminal(tmp_path):
+def test_control_characters_do_not_reach_a_terminal(line, text, tmp_path):
     """What a model has learnt is a stranger's text. Windows' line ends are none of them."""
-    (tmp_path / "text.txt").write_bytes(b"a\x1b]0;owned\x07\r\n" * 400)
-    line = ["--text", tmp_path / "text.txt", *TINY, "--sample_tokens", 0, "--num_iters", 60]
-    run(*line, "--learning_rate", 0.03, "--lr_warmup", 0, "--save_dir", tmp_path / "lm")
-    sample = ["--prompt", "a", "--max_tokens", 20, "--save_dir", tmp_path / "lm"]
+    text.write_bytes(b"a\x1b]0;owned\x07\r\n" * 400)
+    line += ["--sample_tokens", 0, "--num_iters", 60]
+    run(*line, "--learning_rate", 0.03, "--lr_warmup", 0)
+    sample = ["--prompt", "a", "--max_tokens", 20, "--save_dir", tmp_path]
     assert "\x1b]0;owned\x07\n" in run(*sample)[0], "as it is, but for a terminal"
     with Terminal(*sample) as terminal:
         assert "\ufffd]0;owned\ufffd\n" in terminal.wait_for("tokens/s")

@@ -3,25 +3,23 @@
 import re
 
 import pytest
-from conftest import ROOT, TINY, newest, run
+from conftest import ROOT, newest, run
+from test_readme import PAGES
 
-PAGES = [ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "extras" / "README.md"]
-README = "".join(page.read_text() for page in PAGES)
 RECIPES = {path.stem: path.read_text() for path in (ROOT / "extras" / "recipes").glob("*.yaml")}
 
 
 def test_readmes_name_each_recipe_and_no_other():
-    named = set(re.findall(r"--config ([\w-]+)", README)) - {"NAME"}
+    named = set(re.findall(r"--config ([\w-]+)", PAGES)) - {"NAME"}
     assert named and named <= RECIPES.keys()
-    assert all(f"`{name}`" in README for name in RECIPES)
+    assert all(f"`{name}`" in PAGES for name in RECIPES)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"finetune", "lora"}))
-def test_a_recipe_starts(name, text, tmp_path):
+def test_a_recipe_starts(name, line, tmp_path):
     """With what it says but for a smaller shape, on a text in the place of its corpus."""
-    small = [*TINY, "--tokenizer", "char", "--num_iters", 2]
-    run("--config", name, "--text", text, *small, "--save_dir", tmp_path / "lm")
-    checkpoint = newest(tmp_path / "lm")
+    run("--config", name, *line, "--tokenizer", "char", "--num_iters", 2)
+    checkpoint = newest(tmp_path)
     assert checkpoint.iteration == 2
     [rate] = re.findall(r"  learning_rate: (\S+)", RECIPES[name])
     assert checkpoint.flags["learning_rate"] == float(rate)
@@ -41,11 +39,10 @@ def test_a_recipe_trains_on(name, trainable, base, text, tmp_path):
     assert "from iteration 2 to 3" in out
 
 
-def test_a_file_comes_before_a_recipe_of_its_name(text, tmp_path):
-    line = ["--config", "first", "--text", text, *TINY, "--max_minutes", 1e-9]
+def test_a_file_comes_before_a_recipe_of_its_name(line, tmp_path):
     (tmp_path / "first").write_text("num_iters: 7\n")
-    run(*line, cwd=tmp_path)
-    assert newest(tmp_path / "runs").flags["num_iters"] == 7
+    run("--config", "first", *line, "--max_minutes", 1e-9, cwd=tmp_path)
+    assert newest(tmp_path).flags["num_iters"] == 7
 
 
 def test_uv_installs_what_pip_does():
@@ -59,8 +56,5 @@ def test_uv_installs_what_pip_does():
 
 def requirements(name):
     """The lines of a file of requirements, without remarks."""
-    found = []
-    for line in (ROOT / name).read_text().splitlines():
-        requirement, _, _ = line.partition("#")
-        found.append(requirement.strip().replace('"', "'"))
-    return found
+    text = (ROOT / name).read_text().replace('"', "'")
+    return re.findall(r"^[^#\n]*[^#\s]", text, re.M)

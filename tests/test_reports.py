@@ -7,8 +7,7 @@ from argparse import Namespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, copy_program, ids, log_rows, newest, rows_of, run, run_folder
-from conftest import saved
+from conftest import copy_program, ids, log_rows, newest, rows_of, run, run_folder, saved
 from test_prompts import Terminal
 
 import main
@@ -52,10 +51,9 @@ def test_log(trained):
 
 
 @pytest.fixture
-def line(text, tmp_path):
+def line(line):
     """A command that reports every 5 steps and scores every 10."""
-    line = ["--text", text, *TINY, "--steps_per_report", 5, "--steps_per_eval", 10]
-    return [*line, "--save_dir", tmp_path / "lm"]
+    return [*line, "--steps_per_report", 5, "--steps_per_eval", 10]
 
 
 def test_a_log_that_was_deleted_begins_with_its_columns(tmp_path):
@@ -76,13 +74,13 @@ def test_a_log_that_was_deleted_begins_with_its_columns(tmp_path):
 def test_a_resumed_run_has_each_row_once(line, tmp_path, damage):
     """What comes after its checkpoint, and what is damaged, costs no other row."""
     run(*line, "--num_iters", 20)
-    path = run_folder(tmp_path / "lm") / "log.csv"
+    path = run_folder(tmp_path) / "log.csv"
     header, *rows = path.read_text("latin-1").splitlines(keepends=True)
     later = rows[-1].replace("20,", "21,", 1)
     lines = [header, *rows[:2], damage + "\n", *rows[2:], later, rows[0][:-2]]
     path.write_text("".join(lines), "latin-1")
     run(*line, "--num_iters", 30)
-    rows = log_rows(tmp_path / "lm")
+    rows = log_rows(tmp_path)
     assert [(row["split"], row["iteration"]) for row in rows] == places_to(30, 5)
 
 
@@ -98,14 +96,14 @@ SPREADSHEETS = {  # what one makes of a log, and whether the rows can still be r
 def test_a_log_that_a_spreadsheet_has_saved(line, tmp_path, kind):
     """With a byte-order mark, too; what cannot be read is put aside, and that is said."""
     run(*line, "--num_iters", 10)
-    path = run_folder(tmp_path / "lm") / "log.csv"
+    path = run_folder(tmp_path) / "log.csv"
     save, is_kept = SPREADSHEETS[kind]
     content = save(path.read_text()).encode("utf-8-sig")
     path.write_bytes(content)
     out, _ = run(*line, "--num_iters", 20)
-    rows = log_rows(tmp_path / "lm")
     first = 5 if is_kept else 15
-    assert [row["iteration"] for row in rows if row["split"] == "train"] == [*range(first, 21, 5)]
+    rows = log_rows(tmp_path, "train")
+    assert [row["iteration"] for row in rows] == [*range(first, 21, 5)]
     assert ("log.csv cannot be read: it was renamed to log.old.csv" in out) != is_kept
     if not is_kept:
         assert path.with_name("log.old.csv").read_bytes() == content
@@ -114,19 +112,19 @@ def test_a_log_that_a_spreadsheet_has_saved(line, tmp_path, kind):
 @pytest.mark.parametrize("name, kind", [("log.csv", "folder"), ("samples.jsonl", "link")])
 def test_a_log_that_cannot_be_written_is_said_once(line, tmp_path, name, kind):
     run(*line, "--num_iters", 10)
-    folder = run_folder(tmp_path / "lm")
+    path = run_folder(tmp_path) / name
     other = tmp_path / "other.txt"
     other.write_text("mine\n")
-    (folder / name).unlink()
+    path.unlink()
     if kind == "link":
-        (folder / name).symlink_to(other)
+        path.symlink_to(other)
     else:
-        (folder / name).mkdir()
+        path.mkdir()
     out, _ = run(*line, "--num_iters", 40)
     assert "Run complete (40/40). " in out
     assert out.count(f"\nCannot write {name}; the run goes on. ") == 1
     assert other.read_text() == "mine\n"
-    assert (folder / name).is_symlink() == (kind == "link")
+    assert path.is_symlink() == (kind == "link")
 
 
 def test_a_metric_of_ones_own_is_shown_and_logged(line, tmp_path):
@@ -136,12 +134,12 @@ def test_a_metric_of_ones_own_is_shown_and_logged(line, tmp_path):
     after = '{"loss": loss, "gradient_norm": norm, "my,metric": loss / 2}'
     edited = copy_program(tmp_path / "edited", {before: after})
     more = ["--identifier", "latest", "--num_iters", 20, "--steps_per_report", 1]
-    out, _ = run(*line[2:], *more, program=[edited])
+    out, _ = run("--save_dir", tmp_path, *more, program=[edited])
     shown = re.findall(r"^\d+/20  loss ([\d.]+) .*  my,metric ([\d.]+)  ", out, re.M)
     assert len(shown) == 10
     for loss, half in shown:
         assert float(half) == pytest.approx(float(loss) / 2, abs=1e-3)
-    rows = log_rows(tmp_path / "lm", "train")
+    rows = log_rows(tmp_path, "train")
     assert [row["iteration"] for row in rows] == [5, *range(10, 21)]
     for row in rows[:2]:
         assert "my,metric" not in row
@@ -153,7 +151,7 @@ def test_a_report_is_the_mean_since_the_last_one(line, tmp_path):
     run(*line, "--num_iters", 10)
     run(*line, "--num_iters", 10, "--steps_per_report", 1, "--save_dir", tmp_path / "each")
     each = log_rows(tmp_path / "each", "train")
-    for row in log_rows(tmp_path / "lm", "train"):
+    for row in log_rows(tmp_path, "train"):
         of_it = [step for step in each if 0 <= row["iteration"] - step["iteration"] < 5]
         mean = sum(step["loss"] for step in of_it) / 5
         assert row["loss"] == pytest.approx(mean, rel=1e-4)
@@ -164,28 +162,26 @@ def samples_in(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_samples_of_a_run(tmp_path, text):
+def test_samples_of_a_run(line, tmp_path):
     """Each is what --prompt gives, and none changes the weights."""
-    line = ["--text", text, *TINY, "--num_iters", 20, "--steps_per_eval", 10, "--keep", 9]
-    asked = ["--sample_prompt", "line", "--sample_prompt=-x", "--sample_tokens", 5]
-    run(*line, *asked, "--save_dir", tmp_path / "asked")
-    path = run_folder(tmp_path / "asked") / "samples.jsonl"
+    line += ["--num_iters", 20, "--keep", 9]
+    run(*line, "--sample_prompt", "line", "--sample_prompt=-x", "--sample_tokens", 5)
+    path = run_folder(tmp_path) / "samples.jsonl"
     rows = samples_in(path)
-    prompts = ["line", "-x"]
-    expected = [(i, prompt) for i in (10, 20) for prompt in prompts]
+    expected = [(10, "line"), (10, "-x"), (20, "line"), (20, "-x")]
     assert [(row["iteration"], row["prompt"]) for row in rows] == expected
+    named = {checkpoint.iteration: checkpoint.id for checkpoint in saved(tmp_path)}
     for row in rows:
-        checkpoints = saved(tmp_path / "asked")
-        [named] = [each.id for each in checkpoints if each.iteration == row["iteration"]]
-        alone = ["--identifier", named, f"--prompt={row['prompt']}", "--max_tokens", 5]
-        out, _ = run(*alone, "--save_dir", tmp_path / "asked")
+        alone = [f"--prompt={row['prompt']}", "--max_tokens", 5, "--save_dir", tmp_path]
+        out, _ = run("--identifier", named[row["iteration"]], *alone)
         assert out == row["text"] + "\n"
-    run(*line, "--sample_tokens", 0, "--save_dir", tmp_path / "none")
-    assert ids(tmp_path / "none") == ids(tmp_path / "asked")
-    assert not list((tmp_path / "none").glob("*/samples.jsonl"))
+    none = tmp_path / "none"
+    run(*line, "--sample_tokens", 0, "--save_dir", none)
+    assert ids(none) == ids(tmp_path)
+    assert not list(none.glob("*/samples.jsonl"))
 
     # A resumed run inherits the prompts, and takes back no sample that it will not repeat.
-    run("--num_iters", 30, "--save_dir", tmp_path / "asked")
+    run("--num_iters", 30, "--save_dir", tmp_path)
     assert [row["iteration"] for row in samples_in(path)] == [10, 10, 20, 20, 30, 30]
 
 
@@ -202,10 +198,9 @@ def test_progress_in_a_terminal(line):
 # ---- The screen ---------------------------------------------------------------------------------
 
 
-def test_start_screen(tmp_path, text):
-    line = ["--text", text, *TINY, "--train_tokens", 100, "--num_iters", 2]
-    out, _ = run(*line, "--save_dir", tmp_path / "lm")
-    folder = run_folder(tmp_path / "lm")
+def test_start_screen(line, tmp_path):
+    out, _ = run(*line, "--train_tokens", 100, "--num_iters", 2)
+    folder = run_folder(tmp_path)
     lines = out.splitlines()
     assert lines[0] == f"run      {folder.name}, from iteration 0 to 2, seed 42"
     assert lines[1].endswith("2 blocks, dim 16, 2 heads (2 key/value heads), relu2 64, context 8")

@@ -5,12 +5,10 @@ import random
 import re
 import shlex
 
-import mlx.core as mx
 import pytest
-from conftest import ROOT, TINY, assert_equal, flags, ids, interrupt, log_rows, newest, run, saved
+from conftest import ROOT, arrays, assert_equal, ids, interrupt, log_rows, newest, run, saved
 from conftest import start, wait_for
 from datasets import load_dataset
-from mlx.utils import tree_flatten
 
 import main
 
@@ -28,22 +26,21 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("options", VARIANTS)
-def test_interrupted_equals_undisturbed(tmp_path, text, options):
+def test_interrupted_equals_undisturbed(line, text, tmp_path, options):
     """The contract: the same file name, wherever the run was stopped, and over epochs' ends.
 
     Each process hashes by a seed of its own.
     """
     text.write_text("".join(text.read_text().splitlines(True)[:100]))
     whole = tmp_path / "whole"
-    parts = tmp_path / "parts"
-    line = ["--text", text, *TINY, *options.split()]
+    line += options.split()
     run(*line, "--save_dir", whole, env={"PYTHONHASHSEED": "1"})
-    process = start(*line, "--save_dir", parts, env={"PYTHONHASHSEED": "2"})
+    process = start(*line, env={"PYTHONHASHSEED": "2"})
     for _ in range(random.Random(len(options)).randrange(1, 4)):
         wait_for(process, "  loss ")
     interrupt(process)
-    run(*line, "--save_dir", parts)
-    assert ids(parts)[0] == ids(whole)[0]
+    run(*line)
+    assert ids(tmp_path)[0] == ids(whole)[0]
 
 
 ANOTHER_NUMPY = """
@@ -54,52 +51,35 @@ main.main()
 """
 
 
-def test_a_resumed_run_keeps_its_order_of_batches(tmp_path, text):
+def test_a_resumed_run_keeps_its_order_of_batches(line, tmp_path):
     """Another NumPy, which would draw another order, reads it from the checkpoint."""
-    line = ["--text", text, *TINY, "--save_dir"]
-    run(*line, tmp_path / "whole", "--num_iters", 20)
-    run(*line, tmp_path / "parts", "--num_iters", 9)
-    run(*line, tmp_path / "parts", "--num_iters", 20, program=["-c", ANOTHER_NUMPY], cwd=ROOT)
-    assert ids(tmp_path / "parts")[0] == ids(tmp_path / "whole")[0]
-    path = newest(tmp_path / "whole").metadata_path
-    perm = mx.load(str(path), format="safetensors")["perm"]
-    assert perm.dtype == mx.uint32
-    windows = sorted(perm.tolist())
-    assert windows == [*range(len(windows))], "each of an epoch once"
-    assert len(windows) > 20 * 4
+    whole = tmp_path / "whole"
+    run(*line, "--num_iters", 20, "--save_dir", whole)
+    run(*line, "--num_iters", 9)
+    run(*line, "--num_iters", 20, program=["-c", ANOTHER_NUMPY], cwd=ROOT)
+    assert ids(tmp_path)[0] == ids(whole)[0]
 
 
-def test_extending_a_schedule_says_that_it_stretches(tmp_path, text):
-    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--lr_warmup", 0]
-    line += ["--steps_per_report", 1, "--lr_schedule", "linear", "--min_lr", 0]
-    run(*line, "--learning_rate", 0.01, "--num_iters", 4)
-    out, _ = run(*line, "--learning_rate", 0.01, "--num_iters", 8)
+def test_extending_a_schedule_says_that_it_stretches(line):
+    line += ["--learning_rate", 0.01, "--lr_warmup", 0, "--steps_per_report", 1]
+    line += ["--lr_schedule", "linear", "--min_lr", 0]
+    run(*line, "--num_iters", 4)
+    out, _ = run(*line, "--num_iters", 8)
     assert "Schedules of the learning rate and of dropout now stretch" in out
     assert re.findall(r"  lr (\S+)", out)[0] == "5.00e-03"
 
 
-def test_extending_a_run_of_a_constant_rate_stretches_nothing(tmp_path, text):
-    line = ["--text", text, *TINY, "--save_dir", tmp_path]
-    run(*line, "--num_iters", 4)
-    out, _ = run(*line, "--num_iters", 8)
-    assert "\nresumed " in out and "stretch" not in out
-
-
-def test_bfloat16_on_a_cpu(tmp_path, text):
+@pytest.mark.parametrize("env", [{}, {"DISABLE_FAST": "1"}])
+def test_bfloat16_on_a_cpu(env, line, tmp_path):
     """Another result where the processor has units for it, else a line and that of float32."""
     # Large enough for products to be rounded.
-    shape = ["--dim", 64, "--batch_size", 16, "--context_size", 32]
-    line = ["--text", text, *TINY, *shape, "--num_iters", 3]
-    for disable_fast in ("", "1"):
-        folders = [tmp_path / f"16{disable_fast}", tmp_path / f"32{disable_fast}"]
-        said = []
-        for dtype, folder in zip(("bfloat16", "float32"), folders):
-            env = {"DISABLE_FAST": disable_fast}
-            said += run(*line, "--dtype", dtype, "--save_dir", folder, env=env)[:1]
-        is_float32 = ids(folders[0]) == ids(folders[1])
-        assert is_float32 == ("Computing in float32" in said[0])
-        assert is_float32 or not disable_fast
-        assert "--dtype bfloat16" not in said[1]
+    line += ["--dim", 64, "--batch_size", 16, "--context_size", 32, "--num_iters", 3]
+    of_float32, _ = run(*line, "--save_dir", tmp_path / "float32", env=env)
+    out, _ = run(*line, "--dtype", "bfloat16", env=env)
+    is_float32 = ids(tmp_path) == ids(tmp_path / "float32")
+    assert is_float32 == ("Computing in float32" in out)
+    assert is_float32 or not env
+    assert "Computing in float32" not in of_float32
 
 
 # ---- Scores -------------------------------------------------------------------------------------
@@ -120,12 +100,11 @@ def logged_scores(folder):
     return [row["iteration"] for row in log_rows(folder, "valid")]
 
 
-def test_a_signal_in_an_evaluation_saves_without_the_score(tmp_path, text):
+def test_a_signal_in_an_evaluation_saves_without_the_score(line, tmp_path):
     """A run stopped there is scored when it is resumed, and has the same best."""
     whole = tmp_path / "whole"
-    parts = tmp_path / "parts"
-    line = ["--text", text, "--valid_fraction", 0.3, *TINY]  # which takes a while to score
-    line += ["--num_iters", 30, "--steps_per_eval", 10, "--eval_tokens", 0]
+    line += ["--valid_fraction", 0.3, "--eval_tokens", 0]  # which takes a while to score
+    line += ["--num_iters", 30, "--steps_per_eval", 10]
     out, _ = run(*line, "--save_dir", whole)
     scores = re.findall(SCORED, out, re.M)
     assert [int(iteration) for iteration, *_ in scores] == [10, 20, 30]
@@ -135,36 +114,34 @@ def test_a_signal_in_an_evaluation_saves_without_the_score(tmp_path, text):
     is_best = [valid == min(losses[: i + 1]) for i, valid in enumerate(losses)]
     assert [mark == " (best)" for *_, mark in scores] == is_best
 
-    process = start(*line, "--save_dir", parts)
+    process = start(*line)
     wait_for(process, "20/30 ")
     interrupt(process)
-    assert newest(parts).iteration == 20
-    assert scored_iterations(parts) == [10]
-    out, _ = run(*line, "--save_dir", parts)
+    assert newest(tmp_path).iteration == 20
+    assert scored_iterations(tmp_path) == [10]
+    out, _ = run(*line)
     late = re.findall(SCORED, out, re.M)
     assert [score[2:] for score in late] == [score[2:] for score in scores[1:]]
-    assert newest(parts).evaluations == newest(whole).evaluations
-    assert newest(parts).id == newest(whole).id
-    assert logged_scores(parts) == logged_scores(whole) == [10, 20, 30]
+    assert newest(tmp_path).evaluations == newest(whole).evaluations
+    assert newest(tmp_path).id == newest(whole).id
+    assert logged_scores(tmp_path) == logged_scores(whole) == [10, 20, 30]
 
 
-def test_a_score_is_shown_before_it_is_saved(tmp_path, text):
+def test_a_score_is_shown_before_it_is_saved(line, tmp_path):
     """Evaluate, save once with the score, then sample."""
-    schedule = ["--num_iters", 20, "--steps_per_eval", 10, "--steps_per_save", 5]
-    out, _ = run("--text", text, *TINY, *schedule, "--save_dir", tmp_path)
+    out, _ = run(*line, "--num_iters", 20, "--steps_per_eval", 10, "--steps_per_save", 5)
     events = re.findall(r"^(iteration \d+|saved|sample)\b.*?(?: at iteration (\d+))?$", out, re.M)
     expected = "saved 5 sample iteration 10 saved 10 sample saved 15 sample iteration 20 saved 20"
     assert " ".join(" ".join(each).strip() for each in events) == f"{expected} sample"
     assert [checkpoint.evaluation is None for checkpoint in saved(tmp_path)][:2] == [False, True]
 
 
-def test_scores_of_parts_of_the_text(tmp_path, text):
+def test_scores_of_parts_of_the_text(line, text, tmp_path):
     """The training text as far as it is used, or a whole split.
 
     Of a part of the text, the number of bytes is not known.
     """
-    line = ["--text", text, *TINY, "--train_tokens", 500, "--num_iters", 3]
-    run(*line, "--save_dir", tmp_path)
+    run(*line, "--train_tokens", 500, "--num_iters", 3)
     model = newest(tmp_path).open().load_model()
     dataset = load_dataset("text", tmp_path, [text])
     scored = {"train": dataset.train.tokens[:500], "valid": dataset.valid.tokens}
@@ -182,12 +159,12 @@ BACK = r"a lower --learning_rate .* go back with (python main\.py --identifier (
 HOT = ["--learning_rate", 1e30, "--lr_warmup", 0, "--identifier", "latest"]
 
 
-def test_a_divergence_names_a_checkpoint_from_which_a_step_can_be_taken(tmp_path, text):
+def test_a_divergence_names_a_checkpoint_from_which_a_step_can_be_taken(line, tmp_path):
     """The loss of the step before a save may be finite, and the weights it made be of no use.
 
     The message names the one before; with other flags, the command in it goes on from there.
     """
-    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--keep", 1, "--steps_per_save", 1]
+    line += ["--keep", 1, "--steps_per_save", 1]
     run(*line, "--num_iters", 3)
     _, err = run(*line, "--num_iters", 30, *HOT, status=1)
     assert "not finite" in err and err.count("\n") == 1
@@ -202,8 +179,8 @@ def test_a_divergence_names_a_checkpoint_from_which_a_step_can_be_taken(tmp_path
     assert "at iteration 40" in out
 
 
-def test_a_score_that_is_not_finite_ends_the_run(tmp_path, text):
-    line = ["--text", text, *TINY, "--save_dir", tmp_path, "--steps_per_eval", 1]
+def test_a_score_that_is_not_finite_ends_the_run(line, tmp_path):
+    line += ["--steps_per_eval", 1]
     run(*line, "--num_iters", 2)
     known = {*ids(tmp_path)}
     _, err = run(*line, "--num_iters", 9, *HOT, "--weight_decay", 1e9, status=1)
@@ -215,12 +192,10 @@ def test_a_score_that_is_not_finite_ends_the_run(tmp_path, text):
 # ---- Options of the loop ------------------------------------------------------------------------
 
 
-def test_patience_counts_over_interrupts(tmp_path, text):
+def test_patience_counts_over_interrupts(line, tmp_path):
     """With a learning rate of 0 no score is better than the first."""
     whole = tmp_path / "whole"
-    parts = tmp_path / "parts"
-    schedule = ["--steps_per_eval", 2, "--learning_rate", 0, "--eval_tokens", 100]
-    line = ["--text", text, *TINY, *schedule, "--patience", 3, "--sample_tokens", 0]
+    line += ["--steps_per_eval", 2, "--learning_rate", 0, "--patience", 3, "--sample_tokens", 0]
     out, _ = run(*line, "--save_dir", whole)
     assert "Stopped: no improvement in 3 evaluations (--patience)" in out
     assert out.endswith(" --patience 6\n"), "a command that goes on"
@@ -228,21 +203,19 @@ def test_patience_counts_over_interrupts(tmp_path, text):
 
     # An end off the schedule is scored, but no miss.
     for num_iters in (5, 100_000):
-        out, _ = run(*line, "--save_dir", parts, "--num_iters", num_iters)
-    assert ids(parts)[0] == ids(whole)[0]
-    assert scored_iterations(parts) == [2, 4, 5, 6, 8]
-    out, _ = run(*line, "--save_dir", parts)  # once more: it has nothing to do
+        run(*line, "--num_iters", num_iters)
+    assert ids(tmp_path)[0] == ids(whole)[0]
+    assert scored_iterations(tmp_path) == [2, 4, 5, 6, 8]
+    out, _ = run(*line)  # once more: it has nothing to do
     assert "in 3 evaluations (--patience)" in out
-    assert newest(parts).iteration == 8
+    assert newest(tmp_path).iteration == 8
 
 
-def test_max_minutes_ends_a_leg_and_changes_nothing(tmp_path, text):
-    legs = tmp_path / "legs"
+def test_max_minutes_ends_a_leg_and_changes_nothing(line, text, tmp_path):
     whole = tmp_path / "whole"
-    line = ["--text", text, *TINY, "--dropout", 0.1, "--steps_per_eval", 100000]
-    line += ["--eval_test", "--test_text", text]
-    out, _ = run(*line, "--save_dir", legs, "--max_minutes", 0.005)
-    stopped = newest(legs)
+    line += ["--dropout", 0.1, "--steps_per_eval", 100000, "--eval_test", "--test_text", text]
+    out, _ = run(*line, "--max_minutes", 0.005)
+    stopped = newest(tmp_path)
     iteration = stopped.iteration
     assert 0 < iteration < 100000
     assert stopped.evaluations == []
@@ -250,63 +223,55 @@ def test_max_minutes_ends_a_leg_and_changes_nothing(tmp_path, text):
     assert f"--max_minutes 0.005 reached at iteration {iteration:,}." in out
     assert len(re.findall(SCORED, out, re.M)) == 1
     assert out.count("\ntest ") == 1
-    assert logged_scores(legs) == [iteration]
+    assert logged_scores(tmp_path) == [iteration]
 
-    more = ["--num_iters", iteration + 20]
-    out, _ = run(*line, "--save_dir", legs, *more)
+    end = iteration + 20
+    out, _ = run(*line, "--num_iters", end)
     assert f"from iteration {iteration:,}" in out  # and the limit was that leg's own
     assert out.count("\ntest ") == 1
-    end = [iteration + 20]
-    assert logged_scores(legs) == end, "not what a run without a break would not have"
-    run(*line, "--save_dir", whole, *more)
-    assert ids(legs)[0] == ids(whole)[0]
+    assert logged_scores(tmp_path) == [end], "not what a run without a break would not have"
+    run(*line, "--num_iters", end, "--save_dir", whole)
+    assert ids(tmp_path)[0] == ids(whole)[0]
 
 
 AVERAGE = ["--learning_rate", 0.01, "--lr_warmup", 5, "--steps_per_eval", 10, "--eval_tokens", 0]
 
 
-def test_average_is_what_is_scored_saved_and_sampled(tmp_path, text):
+def test_average_is_what_is_scored_saved_and_sampled(line, tmp_path):
     """Training is not touched by it: the weights before averaging are those of a run without it."""
-    line = ["--text", text, *TINY, *AVERAGE, "--num_iters", 20]
-    line = [*line, "--steps_per_save", 1, "--keep", 99]
+    line += [*AVERAGE, "--num_iters", 20, "--steps_per_save", 1, "--keep", 99]
     plain, _ = run(*line, "--save_dir", tmp_path / "plain")
-    out, _ = run(*line, "--average", 0.25, "--save_dir", tmp_path / "average")
+    out, _ = run(*line, "--average", 0.25)
 
     average = None
     for i, checkpoint in enumerate(reversed(saved(tmp_path / "plain"))):  # oldest first
         weights = checkpoint.open().weights
         average = main.update_average(average, weights, i, 0.25)
-    averaged = newest(tmp_path / "average")
+    averaged = newest(tmp_path)
     contents = averaged.open()
-    model = contents.load_model()
-    assert_equal(dict(tree_flatten(model.parameters())), average, rtol=0, atol=1e-6)
-    raw = {}
-    for name, array in contents.state.items():
-        if name.startswith("weights."):
-            raw[name.removeprefix("weights.")] = array
+    assert_equal(arrays(contents.load_model()), average, rtol=0, atol=1e-6)
+    raw = {name: contents.state[f"weights.{name}"] for name in weights}
     assert_equal(raw, weights, rtol=0, atol=0)
 
     score = f"valid {averaged.evaluation.loss:.4f} nats"
-    scored, _ = run("--evaluate", "valid", "--save_dir", tmp_path / "average")
+    scored, _ = run("--evaluate", "valid", "--save_dir", tmp_path)
     assert score in scored and score in out
     assert score not in plain
-    conversation = main.Conversation(contents.tokenizer, model)
-    sample = "".join(conversation.reply("", flags(max_tokens=8), 42))
-    assert sample in out.rpartition("saved ")[2]
+    sample, _ = run("--prompt", "", "--max_tokens", 8, "--save_dir", tmp_path)
+    assert f"sample: {sample}" in out.rpartition("saved ")[2]
 
 
-def test_average_begins_and_ends_with_its_flag(tmp_path, text):
+def test_average_begins_and_ends_with_its_flag(line, tmp_path):
     """A branch has it or does without it; without it, it is the run that never had one."""
-    legs = tmp_path / "legs"
     plain = tmp_path / "plain"
-    line = ["--text", text, *TINY, *AVERAGE]
+    line += AVERAGE
     run(*line, "--num_iters", 30, "--save_dir", plain)
-    run(*line, "--num_iters", 10, "--save_dir", legs)
+    run(*line, "--num_iters", 10)
     line += ["--identifier", "latest"]
-    run(*line, "--num_iters", 20, "--average", 0.5, "--save_dir", legs)
-    assert newest(legs).flags["average"] == 0.5
-    out, _ = run(*line, "--num_iters", 30, "--average", 0, "--save_dir", legs)
+    run(*line, "--num_iters", 20, "--average", 0.5)
+    assert newest(tmp_path).flags["average"] == 0.5
+    out, _ = run(*line, "--num_iters", 30, "--average", 0)
     assert "--average 0.5 -> 0" in out
-    assert ids(legs)[0] == ids(plain)[0]
+    assert ids(tmp_path)[0] == ids(plain)[0]
     # Those of the averaged weights are not the branch's.
-    assert newest(legs).evaluations == newest(plain).evaluations[1:]
+    assert newest(tmp_path).evaluations == newest(plain).evaluations[1:]

@@ -1,48 +1,43 @@
-"""Benchmarks: counts beside formulas by hand, and the parts of the peak of memory."""
+"""Benchmarks: counts beside those worked out by hand, and the parts of the peak of memory."""
 
 import json
-import re
 
 import pytest
 from conftest import TINY, ids, run_extra
 
-SHAPES = {  # flags, the dimension of all heads' keys, the hidden units of an MLP
-    "plain": (
-        "--dim 64 --num_heads 4 --num_blocks 3 --context_size 32 --batch_size 16", 64, 256
+PARTS = ["embeddings", "attention", "mlp", "norms", "output"]
+SHAPES = [  # flags, the weights of PARTS, products of queries and keys for each position
+    (
+        "--dim 64 --num_heads 4 --num_blocks 3 --context_size 32 --batch_size 16",
+        [257 * 64, 3 * 4 * 64 * 64, 3 * 2 * 64 * 256, (2 * 3 + 1) * 64, 0],
+        3 * 64 * 32,
     ),
-    "all": (
+    (
         "--dim 128 --num_heads 4 --num_kv_heads 2 --num_blocks 2 --context_size 64 --batch_size 8"
-        " --mlp swiglu --untie --qk_norm", 64, 384
+        " --mlp swiglu --untie --qk_norm",
+        [257 * 128, 2 * 3 * 128 * 128, 2 * 3 * 128 * 384, 5 * 128 + 2 * 2 * 32, 257 * 128],
+        2 * 128 * 64,
     ),
-}  # fmt: skip
+]
 
 
-@pytest.mark.parametrize("shape, kv_dim, mlp_dim", SHAPES.values(), ids=SHAPES)
-def test_benchmark(shape, kv_dim, mlp_dim, text, tmp_path):
-    out, _ = run_extra("benchmark", "--text", text, *shape.split(), "--save_dir", tmp_path)
-    result = json.loads(out.splitlines()[-1])
-    values = {name: int(value) for name, value in re.findall(r"--(\w+) (\d+)", shape)}
-    D = values["dim"]
-    blocks = values["num_blocks"]
-    norms = (2 * blocks + 1) * D
-    if "--qk_norm" in shape:
-        norms += blocks * 2 * D // 4
-    matrices = 3 if "swiglu" in shape else 2
-    output = 257 * D if "--untie" in shape else 0
-    assert result["parameters"] == {
-        "embeddings": 257 * D,
-        "attention": blocks * (2 * D * D + 2 * D * kv_dim),
-        "mlp": blocks * D * mlp_dim * matrices,
-        "norms": norms,
-        "output": output,
-    }
-    products = result["parameters"]["attention"] + result["parameters"]["mlp"] + 257 * D
-    forward = 2 * products + blocks * 4 * D * values["context_size"]
+def measured(*line):
+    """What the program says in JSON of the model that these arguments name."""
+    out, _ = run_extra("benchmark", *line)
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("shape, weights, queries_by_keys", SHAPES)
+def test_benchmark(shape, weights, queries_by_keys, text, tmp_path):
+    result = measured("--text", text, *shape.split(), "--save_dir", tmp_path)
+    assert result["parameters"] == dict(zip(PARTS, weights))
+    # Two operations for each weight of a matrix, also of embeddings that are the output layer.
+    forward = 2 * sum(weights[:3]) + 4 * queries_by_keys
     assert result["flops_per_token"] == {"forward": forward, "backward": 2 * forward}
-    weights = 4 * sum(result["parameters"].values())
-    assert result["memory"]["weights"] == weights
-    assert result["memory"]["optimizer"] == pytest.approx(2 * weights, rel=0.01)
-    assert result["memory"]["gradients"] == weights
+    size = 4 * sum(weights)
+    assert result["memory"]["weights"] == size
+    assert result["memory"]["optimizer"] == pytest.approx(2 * size, rel=0.01)
+    assert result["memory"]["gradients"] == size
     estimated = sum(result["memory"].values())
     assert 1 / 1.5 < estimated / result["peak_memory"] < 1.5
     speed = result["tokens_per_second"]
@@ -52,33 +47,19 @@ def test_benchmark(shape, kv_dim, mlp_dim, text, tmp_path):
     assert not ids(tmp_path), "nothing is saved"
 
 
-def test_a_checkpoint_is_measured_as_it_is(base):
-    """With the flags that it was trained with, or others of training."""
+def test_runs_that_need_a_checkpoint(base, text):
+    """One that goes on with other flags, one of LoRA, and a student."""
     folder, id = base
-    line = ["--identifier", id, "--batch_size", 2, "--save_dir", folder]
-    out, _ = run_extra("benchmark", *line)
-    result = json.loads(out.splitlines()[-1])
-    assert result["parameters"]["embeddings"] == 257 * 16
-    assert result["tokens_per_second"] > 0
+    line = ["--batch_size=2", "--save_dir", folder]
+    whole = measured("--identifier", id, *line)
+    adapters = measured("--text", text, "--init_from", id, "--lora_rank=2", *line)
+    student = measured("--text", text, *TINY, "--dim=24", "--teacher", id, *line)
+    for result in (whole, adapters, student):
+        assert result["tokens_per_second"] > 0
+    weights = whole["parameters"]
+    assert weights["embeddings"] == 257 * 16
+    # LoRA takes no gradients with respect to the matrices of its base.
+    matrices = weights["attention"] + weights["mlp"] + weights["embeddings"]
+    flops = adapters["flops_per_token"]
+    assert flops["backward"] == 2 * flops["forward"] - 2 * matrices
     assert ids(folder) == [id]
-
-
-@pytest.mark.parametrize("options", [
-    ["--init_from", "latest", "--lora_rank", 2],
-    ["--teacher", "latest", "--dim", 24],
-])  # fmt: skip
-def test_what_else_a_step_may_do_is_measured_too(options, base, text):
-    folder, id = base
-    line = ["--text", text, "--batch_size", 4, "--save_dir", folder]
-    if "--teacher" in options:
-        line += TINY
-    out, _ = run_extra("benchmark", *line, *options)
-    result = json.loads(out.splitlines()[-1])
-    assert result["tokens_per_second"] > 0
-    assert ids(folder) == [id]
-    if "--lora_rank" in options:  # no gradients with respect to the matrices of the base
-        flops = result["flops_per_token"]
-        out, _ = run_extra("benchmark", "--identifier", id, "--save_dir", folder)
-        parts = json.loads(out.splitlines()[-1])["parameters"]
-        matrices = parts["attention"] + parts["mlp"] + 257 * 16
-        assert flops["backward"] == 2 * flops["forward"] - 2 * matrices

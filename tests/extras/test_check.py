@@ -19,7 +19,7 @@ if "--gpu" in sys.argv:
     pretended_gpu.mx.device_info = lambda: {"device_name": os.environ["GPU_NAME"]}
 """
 
-SHORT = [*TINY[:-2], "--num_iters", 30]  # signals come after the 10th and the 20th step
+SHORT = [*TINY[:-2], "--num_iters=30"]  # signals come after the 10th and the 20th step
 
 
 @pytest.fixture

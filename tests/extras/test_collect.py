@@ -49,7 +49,10 @@ def server():
 
 @pytest.fixture
 def collect(server, tmp_path):
-    """Types the command for that server in a folder with PROMPTS; returns (stdout, stderr)."""
+    """Types the command for that server in a folder; returns (stdout, stderr).
+
+    The prompts are PROMPTS, unless the rest of the line names others, or a text.
+    """
     (tmp_path / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n")  # blank lines ask nothing
     # Which must not be sent in the place of the key.
     (tmp_path / "netrc").write_text("default login somebody password secret\n")
@@ -57,10 +60,16 @@ def collect(server, tmp_path):
     def collect(*more, key=KEY, **options):
         line = ["--distill_from", server.url, "--teacher_model", "gpt", "--output", "out"]
         env = {"TEACHER_API_KEY": key, "NETRC": str(tmp_path / "netrc"), "no_proxy": "*"}
-        line += ["--teacher_prompts", "prompts.txt", *more]
-        return run_extra("collect", *line, cwd=tmp_path, env=env, **options)
+        if "--text" not in more:
+            line += ["--teacher_prompts", "prompts.txt"]
+        return run_extra("collect", *line, *more, cwd=tmp_path, env=env, **options)
 
     return collect
+
+
+def prompts_of(server):
+    """What the server was asked."""
+    return [body["messages"][0]["content"] for _, _, body in server.asked]
 
 
 def lines(folder):
@@ -130,25 +139,21 @@ def test_a_key_that_no_header_can_hold(server, collect):
     assert "TEACHER_API_KEY has characters that no key has" in err and not server.asked
 
 
-def test_prompts_from_a_text(tmp_path, server, text):
+def test_prompts_from_a_text(tmp_path, server, collect, text):
     """Beginnings of its lines, whole words, without a file of prompts."""
-    line = ["--distill_from", server.url, "--teacher_model", "gpt", "--output", tmp_path / "out"]
-    run_extra("collect", *line, "--text", text, "--data_dir", tmp_path, "--num_prompts", 9)
-    prompts = [body["messages"][0]["content"] for _, _, body in server.asked]
+    collect("--text", text, "--data_dir", tmp_path, "--num_prompts=9")
+    prompts = prompts_of(server)
     assert 1 < len(prompts) <= 9
     for prompt in prompts:
         assert f"\n{prompt} " in text.read_text()
         assert 0 < len(prompt) <= 100
 
 
-def test_prompts_from_a_text_without_blanks(tmp_path, server):
+def test_prompts_from_a_text_without_blanks(tmp_path, server, collect):
     line = "これは空白のない日本語の文章です。" * 20
     (tmp_path / "ja.txt").write_text(f"{line}\n" * 50, "utf-8")
-    flags = ["--distill_from", server.url, "--teacher_model", "gpt", "--num_prompts", 5]
-    flags += ["--text", tmp_path / "ja.txt", "--data_dir", tmp_path]
-    run_extra("collect", *flags, "--output", tmp_path / "out")
-    prompts = {body["messages"][0]["content"] for _, _, body in server.asked}
-    assert prompts == {line[:100]}
+    collect("--text", "ja.txt", "--data_dir", tmp_path, "--num_prompts=5")
+    assert {*prompts_of(server)} == {line[:100]}
 
 
 def test_three_failures_end_it_and_a_rerun_continues(tmp_path, server, collect):
@@ -161,7 +166,6 @@ def test_three_failures_end_it_and_a_rerun_continues(tmp_path, server, collect):
     assert KEY[:5] not in out + err
     assert len(server.asked) == 4
     collect()
-    assert {path for path, _, _ in server.asked} == {"/v1/chat/completions"}
     assert len(server.asked) == 7
     assert [line["completion"] for line in lines(tmp_path)][:2] == ["one", f"echo {PROMPTS[1]}"]
 
@@ -176,7 +180,6 @@ DAMAGED = "line 1 of out/answers.jsonl is damaged"
 
 @pytest.mark.parametrize("name, content, status, said", [
     ("corpus.txt", "mine", 2, "corpus.txt is not of this program: name another --output"),
-    ("answers.jsonl", "notes", 2, "name another --output"),
     ("answers.jsonl", line_of("show me"), 2, "name another --output"),
     ("answers.jsonl", line_of("tell me", "answer"), 2, "name another --output"),
     ("answers.jsonl", "".join(map(line_of, [*PROMPTS, "more"])), 2, "name another --output"),
@@ -197,20 +200,19 @@ def test_the_texts_that_a_student_has_begun(tmp_path, server, collect):
     begun = [{"prompt": "the", "completion": " end"}, {"prompt": "a", "completion": "\n☃"}]
     (tmp_path / "begun.jsonl").write_text("\n".join(map(json.dumps, begun)))
     collect("--teacher_prompts", "begun.jsonl")
-    asked = [body["messages"][0]["content"] for _, _, body in server.asked]
-    assert asked == ["the end", "a\n☃"]
+    assert prompts_of(server) == ["the end", "a\n☃"]
 
 
-@pytest.mark.parametrize("more, said", [
-    (["--distill_from", "localhost:8000"], "give an address like http://localhost:8000/v1"),
-    (["--distill_from", "http://user:word@x/v1"], "the key comes from TEACHER_API_KEY"),
-    (["--distill_from", "http://[::1/v1"], "give an address like http://localhost:8000/v1"),
-    (["--distill_from", "http://127.0.0.1:99999/v1"], "Port out of range"),
-    (["--teacher_prompts", "none.txt"], "none.txt must be a UTF-8 file"),
-    (["--teacher_prompts", "bad.jsonl"], "bad.jsonl must be a UTF-8 file or, if it is named"),
-    (["--output", "prompts.txt"], "cannot write to --output prompts.txt"),
+@pytest.mark.parametrize("typed, said", [
+    ("--distill_from localhost:8000", "give an address like http://localhost:8000/v1"),
+    ("--distill_from http://user:word@x/v1", "the key comes from TEACHER_API_KEY"),
+    ("--distill_from http://[::1/v1", "give an address like http://localhost:8000/v1"),
+    ("--distill_from http://127.0.0.1:99999/v1", "Port out of range"),
+    ("--teacher_prompts none.txt", "none.txt must be a UTF-8 file"),
+    ("--teacher_prompts bad.jsonl", "bad.jsonl must be a UTF-8 file or, if it is named"),
+    ("--output prompts.txt", "cannot write to --output prompts.txt"),
 ])  # fmt: skip
-def test_mistakes(tmp_path, collect, more, said):
+def test_mistakes(tmp_path, collect, typed, said):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": 3}\n')
-    _, err = collect(*more, status=2)
+    _, err = collect(*typed.split(), status=2)
     assert said in err.splitlines()[-1] and "word" not in err

@@ -6,7 +6,7 @@ import sys
 import tracemalloc
 
 import pytest
-from conftest import TINY, documents_of, ids, run, run_extra
+from conftest import TINY, documents_of, run, run_extra
 
 from datasets import UsageError, load_dataset
 
@@ -45,10 +45,7 @@ def texts_of(path, **options):
     return documents_of(dataset.train)
 
 
-NAMES = ["a.jsonl", "a.ndjson", "a.jsonl.gz", "a.parquet", "A.JSONL.GZ"]
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.gz", "a.parquet", "A.JSONL.GZ"])
 def test_each_row_is_a_document(name, tmp_path):
     path = write(tmp_path / name.lower(), DOCUMENTS, "content").rename(tmp_path / name)
     assert texts_of(path, text_field="content") == DOCUMENTS
@@ -162,22 +159,17 @@ def test_without_the_package(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])  # whose end tokens have no text, and one
 def test_a_text_ends_however_it_is_sampled(tokenizer, tmp_path):
-    """Two runs on the rows of a file, which are all the same short text."""
+    """A run on the rows of a file, which are all the same short text."""
     stories = write(tmp_path / "stories.jsonl.gz", ["once upon a time."] * 300)
     runs = ["--save_dir", tmp_path / "lm"]
-    line = ["--text", stories, *TINY, "--context_size", 16, "--dim", 32, *runs]
-    line += ["--learning_rate", 0.01, "--lr_warmup", 5]
-    line += ["--tokenizer", tokenizer, "--vocab_size", 300]
-    run(*line, "--num_iters", 120, "--mlp", "swiglu")
-    run(*line, "--num_iters", 60, "--new_model")
-    draft, model = ids(tmp_path / "lm")
-    line = ["--identifier", model, "--temperature", 0, "--max_tokens", 40, *runs]
-    out, _ = run("--prompt", "once", *line)
+    shape = "--context_size 16 --dim 32 --mlp swiglu --vocab_size 300".split()
+    schedule = "--num_iters 120 --learning_rate 0.01 --lr_warmup 5".split()
+    run("--text", stories, "--tokenizer", tokenizer, *TINY, *shape, *schedule, *runs)
+    line = ["--temperature=0", "--max_tokens=40", *runs]
+    out, _ = run("--prompt=once", *line)
     assert out == " upon a time.\n"
-    out, _ = run("--prompt", "once", *line, "--no-stop_at_end")
+    out, _ = run("--prompt=once", *line, "--no-stop_at_end")
     assert out.partition("once upon")[0] in (" upon a time.", " upon a time.<|endoftext|>")
-    out, _ = run("--prompt", "once", *line, "--draft", draft)
-    assert out == " upon a time.\n"
     (tmp_path / "prompts.txt").write_text("once\nonce upon a\n")
     out, _ = run_extra("batch", tmp_path / "prompts.txt", *line)
     answers = [json.loads(answer) for answer in out.splitlines()]

@@ -43,6 +43,13 @@ def read(path):
     return fields, tensors, kinds
 
 
+def fields_of(tokenizer, folder):
+    """The fields of a file with this tokenizer, for a vocabulary that is padded by two."""
+    export_gguf(make_llama(tokenizer.vocab_size + 2), tokenizer, folder / "model.gguf", None)
+    fields, _, _ = read(folder / "model.gguf")
+    return fields
+
+
 def halves_apart(array, head_dim):
     """The rows of queries or keys in our order.
 
@@ -100,8 +107,7 @@ def test_each_tensor(kind, shape, bits, matrix_kind, error, tmp_path):
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), BPE], ids=["byte", "bpe"])
 def test_the_tokenizer(tokenizer, tmp_path):
-    export_gguf(make_llama(tokenizer.vocab_size + 2), tokenizer, tmp_path / "model.gguf", None)
-    fields, _, _ = read(tmp_path / "model.gguf")
+    fields = fields_of(tokenizer, tmp_path)
     tokens = fields["tokenizer.ggml.tokens"]
     kinds = fields["tokenizer.ggml.token_type"]
     assert fields["tokenizer.ggml.pre"] == "gpt-2"
@@ -125,8 +131,7 @@ def test_the_tokenizer(tokenizer, tmp_path):
 def test_a_start_token_without_an_end_token(tmp_path):
     tokenizer = PackageTokenizer(json.dumps(CONTENT), bos=[5])
     tokenizer.eos = None
-    export_gguf(make_llama(tokenizer.vocab_size), tokenizer, tmp_path / "model.gguf", None)
-    fields, _, _ = read(tmp_path / "model.gguf")
+    fields = fields_of(tokenizer, tmp_path)
     assert fields["tokenizer.ggml.add_bos_token"] and fields["tokenizer.ggml.bos_token_id"] == 5
     assert "tokenizer.ggml.eos_token_id" not in fields
 
@@ -139,11 +144,9 @@ def test_added_tokens_that_are_not_special(tmp_path):
     package = Tokenizer.from_str(BPE.vocabulary)
     package.add_tokens(["<think>"])
     package.add_special_tokens(["<im>"])
-    other = PackageTokenizer(package.to_str(), "file")
-    export_gguf(make_llama(other.vocab_size), other, tmp_path / "model.gguf", None)
-    fields, _, _ = read(tmp_path / "model.gguf")
+    fields = fields_of(PackageTokenizer(package.to_str(), "file"), tmp_path)
     kinds = fields["tokenizer.ggml.token_type"]
-    assert kinds[-2:] == [gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL]
+    assert kinds[-4:-2] == [gguf.TokenType.USER_DEFINED, gguf.TokenType.CONTROL]
 
 
 @pytest.mark.parametrize("tokenizer, words", [
@@ -154,7 +157,7 @@ def test_added_tokens_that_are_not_special(tmp_path):
 ])  # fmt: skip
 def test_tokenizers_that_llama_cpp_lacks(tokenizer, words, tmp_path):
     with pytest.raises(UsageError, match=words):
-        export_gguf(make_llama(tokenizer.vocab_size), tokenizer, tmp_path / "model.gguf", None)
+        fields_of(tokenizer, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -168,7 +171,7 @@ def test_from_the_command_line(base, tmp_path):
     nowhere = tmp_path / "nowhere" / "model.gguf"
     for typed, words in (
         ([path], f"{path} exists: name another file"),
-        ([small, "--quantize", 8], "--quantize 8 needs a model in which 32 divides --dim"),
+        ([small, "--quantize=8"], "--quantize 8 needs a model in which 32 divides --dim"),
         ([nowhere], "cannot write"),
     ):
         _, err = run_extra("export", *typed, *folder, status=2)

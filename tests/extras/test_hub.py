@@ -12,15 +12,11 @@ from test_huggingface import TEXTS, change, make_llama
 
 from extras.features.huggingface import export_model
 
-COMMITS = ["a" * 40, "b" * 40]
 KEY = "hf_secret"
 
 
 class Handler(BaseHTTPRequestHandler):
     """Serves `server.folder` as the model org/tiny: its list of files, and each of them."""
-
-    def do_HEAD(self):
-        self.do_GET()
 
     def do_GET(self):
         server = self.server
@@ -43,6 +39,8 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
+    do_HEAD = do_GET
+
     def reply(self, status, content, headers=()):
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
@@ -62,7 +60,7 @@ def hub(tmp_path):
         export_model(make_llama(), ByteTokenizer(), server.folder, None)
         for name in ("consolidated.safetensors", "model.fp16.safetensors", "README.md"):
             (server.folder / name).write_bytes(b"large")
-        server.commit = COMMITS[0]
+        server.commit = "a" * 40
         server.key = None
         server.seen = []
         server.env = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
@@ -78,7 +76,7 @@ def fetched(hub):
 @pytest.fixture
 def line(text, tmp_path):
     """The command of a run of adapters, which needs its base again whenever it is resumed."""
-    line = ["--text", text, "--lora_rank", 2, "--batch_size", 4, "--sample_tokens", 2]
+    line = ["--text", text, "--lora_rank=2", "--batch_size=4", "--sample_tokens=2"]
     return [*line, "--data_dir", tmp_path / "data"]
 
 
@@ -88,25 +86,25 @@ def test_a_model_by_name(hub, line, tmp_path):
     Resumed, it is the very same model: that of the cache where the hub cannot be reached, or that
     of the run.
     """
-    named = [*line, "--init_from", "org/tiny", "--save_dir", tmp_path / "named"]
+    named = [*line, "--init_from=org/tiny", "--save_dir", tmp_path / "named"]
     hub.key = KEY
-    name, _, _ = begin(*named, "--num_iters", 1, env=hub.env | {"HF_TOKEN": KEY})
+    name, _, _ = begin(*named, "--num_iters=1", env=hub.env | {"HF_TOKEN": KEY})
     assert fetched(hub) == {*TEXTS, "model.safetensors"}
 
-    hub.commit = COMMITS[1]  # its owner has changed it
+    hub.commit = "b" * 40  # its owner has changed it
     change(hub.folder, rms_norm_eps=1e-3)
     hub.seen.clear()
-    by_address = [*named, "--init_from", "https://huggingface.co/org/tiny", "--num_iters", 1]
+    by_address = [*named, "--init_from", "https://huggingface.co/org/tiny", "--num_iters=1"]
     unreachable = hub.env | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     assert begin(*by_address, env=unreachable)[:2] == (name, 1)
     shutil.rmtree(tmp_path / "home")
-    by_run = ["--identifier", name, "--num_iters", 2, "--save_dir", tmp_path / "named"]
+    by_run = ["--identifier", name, "--num_iters=2", "--save_dir", tmp_path / "named"]
     assert begin(*by_run, env=hub.env)[:2] == (name, 1)
     assert hub.seen == []
     export = tmp_path / "again"
     export_model(make_llama(), ByteTokenizer(), export, None)
     whole = [*line, "--init_from", export, "--save_dir", tmp_path / "whole"]
-    run(*whole, "--num_iters", 2)
+    run(*whole, "--num_iters=2")
     assert ids(tmp_path / "named")[0] == ids(tmp_path / "whole")[0]
 
 
@@ -130,9 +128,9 @@ def test_what_cannot_be_had(name, values, words, hub, line, tmp_path):
     assert "model.safetensors" not in fetched(hub)
 
 
-@pytest.mark.parametrize("given, expected", [([], 1024), (["--context_size", 1500], 1500)])
+@pytest.mark.parametrize("given, expected", [([], 1024), (["--context_size=1500"], 1500)])
 def test_a_long_context_is_not_trained_unasked(given, expected, line, tmp_path):
     export_model(make_llama(context_size=2000), ByteTokenizer(), tmp_path / "hf", None)
-    line += ["--init_from", tmp_path / "hf", "--num_iters", 1, "--batch_size", 1, *given]
+    line += ["--init_from", tmp_path / "hf", "--num_iters=1", "--batch_size=1", *given]
     run(*line, "--save_dir", tmp_path / "lm")
     assert newest(tmp_path / "lm").config.context_size == expected

@@ -37,7 +37,6 @@ TWO_MODES = {
     anchors.END_EVALUATION: f"    model.train()\n{anchors.END_EVALUATION}",
 }
 KINDS = [  # flags, and edits of main.py
-    ("--tokenizer byte", {}),
     ("--tokenizer char --average 0.5 --untie", {}),
     ("--tokenizer word --qk_norm --num_kv_heads 1", {}),
     ("--tokenizer bpe --vocab_size 300 --mlp swiglu --dropout 0.1", {}),
@@ -51,11 +50,11 @@ KINDS = [  # flags, and edits of main.py
 def test_scores_are_those_of_main(kind, edits, base, text, tmp_path):
     """Of the whole text, and of a part of it, computed from all losses."""
     folder, _ = base
-    line = ["--text", text, *kind.split(), "--save_dir", folder, "--learning_rate", 0.03]
+    line = ["--text", text, *kind.split(), "--save_dir", folder, "--learning_rate=0.03"]
     if "--init_from" not in kind:
         line += TINY
     program = copy_program(tmp_path / "copy", edits) if edits else ROOT / "main.py"
-    run(*line, "--num_iters", 12, "--eval_tokens", 0, "--sample_tokens", 4, program=[program])
+    run(*line, "--num_iters=12", "--eval_tokens=0", "--sample_tokens=4", program=[program])
     checkpoint = newest(folder)
     tokenizer = checkpoint.open().tokenizer
     tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens
@@ -72,12 +71,9 @@ def test_scores_are_those_of_main(kind, edits, base, text, tmp_path):
 
 
 def test_spans_are_evenly_spaced():
-    spans = choose_spans(10_000, 20, 200)
-    assert [stop - start for start, stop in spans] == [20] * 10
-    starts = [start for start, _ in spans]
-    assert (starts[0], starts[-1]) == (0, 10_000 - 20)
-    assert max(np.diff(starts)) - min(np.diff(starts)) <= 1
-    assert choose_spans(10_000, 20, 10_000) == choose_spans(10_000, 20, 0) == [(0, 10_000)]
+    expected = [(start, start + 20) for start in range(0, 901, 100)]
+    assert choose_spans(920, 20, 200) == expected
+    assert choose_spans(920, 20, 920) == choose_spans(920, 20, 0) == [(0, 920)]
 
 
 # ---- Models that know too much ------------------------------------------------------------------
@@ -127,16 +123,6 @@ def unmasked_in_batches(rows):
     return logits
 
 
-def reading_row(shift):
-    """A model whose predictions depend on the row so many places before."""
-
-    def model(rows):
-        logits = causal(rows)
-        return logits + 0.01 * np.roll(logits, shift, axis=0)
-
-    return model
-
-
 TOKENS = np.random.default_rng(1).integers(0, V - 1, 40 * WIDTH)  # the last id never occurs
 
 
@@ -177,17 +163,13 @@ def after_some_tokens(rows):
 TOO_MUCH = [
     (peeking_at(3, 4), "it sees the future: the prediction at position 3 depends on tokens from 4"),
     (peeking_at(0, 63), "position 0 depends on tokens from"),
-    (peeking_at(2, WIDTH - 1), "position 2 depends on tokens from"),
     (peeking_at(WIDTH - 2, WIDTH - 1), "position 98 depends on tokens from 99"),
-    (hiding(peeking_at(3, 4), -1e9), "position 3 depends on tokens from 4"),
     (hiding(peeking_at(3, 4), -np.inf), "position 3 depends on tokens from 4"),
     (unmasked_in_batches, "it sees the future"),
     (after_some_tokens, "it sees the future"),
     (averaging_rows, judge.DEPENDS_ON_OTHERS),
     (Remembering(), judge.DEPENDS_ON_OTHERS),
     (placed, judge.DEPENDS_ON_OTHERS),
-    (reading_row(1), judge.DEPENDS_ON_OTHERS),
-    (reading_row(-1), judge.DEPENDS_ON_OTHERS),
 ]
 
 
@@ -209,7 +191,6 @@ def test_of_a_long_context_places_all_over_it_are_tried():
 @pytest.mark.parametrize("table, is_diverged", [
     (10 * np.random.default_rng(0).standard_normal((V, V)), True),
     (5 * np.eye(V), False),  # as main.py's models are at first: the token just read is likely
-    (np.zeros((V, V)), False),
 ])  # fmt: skip
 def test_a_loss_far_above_that_of_an_untrained_model(table, is_diverged):
     referee = FakeJudge(lambda rows: table[rows])

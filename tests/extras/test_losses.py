@@ -47,7 +47,7 @@ def judge(tmp_path, capsys):
 
 
 def test_the_interval_with_a_number_of_pairs_is_students(judge):
-    out = judge(lines_of(PAIRS), "--pairs", "4")
+    out = judge(lines_of(PAIRS), "--pairs=4")
     # A mean of -0.2 with a standard error of 0.0816 / 2; t is 3.182 with three degrees of freedom.
     *_, numbers, signs, verdict = out.splitlines()
     assert numbers == "mean difference -0.2000 in loss, 95 % interval -0.3299 to -0.0701"
@@ -66,7 +66,6 @@ def test_a_race_is_wider_and_ends_with_its_first_outcome(judge):
 
 
 ENDS = [
-    ([(after, before) for before, after in PAIRS], f"Hurt, {CONDITIONS}"),  # the sides swapped
     (PAIRS[:3], "No verdict yet: the next look is after 4 pairs."),
     # Small losses: their differences are not the same.
     ([(before * 1e-10, after * 1e-10) for before, after in PAIRS], f"Helped, {CONDITIONS}"),
@@ -80,12 +79,12 @@ def test_verdicts(pairs, end, judge):
 
 
 def test_a_seed_with_one_side_is_no_pair(judge):
-    out = judge([*lines_of(PAIRS), "before,5,1.0", "after,6,9.0"], "--pairs", "5")
+    out = judge([*lines_of(PAIRS), "before,5,1.0", "after,6,9.0"], "--pairs=5")
     assert out.endswith("No verdict yet: the next look is after 5 pairs.\n")
 
 
 @pytest.mark.parametrize("pairs", [
-    [(3.0, 3.0), (3.1, 3.1), (3.2, 3.2), (3.3, 3.3), (3.0, 2.9)],  # at first
+    [(3.0, 3.0)] * 4 + [(3.0, 2.9)],  # at first
     [(3.0, 2.9)] * 4,
     [(0.0, -0.1)] * 4,
 ])  # fmt: skip

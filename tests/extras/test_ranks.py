@@ -19,15 +19,15 @@ import pytest
 from conftest import CACHES, MAIN, TINY, assert_equal, copy_program, ids, newest, rows_of, run
 from conftest import start, wait_for
 
-LINE = ["--text", "text.txt", *TINY, "--num_iters", 12, "--steps_per_report", 1]
-LINE += ["--learning_rate", 3e-3, "--dropout", 0.2]
+LINE = [*TINY, *"--text text.txt --num_iters 12 --steps_per_report 1".split()]
+LINE += "--learning_rate 3e-3 --dropout 0.2".split()
 LAUNCH = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
 
 
 @pytest.fixture
 def line(tmp_path, text):
     """A command in a folder with its text, which one process has followed, in the folder `one`."""
-    run(*LINE, "--save_dir", "one", cwd=tmp_path)
+    run(*LINE, "--save_dir=one", cwd=tmp_path)
     return LINE
 
 
@@ -101,9 +101,9 @@ def assert_equal_runs(folder, other):
 ])  # fmt: skip
 def test_the_steps_are_those_of_one_process(tmp_path, text, size, num_scores, options):
     (tmp_path / "test.txt").write_text(text.read_text()[:2000])
-    given = [*LINE, "--test_text", "test.txt", *options.split()]
-    alone, _ = run(*given, "--save_dir", "one", cwd=tmp_path)
-    together = run_ranks(size, tmp_path, *given, "--save_dir", "lm")
+    given = [*LINE, "--test_text=test.txt", *options.split()]
+    alone, _ = run(*given, "--save_dir=one", cwd=tmp_path)
+    together = run_ranks(size, tmp_path, *given, "--save_dir=lm")
     assert_equal_runs(tmp_path / "lm", tmp_path / "one")
     score = re.compile(r"(?<!best: )\b(?:valid|test) [\d.]+ nats")
     assert score.findall(together) == score.findall(alone)
@@ -112,15 +112,15 @@ def test_the_steps_are_those_of_one_process(tmp_path, text, size, num_scores, op
 
 def test_lora_with_a_teacher(tmp_path, line):
     shutil.copytree(tmp_path / "one", tmp_path / "lm")
-    given = [*line, "--init_from", "latest", "--teacher", "latest", "--lora_rank", 2]
-    run(*given, "--save_dir", "one", cwd=tmp_path)
-    run_ranks(2, tmp_path, *given, "--save_dir", "lm")
+    given = [*line, *"--init_from latest --teacher latest --lora_rank 2".split()]
+    run(*given, "--save_dir=one", cwd=tmp_path)
+    run_ranks(2, tmp_path, *given, "--save_dir=lm")
     assert newest(tmp_path / "lm").flags["lora_rank"] == 2
     assert_equal_runs(tmp_path / "lm", tmp_path / "one")
 
 
 def test_saved_by_two_resumed_by_one_and_back(tmp_path, line):
-    given = [*line, "--save_dir", "lm", "--num_iters"]
+    given = [*line, "--save_dir=lm", "--num_iters"]
     run_ranks(2, tmp_path, *given, 4)
     out, _ = run(*given, 8, cwd=tmp_path)
     assert "from iteration 4 to 8" in out and "ranks 2 -> 1" in out
@@ -130,7 +130,7 @@ def test_saved_by_two_resumed_by_one_and_back(tmp_path, line):
 
 
 def test_another_command_is_that_of_one_process(tmp_path, line):
-    given = ["--evaluate", "valid", "--eval_stride", 7, "--save_dir", "one"]
+    given = "--evaluate valid --eval_stride 7 --save_dir one".split()
     alone, _ = run(*given, cwd=tmp_path)
     together = run_ranks(2, tmp_path, *given)
     score = re.compile(r"valid (.*), [\d,]+ tokens/s")
@@ -139,7 +139,7 @@ def test_another_command_is_that_of_one_process(tmp_path, line):
 
 @pytest.mark.parametrize("number, signalled", [(signal.SIGTERM, [1]), (signal.SIGINT, [0, 1])])
 def test_signal_to_any_rank_stops_all(tmp_path, text, number, signalled):
-    ranks = start_ranks(2, tmp_path, *LINE, "--num_iters", 100_000, "--save_dir", "lm")
+    ranks = start_ranks(2, tmp_path, *LINE, "--num_iters=100000", "--save_dir=lm")
     wait_for(ranks[0], "20/100,000 ")
     for rank in signalled:
         ranks[rank].send_signal(number)
@@ -151,7 +151,7 @@ def test_signal_to_any_rank_stops_all(tmp_path, text, number, signalled):
 
 @pytest.mark.parametrize("size, victim, number", [(3, 0, signal.SIGKILL), (2, 1, signal.SIGSTOP)])
 def test_a_rank_that_is_gone_or_silent_ends_the_others(tmp_path, text, size, victim, number):
-    given = [*LINE, "--save_dir", "lm", "--steps_per_save", 2, "--num_iters"]
+    given = [*LINE, *"--save_dir lm --steps_per_save 2 --num_iters".split()]
     ranks = start_ranks(size, tmp_path, *given, 100_000, timeout="3")
     wait_for(ranks[0], "at iteration 4")
     ranks[victim].send_signal(number)
@@ -172,7 +172,7 @@ def test_a_rank_that_is_gone_or_silent_ends_the_others(tmp_path, text, size, vic
 
 def test_ranks_whose_launcher_is_gone_stop_saved(tmp_path, text):
     ports = ["--starting-port", free_ports(1)[0]]
-    given = ["--save_dir", "lm", "--num_iters", 100_000, "--steps_per_eval", 100_000]
+    given = "--save_dir lm --num_iters 100000 --steps_per_eval 100000".split()
     command = [sys.executable, "-c", LAUNCH, "-n", 2, *ports, "--", sys.executable, MAIN, *LINE]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     launcher = subprocess.Popen([*map(str, [*command, *given])], cwd=tmp_path, **pipes)
@@ -182,7 +182,7 @@ def test_ranks_whose_launcher_is_gone_stop_saved(tmp_path, text):
     while not ids(tmp_path / "lm"):
         assert time.monotonic() < deadline, "ranks were left alone in the world"
         time.sleep(0.1)
-    assert newest(tmp_path / "lm").segments[-1]["versions"]["ranks"] == 2
+    assert newest(tmp_path / "lm").segments[-1].versions["ranks"] == 2
 
 
 @pytest.mark.parametrize("env, status, said", [
@@ -203,8 +203,8 @@ OTHER = "rank 1 has another command line, other files in its folder, or another 
 
 
 @pytest.mark.parametrize("given, last, edit, said", [
-    (["--batch_size", 1], [], "", "--batch_size 1 leaves some of the 2 ranks without a row"),
-    ([], ["--seed", 2], "", OTHER),
+    (["--batch_size=1"], [], "", "--batch_size 1 leaves some of the 2 ranks without a row"),
+    ([], ["--seed=2"], "", OTHER),
     ([], [], "# other\n", OTHER),
 ])  # fmt: skip
 def test_a_mistake_is_said_once(tmp_path, text, given, last, edit, said):

@@ -10,7 +10,7 @@ from conftest import TINY, ids, log_rows, newest, run_folder
 @pytest.fixture
 def line(text, tmp_path):
     """The command of a short run that reports every 5 steps and saves every 10."""
-    line = ["--text", text, *TINY, "--steps_per_report", 5, "--steps_per_eval", 10]
+    line = ["--text", text, *TINY, "--steps_per_report=5", "--steps_per_eval=10"]
     return [*line, "--data_dir", tmp_path / "data", "--save_dir"]
 
 
@@ -35,10 +35,10 @@ def test_tensorboard_reads_the_curves_of_a_run_that_was_killed(line, tmp_path):
     pytest.importorskip("tensorboardX")
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder = tmp_path / "lm"
-    train(*line, folder, "--num_iters", 20, "--report_to", "tensorboard")
+    train(*line, folder, "--num_iters=20", "--report_to=tensorboard")
     newest(folder).weights_path.unlink()  # as if it had been killed before
-    train("--num_iters", 30, "--save_dir", folder, "--data_dir", tmp_path / "data")  # inherited
-    train(*line, tmp_path / "plain", "--num_iters", 30)
+    train("--num_iters=30", "--save_dir", folder, "--data_dir", tmp_path / "data")  # inherited
+    train(*line, tmp_path / "plain", "--num_iters=30")
     assert ids(folder)[0] == ids(tmp_path / "plain")[0]
 
     events = accumulator.EventAccumulator(str(run_folder(folder)))
@@ -86,10 +86,10 @@ def test_wandb_goes_on_with_the_curves_of_a_resumed_run(line, tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "wandb", recorder)
     folder = tmp_path / "lm"
     mirror = "https://user:password@example.com"  # not used by a text of one's own
-    train(*line, folder, "--num_iters", 10, "--report_to", "wandb", "--mirror", mirror)
-    train(*line, folder, "--num_iters", 20)
+    train(*line, folder, "--num_iters=10", "--report_to=wandb", "--mirror", mirror)
+    train(*line, folder, "--num_iters=20")
     expected = reported(folder)
-    train(*line, folder, "--num_iters", 30, "--report_to", "none")
+    train(*line, folder, "--num_iters=30", "--report_to=none")
     assert len(recorder.sessions) == 2
     assert "password" not in str(recorder.sessions)
     curves = {}
@@ -108,7 +108,7 @@ def test_wandb_goes_on_with_the_curves_of_a_resumed_run(line, tmp_path, monkeypa
 @pytest.mark.parametrize("place", ["init", "log", "finish"])
 def test_a_failure_is_said_once_and_changes_nothing(place, line, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", Recorder(place))
-    train(*line, tmp_path / "lm", "--num_iters", 10, "--report_to", "wandb")
+    train(*line, tmp_path / "lm", "--num_iters=10", "--report_to=wandb")
     told = [line for line in capsys.readouterr().out.splitlines() if "--report_to" in line]
     assert told == ["--report_to wandb failed, the run goes on: gone\ufffd[2J for ever"]
     assert [row["iteration"] for row in log_rows(tmp_path / "lm", "train")] == [5, 10]
