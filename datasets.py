@@ -153,7 +153,7 @@ class RowFile(NamedTuple):
 #                   full in every checkpoint
 #     train         class method: an iterable of texts, vocab_size -> tokenizer
 #
-# Texts arrive in blocks, see read_documents. After an edit of this file, they are encoded again.
+# Texts arrive in blocks, see read_documents. After an edit of this file, all are encoded again.
 # Nothing depends on the order of a set, so the ids do not depend on Python's hash seed.
 
 
@@ -425,8 +425,7 @@ TOKENIZERS = {
     "file": PackageTokenizer,  # with that of any tokenizer.json, not only byte-level BPE
 }
 # What --tokenizer takes; anything else is the path of a tokenizer.json.
-KINDS = ["auto", *TOKENIZERS]
-KINDS.remove("file")
+KINDS = ["auto", *(kind for kind in TOKENIZERS if kind != "file")]
 
 
 def encode_after(tokenizer, blocks):
@@ -489,8 +488,8 @@ def describe_tokenizer(tokenizer):
 
 
 # ---- Corpora ------------------------------------------------------------------------------------
-# To add a corpus, write a function here, and a row in CORPORA. Like tinystories, let find_cut find
-# where a text can be cut.
+# To add a corpus, write a function here and a row in CORPORA. To cut a text in two, take the place
+# from find_cut, as tinystories does.
 
 
 class Corpus(NamedTuple):
@@ -746,8 +745,8 @@ def find_text_files(path, program_folders):
     left out with a message. Hidden files do not count, nor do those in `program_folders` (resolved
     paths, where this program keeps its files) unless `path` itself lies there. Links to folders are
     followed, but not to one above.
-    Raises UsageError if nothing matches; with the reason for the last file left out, also if no
-    match is text, or if all that are named for training are left out, and others are not.
+    Raises UsageError if nothing matches. Also, with the reason for the last file left out, if none
+    is left, or if none named for training is left but some for validation or testing are.
     """
     program_folders = program_folders.difference(Path(os.path.realpath(path)).parents)
     base = os.path.dirname(path)  # to which names are relative
@@ -782,9 +781,9 @@ def find_text_files(path, program_folders):
             del files[file]
             left_out[file.suffix or file.name] += file.stat().st_size
     if left_out:
-        splits_left = {*map(named_split, files.values())}
+        splits_kept = {*map(named_split, files.values())}
         # Otherwise, text for validation or testing would be trained on.
-        is_train_lost = "train" in splits - splits_left and splits_left & {"valid", "test"}
+        is_train_lost = "train" in splits - splits_kept and splits_kept & {"valid", "test"}
         if not files or is_train_lost:
             raise reason
         what = f"{left_out.total():,} bytes in files that are no readable UTF-8 text"
@@ -888,12 +887,12 @@ def hold_out(sources, valid_fraction):
         share = valid_fraction
         train = []
         valid = []
-        left = round(total * (1 - valid_fraction))  # bytes to train on
+        bytes_to_train = round(total * (1 - valid_fraction))
         for span in spans:
-            first, rest = cut(span, find_cut(span, left))
+            first, rest = cut(span, find_cut(span, bytes_to_train))
             train.append(first)
             valid.append(rest)
-            left -= span.stop
+            bytes_to_train -= span.stop
     if len(spans) > 1:
         print(f"Held out for validation, {share:.1%} of the bytes: {names}")
     for source in sources:
@@ -1047,7 +1046,7 @@ def encode_documents(sources, tokenizer):
 def write_tokens(sources, tokenizer, path):
     """Encodes `sources` into the file `path`, a plain sequence of ids.
 
-    Returns a dict of the counts of a Split, and the SHA256 of the ids. A run that has mapped an old
+    Returns a dict: the counts of a Split, and the `sha256` of the ids. A run that has mapped an old
     file keeps its tokens.
     """
     counts = Counter()
@@ -1102,7 +1101,7 @@ def load_dataset(
 
     dataset: a key of CORPORA; "text" stands for the user's files in `text`, `valid_text` and
         `test_text`. With a corpus, `test_text` replaces its test split.
-    data_dir: the folder for all files of the corpus; by default save_dir, else see open_data_dir.
+    data_dir: the folder for all files of the corpus; by default save_dir, else see make_data_dir.
     tokenizer: a kind, the path of a tokenizer.json, or a tokenizer object. One of a kind is trained
         on the whole training split, even if only its first `train_tokens` ids are used.
     valid_fraction: the fraction of `text` held out for validation if there is no `valid_text`.
@@ -1113,7 +1112,7 @@ def load_dataset(
 
     Raises UsageError if the user's files cannot be used, RunError for a failed download.
     """
-    data_dir = open_data_dir(data_dir or save_dir)
+    data_dir = make_data_dir(data_dir or save_dir)
     corpus = CORPORA[dataset]
     if tokenizer == "auto":
         tokenizer = corpus.tokenizer_kind
@@ -1256,7 +1255,7 @@ def fetch(name, folder, data_dir, mirror):
     sources = [host + name for host in corpus.hosts]
     if mirror:
         sources = [f"{mirror.rstrip('/')}/{folder}/{name}"]
-    if partial_path.exists():  # what an earlier try has left may be damaged: then once more
+    if partial_path.exists():  # may be damaged: the first host gets two tries
         sources = sources[:1] + sources
     reasons = []
     with hold_lock(path.parent):  # if two processes race, one downloads, the other finds the file
@@ -1360,7 +1359,7 @@ def explain_errors(text, *errors, raises=UsageError):
     the exception's own. A missing package or name passes unless `errors` has its type.
     """
     expected = errors or (BaseException,)  # a panic of the package tokenizers is no Exception
-    # The first three are no errors, and the others none in what was read.
+    # The first three are no errors; a missing package or name is no fault of what was read.
     passed = (KeyboardInterrupt, SystemExit, GeneratorExit, ImportError, NameError)
     if errors:
         passed = ()
@@ -1579,6 +1578,7 @@ class FastVersions:
         return getattr(self.fast, function.__name__)
 
 
+# Paths, from the program's folder, of what is no module of the user's own.
 NOT_USERS = re.compile(r"(main|datasets)\.py|(extras|tests|.*site-packages)/.*|\..*|.*(?<!\.py)")
 
 
@@ -1626,7 +1626,7 @@ RAM_DISK = Path("/Volumes/RAMDisk")  # on macOS, if the user has made one of thi
 RAM_DISK_SIZE = 4 << 30  # bytes, at least; tinystories and its tokens take 3 GiB
 
 
-def open_data_dir(data_dir=None):
+def make_data_dir(data_dir=None):
     """The folder for corpora, downloads and tokens as a Path, created if it is missing.
 
     It is `data_dir`, if given; else a folder on a RAM disk, if mounted; else the first of CACHE and
@@ -1652,7 +1652,7 @@ def open_data_dir(data_dir=None):
     )
 
 
-def open_save_dir(save_dir):
+def make_save_dir(save_dir):
     """Makes the folder of runs, if it is missing. Raises UsageError if it is not writable."""
     with explain_errors(f"cannot write to --save_dir {save_dir}: name a folder of yours", OSError):
         make_writable(save_dir)
@@ -1675,7 +1675,7 @@ def cpu_info():
 
 
 @functools.cache
-def open_kernel_dir():
+def make_kernel_dir():
     """The folder for compiled code, which is loaded from there: no other user can write to it.
 
     It is in CACHE, one for each kind of system and CPU, as machines may share a home. If there is
@@ -1749,7 +1749,7 @@ def lock_file(file, wait=True):
 
 @contextlib.contextmanager
 def hold_lock(folder):
-    """Makes a folder, and holds its lock: one process at a time is in such a block."""
+    """Makes a folder, holds its lock, and deletes what killed processes have left there."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as lock:
         lock_file(lock)

@@ -1,6 +1,6 @@
 """Train a transformer language model with MLX, resume it bit-exactly, and sample from it.
 
-    python main.py --config first    train on Python's own library, two minutes; rerun to resume
+    python main.py --config first    train on Python's own library (two minutes; needs extras/)
     python main.py --inference       sample interactively from the newest checkpoint
     python main.py                   resume the newest run; without any, train a large model
     python main.py --help            list all flags
@@ -39,8 +39,8 @@ import datasets
 from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, Flag, nonempty, number, one_of
 from datasets import RunError, UsageError, explain_errors, extra, printable
 
-# `fast` is extras/features/fast.py, or None. A function under @fast_version is replaced by its copy
-# there until you edit it here. This precedes MLX, which uses whichever BLAS is already loaded.
+# `fast` is extras/features/fast.py, or None. A function under @fast_version is replaced by its
+# faster namesake there, until you edit it here. MLX comes later, as it uses the BLAS loaded first.
 fast, fast_version = datasets.import_fast(__name__, __file__)
 
 import mlx.core as mx
@@ -92,7 +92,7 @@ def linear_product(x, weight):
 
 
 class Linear(nn.Linear):
-    """MLX's linear layer, computed by `linear_product`; by default, without a bias."""
+    """MLX's linear layer, by `linear_product`, which fast.py replaces; by default, without bias."""
 
     def __init__(self, inputs, outputs, bias=False):
         super().__init__(inputs, outputs, bias)
@@ -111,7 +111,7 @@ def rms_norm(x, weight, eps):
 
 
 class RMSNorm(nn.RMSNorm):
-    """MLX's RMSNorm, computed by `rms_norm`."""
+    """MLX's RMSNorm, by `rms_norm`, which fast.py replaces."""
 
     def __call__(self, x):
         return rms_norm(x, self.weight, self.eps)
@@ -124,7 +124,7 @@ def embed(table, tokens):
 
 
 class Embedding(nn.Embedding):
-    """MLX's embeddings, looked up by `embed`."""
+    """MLX's embeddings, by `embed`, which fast.py replaces."""
 
     def __call__(self, tokens):
         return embed(self.weight, tokens)
@@ -309,8 +309,8 @@ def draw_dropout(iteration, num_rows, flags):
     dropout_rate = flags.dropout + (final - flags.dropout) * iteration / flags.num_iters
     # The 1 makes these random numbers differ from those of Batches.
     rng = np.random.default_rng([flags.seed, iteration, 1])
-    keys = rng.integers(0, 2**32, (num_rows, 2), np.uint32)
-    return mx.array(dropout_rate), mx.array(keys)
+    row_keys = rng.integers(0, 2**32, (num_rows, 2), np.uint32)
+    return mx.array(dropout_rate), mx.array(row_keys)
 
 
 class DropoutMasks:
@@ -412,8 +412,8 @@ class LanguageModel(nn.Module):
     def __call__(self, tokens, caches=None, dropout_masks=None, logits_to_keep=None):
         """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all.
 
-        For sampling and the judge of extras.versus. Training and evaluation call `self.model`, then
-        `self.logits`: edit those.
+        For sampling and the judge of extras.versus. Training and evaluation do not pass here: they
+        call `self.model`, then `self.logits`. Edit these two.
         """
         hidden = self.model(tokens, caches, dropout_masks)  # [B, L, D]
         if logits_to_keep is not None:
@@ -424,7 +424,7 @@ class LanguageModel(nn.Module):
         """Logits [B, L, V] float32 of final hidden states [B, L, D].
 
         A softcap, a bias or a scale goes here: it holds in training, evaluation and sampling.
-        fast.py computes logits itself, until you edit one of LOGITS_CODE.
+        Until you edit one of LOGITS_CODE, below, fast.py computes logits by code of its own.
         """
         output_layer = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
         return output_layer(hidden).astype(mx.float32)
@@ -438,7 +438,7 @@ class LanguageModel(nn.Module):
 
 
 def resolve_config(config):
-    """Raises ValueError if the values of a Config conflict; computes `head_dim` if it is None."""
+    """Fills in `head_dim` if it is None; raises ValueError for values that cannot be."""
     for name, value in vars(config).items():
         if type(value) is int and not 1 <= value <= datasets.MAX_INT32:
             raise ValueError(f"{name} {value} is not from 1 to {datasets.MAX_INT32}")
@@ -532,7 +532,7 @@ def training_loss(model, hidden, targets, scale):
 
 @fast_version
 def sum_over_shards(function, *arrays):
-    """Returns function(*arrays), a tree of sums over the rows of the arrays [B, ...], [B, L] first.
+    """function(*arrays): a tree of sums over the B rows of arrays [B, ...], the first one [B, L].
 
     The fast version divides the rows among the cores and adds up the results.
     """
@@ -626,7 +626,7 @@ def make_muon(flags, weight_decay):
 
 
 # The choices of --optimizer: a function that makes the optimizer of the blocks' matrices, and one
-# for all other parameters. set_learning_rate sets their learning rates before each step.
+# for all other parameters.
 OPTIMIZERS = {
     "adamw": (make_adamw, make_adamw),
     "muon": (make_muon, make_adamw),
@@ -686,18 +686,18 @@ def set_learning_rate(optimizer, learning_rate):
 
 
 def constant_schedule(iteration, flags):
-    """The factor 1, which is the peak rate, at every step."""
+    """The peak rate at every step."""
     return 1
 
 
 def cosine_schedule(iteration, flags):
-    """The factor 1 until the cooldown; then half a cosine down to `min_lr`."""
+    """The peak rate until the cooldown; then half a cosine down to `min_lr`."""
     cosine = (1 + math.cos(math.pi * cooldown_progress(iteration, flags))) / 2  # 1 to 0
     return 1 - (1 - min_factor(flags)) * (1 - cosine)  # exactly 1 before cooldown
 
 
 def linear_schedule(iteration, flags):
-    """The factor 1 until the cooldown; then a straight line down to `min_lr`."""
+    """The peak rate until the cooldown; then a straight line down to `min_lr`."""
     return 1 - (1 - min_factor(flags)) * cooldown_progress(iteration, flags)
 
 
@@ -742,9 +742,9 @@ def learning_rate_at(iteration, flags):
 def update_average(average, weights, iteration, fraction):
     """The average of the weights over about the last `fraction` of the steps taken.
 
-    average: the average before step `iteration`, counted from 0, a tree of arrays; None before the
-    first step with --average. weights: those after the step. Step s of n enters with a coefficient
-    about proportional to (s / n) ^ (1 / fraction - 1) (Shamir & Zhang 2013; Karras et al. 2024), so
+    average: a tree of arrays, as it was before step `iteration` (counted from 0), or None if there
+    is none yet; weights: those after that step. Step s of n enters with a coefficient about
+    proportional to (s / n) ^ (1 / fraction - 1) (Shamir & Zhang 2013; Karras et al. 2024), so
     the average depends neither on where the run will end nor on where it was interrupted.
     """
     if average is None:
@@ -891,7 +891,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
         totals.update({name: array.item() for name, array in sums.items()})
     stop_signal, _ = ranks.agree(stop_signal)
     if stop_signal:
-        interrupts.stop_signal = stop_signal  # perhaps by another rank
+        interrupts.stop_signal = stop_signal  # perhaps one that only another rank got
         return None
     return {name: ranks.all_sum(total) / num_targets for name, total in totals.items()}
 
@@ -946,12 +946,12 @@ FLAGS["session"] = {
 
 
 def make_step(model, optimizer, flags, ranks=None, teacher=None):
-    """Returns step_fn(dropout_rate, inputs, targets, row_keys), which takes an optimizer step.
+    """Makes step_fn(dropout_rate, inputs, targets, row_keys), which takes an optimizer step.
 
     inputs, targets: [N, L], N = batch_size * grad_accumulation; dropout_rate, row_keys: see
-    draw_dropout. Of batch_size rows at a time, each rank takes a share, and of that each stream.
-    Returns {name: scalar array}: `loss`, the mean of training_loss over positions, and
-    `gradient_norm`, before clipping.
+    draw_dropout. Each micro-batch of batch_size rows is divided among ranks, then among streams.
+    step_fn returns {name: scalar array}: `loss`, the mean of training_loss over positions, and
+    `gradient_norm`, before clipping. Call make_step after Run.restore, which replaces arrays.
 
     With --dtype bfloat16, a GPU casts all weights but the embeddings, and a CPU rounds the inputs
     of matrix products; master weights, optimizer state and loss stay float32 on both.
@@ -968,8 +968,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         # frequent token.
         return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
 
-    # It is called for parts of a batch, and the results are added: it must return a sum over rows.
-    # A weight penalty here would count once for each part.
+    # This runs once for each shard of a micro-batch, and the results are added up: it has to return
+    # a sum over rows, and a weight penalty here would count once for each shard.
     def loss_fn(scale, dropout_rate, inputs, targets, row_keys):
         if casts_weights:
             model.update(tree_map_with_path(to_bfloat16, model.parameters()))  # LoRA's base, too
@@ -984,8 +984,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
     value_and_grad = nn.value_and_grad(model, loss_fn)
 
-    # Compiled once per set of shapes, then replayed. `inputs` lists arrays that are read but not
-    # passed; others, such as the teacher's weights, become constants.
+    # Compiled once per set of shapes, then replayed. Arrays that it reads without being passed them
+    # have to be in `inputs`; those that are not, such as the teacher's weights, become constants.
     @partial(mx.compile, inputs=[model.state])
     def loss_and_gradients(*arguments):
         weights = model.parameters()
@@ -994,7 +994,6 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return sums
 
     # Trees of arrays that each step reads and replaces: without `outputs`, changes would be lost.
-    # Call make_step after Run.restore, which replaces optimizer.state.
     state = [model.state, optimizer.state]
 
     @partial(mx.compile, inputs=state, outputs=state)
@@ -1004,7 +1003,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return {"loss": loss, "gradient_norm": norm}
 
     def step_fn(dropout_rate, inputs, targets, row_keys):
-        # Each rank has a sum over its own positions. With this factor, all_mean gives the mean.
+        # Each rank sums over its own positions; so scaled, all_mean of the sums is the mean of all.
         scale = ranks.size / targets.size
         scaled_sums = partial(loss_and_gradients, scale, dropout_rate)
         # This rank's rows of each micro-batch.
@@ -1058,7 +1057,7 @@ def train(run, interrupts, ranks):
             if is_done or stop_signal:
                 break
 
-            is_first_after_save = not run.has_unsaved_steps
+            is_first_after_save = not run.has_unsaved_changes
             metrics = train_step(run, step_fn)
             if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
                 raise divergence_error(run, "loss or gradient", run.iteration - 1)
@@ -1087,7 +1086,7 @@ def train_step(run, step_fn):
     flags = run.flags
     start = time.perf_counter()
     lr = learning_rate_at(run.iteration, flags)
-    set_learning_rate(run.optimizer, lr)  # an array in its state: no recompilation
+    set_learning_rate(run.optimizer, lr)  # MLX keeps it in optimizer.state: no recompilation
     inputs, targets = run.batches.next()
     dropout_rate, row_keys = draw_dropout(run.iteration, len(inputs), flags)
     metrics = step_fn(dropout_rate, inputs, targets, row_keys)
@@ -1126,13 +1125,13 @@ def validate(run, interrupts, ranks, reporter):
     if run.is_evaluation_due():
         bits = bits_per_byte(metrics["loss"], run.dataset.valid)
         run.evaluations.append(Evaluation(run.iteration, metrics["loss"], len(tokens) - 1, bits))
-        run.has_unsaved_steps = True
+        run.has_unsaved_changes = True
     if reporter:
         reporter.report_evaluation(metrics, seconds)
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
-# Logits [B, V] become ids (Decoder), ids become text (Detokenizer), and texts a Conversation.
+# A Conversation has a Decoder (logits [B, V] to ids) and, for each reply, a Detokenizer (to text).
 
 
 def bit_width(text):
@@ -1207,7 +1206,7 @@ def keep_min_p(logits, p):
 
 
 def process_logits(logits, flags, ids):
-    """Logits [B, V] to sample from; ids: for each row, a list of those in the model's window.
+    """Logits [B, V] to sample from; ids: for each row, the list of ids in the model's window.
 
     Applies the repetition penalty, temperature, top-k, top-p and min-p, in this order, as in
     Hugging Face's transformers. At temperature 0, only the penalty applies.
@@ -1281,7 +1280,7 @@ class Decoder:
         self.begin_window(0)
 
     def truncate(self, length):
-        """Truncates the text to `length` ids."""
+        """Shortens the text to `length` ids; all of it is read again."""
         del self.ids[length:]
         self.begin_window(0)
 
@@ -1317,7 +1316,7 @@ class Decoder:
 def encode_prompt(tokenizer, prompt):
     """The ids of a prompt that begins a text.
 
-    For "" without a start token: the end token or, if there is none, a newline.
+    If there are none ("", and no start token): the end token, else a newline, else id 0.
     """
     ids = [*tokenizer.bos, *tokenizer.encode(prompt).tolist()]
     if ids:
@@ -1336,7 +1335,7 @@ class Detokenizer:
     def __init__(self, tokenizer, ids):
         self.tokenizer = tokenizer
         self.ids = list(ids)
-        self.num_shown = len(tokenizer.decode(self.ids))  # number of characters returned
+        self.num_shown = len(tokenizer.decode(self.ids))  # characters of decode(ids) already shown
 
     def add_token(self, token):
         """The text that `token` completes; "" if it ends inside a character."""
@@ -1373,8 +1372,8 @@ class Conversation:
         """Adds `prompt` to the text, and yields the model's continuation in pieces.
 
         Except at the start of a text, the prompt goes on a new line. A piece is yielded once no
-        later token can change it. The reply ends at the end of the text, or before --stop, whose
-        text is then removed from the conversation, too.
+        later token can change it. The reply ends after --max_tokens, at the end token, on a signal,
+        or before the text of --stop, which then is no part of the conversation.
         """
         pieces = self.generate_pieces(prompt, flags, seed, interrupts)
         if flags.stop:
@@ -1399,7 +1398,7 @@ class Conversation:
         yield buffer
 
     def remove_last(self, count):
-        """Removes the last `count` characters of the reply, which may begin within a token."""
+        """Removes the last `count` characters of the reply; the first may split a token."""
         text = self.tokenizer.decode(self.ids)[:-count]
         self.decoder.truncate(self.reply_start)
         self.append_text(text[len(self.tokenizer.decode(self.ids)) :])
@@ -1466,12 +1465,12 @@ class Evaluation(NamedTuple):
 
 @dataclasses.dataclass
 class Segment:
-    """A part of a run that was trained by the same code, in the same environment, to the same end.
+    """A part of a run's steps, taken by the same code, in one environment, for one `num_iters`.
 
     Segments that differ only in where they begin are equal.
     """
 
-    iteration: int = dataclasses.field(compare=False)  # at which it begins
+    iteration: int = dataclasses.field(compare=False)  # its first step, counted from 0
     num_iters: int  # where the schedules of its learning rate and dropout end
     code_sha1: str  # see sha1_of_code
     versions: dict  # of the environment, see list_versions
@@ -1529,7 +1528,7 @@ class Run(Progress):
     optimizer: optim.Optimizer
     batches: Batches
     teacher: LanguageModel | None
-    parents: dict  # ids of the models that it began with or learns from, see Checkpoint
+    parents: dict  # see Checkpoint.parents
     segments: list  # see Segment; the last is current
     code: dict  # see read_code
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
@@ -1537,13 +1536,13 @@ class Run(Progress):
     has_stepped: bool = False  # in this process
     checkpoint_id: str | None = None  # of the last checkpoint
     saved_at: float = 0.0  # see Checkpoint
-    has_unsaved_steps: bool = False  # steps or evaluations since the last save
+    has_unsaved_changes: bool = False  # steps or evaluations since the last save
 
     def snapshot(self):
         """All that training changes: numbers, {name: value}, and a tree of arrays.
 
-        A checkpoint saves it, and ranks receive it. If a step should remember more: a number is a
-        field of Progress, an array belongs here and in `restore`.
+        A checkpoint saves it, and ranks receive it. To make steps remember more, give Progress a
+        field (a number), or add an array here and in `restore`.
         """
         numbers = get_values(self, PROGRESS_FIELDS)
         numbers |= get_values(self.batches, ["epoch", "cursor", "offset"])
@@ -1575,7 +1574,7 @@ class Run(Progress):
         self.evaluations = [Evaluation(*evaluation) for evaluation in self.evaluations]
         if self.flags.average:
             self.average = tree.get("average")
-        elif "average" in tree:  # a branch that drops --average; the losses are the average's
+        elif "average" in tree:  # a branch without --average: its parent's losses are of averages
             self.evaluations = []
 
     @property
@@ -1594,7 +1593,7 @@ class Run(Progress):
             self.recent_steps = 0
             self.recent_loss = 0.0
         self.iteration += 1
-        self.has_unsaved_steps = True
+        self.has_unsaved_changes = True
         self.tokens_seen += num_tokens
         if self.has_stepped:
             self.seconds += seconds
@@ -1616,8 +1615,8 @@ class Run(Progress):
     def evaluations_since_best(self):
         """How many evaluations in a row brought no new best, for --patience.
 
-        Only those at multiples of steps_per_eval count: an extended run, which also has one at its
-        old end, then stops where one of that length would.
+        Only those at multiples of steps_per_eval count, so that an extended run, which has one more
+        at its old end, stops where a run of the new length would.
         """
         interval = self.flags.steps_per_eval or math.inf
         losses = []
@@ -1632,7 +1631,7 @@ class Run(Progress):
 
     @contextlib.contextmanager
     def using_average(self):
-        """Puts the averaged weights, if there are any, into the model, and afterwards its own."""
+        """Yields the model with averaged weights, if any; afterwards, it has its own again."""
         weights = self.model.trainable_parameters()
         self.model.update(self.average or weights)
         try:
@@ -1664,14 +1663,14 @@ NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check 
 class Checkpoint(Progress):
     """A checkpoint as its record describes it; `open` reads and verifies its arrays."""
 
-    id: str  # the SHA1 of its weights
+    id: str  # the SHA1 of its .safetensors file, which names both files
     run_name: str  # of the run that saved it; a folder of another name holds a copy
     state_sha1: str  # of the arrays in its .metadata, see sha1_of_arrays
     saved_at: float  # in seconds since 1970; increases with each save of its run
-    flags: dict  # those in RECORDED_FLAGS, see resolve_flags
+    flags: dict  # {name: value} of RECORDED_FLAGS
     config: Config
-    tokens_sha256: dict  # of the training and validation texts, see Dataset
-    parents: dict  # what its run began with: {"init_from" / "teacher" / "branched_from": id}
+    tokens_sha256: dict  # the Dataset.sha256 of its run
+    parents: dict  # {"init_from", "teacher", "branched_from": id of that model or checkpoint}
     segments: list  # of type Segment
     # The fields of its Batches with the same names; `perm` is an array in the .metadata.
     epoch: int
@@ -2018,7 +2017,7 @@ def write_checkpoint(run):
     """
     numbers, arrays = run.snapshot()
     weights = arrays_to_save(arrays.pop("average" if run.average else "weights"))
-    # An array, as safetensors files with long headers cannot be read.
+    # As an array: MLX reads no long header, and a vocabulary can be long.
     tokenizer = json.dumps(run.dataset.tokenizer.to_dict()).encode()
     arrays["tokenizer"] = mx.array(np.frombuffer(tokenizer, np.uint8))
     state = arrays_to_save(arrays)
@@ -2052,9 +2051,9 @@ def write_checkpoint(run):
     datasets.sync(run.folder.parent)  # which holds the folder's own name
     run.checkpoint_id = sha1
     run.saved_at = saved_at
-    run.has_unsaved_steps = False
+    run.has_unsaved_changes = False
     if on_gpu():
-        mx.clear_cache()  # else the next step would reuse the copies' memory, which the CPU read
+        mx.clear_cache()  # no step may reuse what the CPU has read, see arrays_to_save
 
 
 def arrays_to_save(tree):
@@ -2164,8 +2163,8 @@ def model_from_checkpoint(checkpoint):
 class Interrupts:
     """Turns a termination signal into an attribute that loops check: `stop_signal`.
 
-    A second one, half a second later or more, ends the process at once, without saving. An earlier
-    one is a repetition: `timeout` signals the process, then its group, and launchers repeat Ctrl+C.
+    A second one, half a second later or more, ends the process at once, without saving. A sooner
+    one is the first again: `timeout` signals the process, then its group; launchers repeat Ctrl+C.
 
     Python runs handlers only after `mx.eval` returns, so a thread reads the bytes that the
     interpreter writes to a pipe as soon as a signal arrives.
@@ -2192,7 +2191,7 @@ class Interrupts:
 
     def __exit__(self, *error):
         os.close(signal.set_wakeup_fd(self.previous_writer))  # ends the thread
-        self.thread.join()  # a notebook's next %run deletes modules that it needs
+        self.thread.join()  # a notebook's next %run deletes modules that the thread needs
         for signal_number, handler in self.handlers.items():
             signal.signal(signal_number, handler)
 
@@ -2271,7 +2270,7 @@ def use_device(gpu):
     mx.set_default_device(mx.gpu if gpu else mx.cpu)
     # MLX loads its compiled kernels from the folder for temporary files, where another user could
     # have put a file of that name.
-    os.environ["TMPDIR"] = str(datasets.open_kernel_dir())
+    os.environ["TMPDIR"] = str(datasets.make_kernel_dir())
     if gpu and fast:
         fast.use_gpu()
     elif fast:
@@ -2280,11 +2279,11 @@ def use_device(gpu):
         # On ARM, compilers fuse products with sums, but only in some loops of a kernel. Timing
         # decides which loop computes an element, so its last bit would vary.
         compile_command = 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"'
-        datasets.use_compiler(datasets.open_kernel_dir(), compile_command)
+        datasets.use_compiler(datasets.make_kernel_dir(), compile_command)
 
 
 def bfloat16_products(is_enabled):
-    """A context manager: within it, matrix products round their inputs, on CPUs that can."""
+    """A context manager: if is_enabled, a CPU that can rounds inputs of products to bfloat16."""
     if is_enabled and fast:
         return fast.bfloat16_products()
     return contextlib.nullcontext()
@@ -2320,8 +2319,9 @@ def list_versions(flags, ranks):
 
 
 # ---- Code ---------------------------------------------------------------------------------------
-# A run's record has the SHA1 of the code that trained it, and its folder keeps a copy: whole files,
-# as they were loaded. Changes made only in memory, and data that the code reads, go unnoticed.
+# A run's record has the SHA1 of the code that trained it, without comments and layout; its folder
+# keeps the files, as they were loaded. Changes in memory, and data that the code reads, go
+# unnoticed.
 
 # {path from this folder: source}, of files seen so far
 LOADED_SOURCES = {"main.py": fast_version.source}
@@ -2386,7 +2386,7 @@ def save_code(run):
         path = folder / name
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Here, `prune_checkpoints` removes what a killed process leaves.
+            # In run.folder, as `prune_checkpoints` removes what is left there.
             with datasets.new_file(run.folder) as file:
                 file.write(source.encode())
                 datasets.publish(file, path)
@@ -2395,7 +2395,7 @@ def save_code(run):
 
 
 def code_mismatch_error(checkpoint, inputs):
-    """The UsageError for resuming a checkpoint by other code, that of these Inputs."""
+    """The UsageError for a command whose code, inputs.code, is not that of the checkpoint."""
     old = code_folder(checkpoint)
     paths = []
     if is_plain_folder(old):
@@ -2443,7 +2443,7 @@ METRIC_FORMATS = {
 }
 
 
-# tqdm's own format but for the steps per second, and the metrics that fit into 80 columns.
+# tqdm's own format without steps per second; with these metrics, it fits into 80 columns.
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 BAR_METRICS = ["loss", "learning_rate", "tokens_per_second"]
 
@@ -2498,7 +2498,7 @@ class Reporter:
         stats |= {"epoch": run.epochs, "peak_mib": mx.get_peak_memory() / 2**20}
         self.show(metrics | stats)
         train_split = run.dataset.train
-        if train_split.num_bytes is not None and run.teacher is None:  # else its loss is mixed in
+        if train_split.num_bytes is not None and run.teacher is None:  # a teacher's is mixed in
             stats["bits_per_byte"] = bits_per_byte(metrics["loss"], train_split)
         self.log_metrics("train", metrics | stats)
         self.timed_from = (run.iteration, run.seconds)
@@ -2564,7 +2564,7 @@ class Reporter:
 
 def save_and_sample(run, interrupts, reporter):
     """Saves a run and samples from it, unless nothing has changed since the last save."""
-    if not run.has_unsaved_steps:
+    if not run.has_unsaved_changes:
         return
     save(run, interrupts)
     say(f"saved {run.checkpoint_id} at iteration {run.iteration:,}")
@@ -2586,8 +2586,8 @@ def save_and_sample(run, interrupts, reporter):
 class Log:
     """A run's log.csv: a row has an iteration, a split and metrics.
 
-    The first row that a process adds rewrites it, without rows after the resumed iteration. A new
-    metric rewrites it, too, with one more column.
+    It is rewritten when a process adds its first row (rows after the iteration that it resumed go),
+    and when a metric is new (with one more column).
     """
 
     def __init__(self, run):
@@ -2856,10 +2856,10 @@ def resume_command(flags, identifier):
 
 
 # ---- Flags --------------------------------------------------------------------------------------
-# The groups `data`, `model`, `init` and `training` identify a run: another value is another run,
-# or in `training` a branch. `session` may change whenever a run is resumed. All of these are saved
-# with a run; `sampling`, `mode` and `command` are not. Where a default of None stands for a value
-# that depends on other flags, the help says so.
+# The groups `data`, `model`, `init` and `training` identify a run: another value is another run.
+# With --identifier, another value is a branch in `training`, and a mistake in the others. `session`
+# may change whenever a run is resumed. All of these are saved with a run; `sampling`, `mode` and
+# `command` are not. Where None stands for a value that depends on other flags, the help says so.
 
 
 def split_name(text):
@@ -2958,7 +2958,7 @@ def check_values(values):
 def read_command_line(argv):
     """The flags set on the command line, by --config or by --preset, {flag: value}.
 
-    The command line overrides the file; its --preset counts as the four flags that it stands for.
+    The command line overrides the file. A --preset yields only to flags given in the same place.
     """
     command_line_flags = vars(make_parser().parse_args(argv))
     file_flags = {}
@@ -2968,14 +2968,14 @@ def read_command_line(argv):
             for name in ("dataset", "text", "valid_text", "test_text"):
                 file_flags.pop(name, None)
     explicit_flags = {}
-    for group in (file_flags, command_line_flags):
-        explicit_flags |= PRESETS.get(group.get("preset"), {}) | group  # flags override a preset
+    for given in (file_flags, command_line_flags):
+        explicit_flags |= PRESETS.get(given.get("preset"), {}) | given
     modes = []
     for name, value in explicit_flags.items():
         if name in FLAGS["mode"] and value is not False:
             modes.append(name)
     if len(modes) > 1:
-        raise UsageError(f"--{modes[1]}: not allowed with argument --{modes[0]}")
+        raise UsageError(f"--{modes[1]}: not allowed with --{modes[0]}: give one of them")
     return explicit_flags
 
 
@@ -2986,6 +2986,7 @@ def read_config(name):
         path = RECIPES / f"{name}.yaml"
     if not path.is_file():
         recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+        recipes = recipes or "in extras/, which is missing"
         raise UsageError(f"--config {name}: no such file; the recipes are {recipes}")
     with explain_errors(f"--config {name} must be a YAML file of flags like dim: 8"):
         parser = make_parser()
@@ -3104,8 +3105,8 @@ def ineffective_flag_notices(flags):
 #                                        checkpoint, or a training flag has another value
 #     --new_model, or no such run yet    a new run
 #
-# If other code trained that run, --identifier still resumes it. With flags, a new run begins beside
-# it if it is finished; otherwise, the command is refused.
+# If other code trained that run: --identifier resumes it all the same; flags begin a new run beside
+# it if it is finished, and are refused if not; a command without flags is refused.
 #
 # A run's name is a hash of IDENTITY_FLAGS, of the contents of its texts and models, and of the
 # checkpoint that a branch began from. Its folder is NAME or NAME.2, NAME.3, …
@@ -3173,9 +3174,9 @@ def refuse_conflict(flags, values, owner):
         is_file = name in ("text", "valid_text", "tokenizer")
         is_file = is_file and str(value) not in datasets.TOKENIZERS
         if name in INIT_FLAGS and name in flags.explicit and flag_value != value and not is_file:
-            state = "was made without it" if value is None else f"has {value}"
+            reason = "was made without it" if value is None else f"has {value}"
             raise UsageError(
-                f"--{name} {flag_value} contradicts {owner}, which {state}: "
+                f"--{name} {flag_value} contradicts {owner}, which {reason}: "
                 f"leave --{name} out, or name another run or model"
             )
 
@@ -3205,7 +3206,7 @@ class Inputs(NamedTuple):
     flags: argparse.Namespace
     dataset: datasets.Dataset
     models: dict  # those that it reads at this start, {flag: LoadedModel}
-    parents: dict  # ids of what it began with, see Checkpoint
+    parents: dict  # see Checkpoint.parents
     code: dict  # see read_code
 
 
@@ -3285,7 +3286,7 @@ def load_data(flags, tokenizer=None):
             f"give at most {flags.context_size}"
         )
     arguments = get_values(flags, [*FLAGS["data"], "test_text", "save_dir", "data_dir", "mirror"])
-    arguments["data_dir"] = datasets.open_data_dir(flags.data_dir)
+    arguments["data_dir"] = datasets.make_data_dir(flags.data_dir)
     if tokenizer:
         arguments["tokenizer"] = tokenizer
     dataset = datasets.load_dataset(**arguments)
@@ -3563,8 +3564,7 @@ def sample_checkpoint(flags):
         draft = extra("decode").open_draft(flags, contents)
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, is_packed=flags.gpu)
-    # The checkpoint is announced only after all user errors are ruled out: an error must be the
-    # only line on stderr.
+    # Only now: a command that is refused must not have announced a checkpoint.
     announce(contents.checkpoint)
     new_conversation = partial(Conversation, contents.tokenizer, model, draft)
     if flags.inference:
@@ -3667,7 +3667,7 @@ def execute(argv):
             return evaluate_checkpoint(flags)
         if flags.inference or flags.prompt is not None:
             return sample_checkpoint(flags)
-        datasets.open_save_dir(flags.save_dir)
+        datasets.make_save_dir(flags.save_dir)
         return train_run(flags, ranks)
 
 

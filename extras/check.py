@@ -25,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 import main as core
-from datasets import RunError, UsageError, one_line, open_save_dir
+from datasets import RunError, UsageError, one_line, make_save_dir
 
 REPETITIONS = 20
 ROUNDING = 1e-2  # relative; products in TF32, as some GPUs make them, put Muon off by 3e-3
@@ -47,7 +47,7 @@ def main(arguments):
     parser = make_parser("check", __doc__, "gpu")
     parser.add_argument("training", nargs="*", default=[], help="flags for the runs")
     flags = read_flags(parser, arguments)
-    open_save_dir(flags.save_dir)
+    make_save_dir(flags.save_dir)
     versions = core.list_versions(flags, core.SingleProcess())
     print(f"{platform.platform()}, Python {platform.python_version()}, {versions}\n")
     amiss = []

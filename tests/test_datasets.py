@@ -681,9 +681,9 @@ if "RAM disk" in sys.argv[1]:
 import datasets
 if sys.argv[1] == "another CPU":
     datasets.cpu_info = lambda: "flags\t\t: fpu sse2"
-print(datasets.open_kernel_dir())
-assert datasets.open_kernel_dir() == datasets.open_kernel_dir()
-print(datasets.open_data_dir())
+print(datasets.make_kernel_dir())
+assert datasets.make_kernel_dir() == datasets.make_kernel_dir()
+print(datasets.make_data_dir())
 """
 
 

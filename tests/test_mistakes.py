@@ -167,7 +167,7 @@ MISTAKES = [
     ("--text text.txt --dim 30 --num_heads 2", "--dim 30 is not a multiple", "try 32"),
     ("--text text.txt --lora_rank 4", "--lora_rank trains adapters", "name it by --init_from"),
     ("--valid_text text.txt", "--dataset text and --valid_text go with --text", "your files"),
-    ("--list --inference", "--inference", "not allowed with argument --list"),
+    ("--list --inference", "--inference", "not allowed with --list"),
     ("--identifier latest --new_model", "--identifier resumes a run", "use only one"),
     # Sizes that no machine has
     ("--text text.txt --dim 65536", "this needs about", "give a smaller model"),

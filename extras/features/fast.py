@@ -1,4 +1,4 @@
-"""Makes MLX fast on a CPU: a fast BLAS, faster attention and loss, one stream per core.
+"""Makes MLX fast on a CPU, by a fast BLAS and a stream per core, and repeatable on a GPU.
 
 main.py imports this file before MLX and then uses these functions in place of its own plain ones
 of the same names:
@@ -19,8 +19,8 @@ of the same names:
 
 fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
 
-They match the plain functions up to rounding; tests/extras/test_fast.py compares them. Each
-replaces the plain function with the hash in PLAIN_HASHES; one that was edited runs itself. Loss and
+They match the plain functions up to rounding; tests/extras/test_fast.py compares them. A plain
+function is replaced while its hash is that in PLAIN_HASHES; once edited, it runs itself. Loss and
 metrics also stand for what computes logits, main.py's LOGITS_CODE, and parallelize for Muon. On a
 GPU, all but embed, rms_norm, loss, metrics and AdamW's update are MLX's. Without this file, or with
 DISABLE_FAST in the environment, main.py does the same, but up to 30 times as slowly on a CPU; only
@@ -53,7 +53,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 
-from datasets import UsageError, atomic_write, cpu_info, hash_of_data, hold_lock, open_kernel_dir
+from datasets import UsageError, atomic_write, cpu_info, hash_of_data, hold_lock, make_kernel_dir
 from datasets import use_compiler
 from extras.common.limits import count_cores
 
@@ -123,7 +123,7 @@ def use_fast_blas():
     return name
 
 
-HEAP_BYTES = 2**32  # bytes of memory that get huge pages
+HEAP_BYTES = 2**32  # of addresses; only what is used takes memory
 MADV_HUGEPAGE = 14
 
 
@@ -190,7 +190,7 @@ def load_forwarder():
         # UsageError: no folder can hold code, so MLX cannot compile, either.
         with contextlib.suppress(UsageError, OSError, subprocess.SubprocessError):
             about = [source.read_text("utf-8"), options]
-            path = open_kernel_dir() / f"blas-{hash_of_data(about)[:12]}.so"
+            path = make_kernel_dir() / f"blas-{hash_of_data(about)[:12]}.so"
             compile_once(path, [compiler, "-shared", "-fPIC", "-O3", *options, source])
             return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     return None
@@ -384,9 +384,9 @@ def rotate_pairs(pairs, table):
 
 @rotate_pairs.vjp
 def rotate_gradients(inputs, gradient, output):
-    """The gradient is rotated by the negative angles: MLX's own first fills arrays with zeros.
+    """The gradient, rotated back: MLX's own would first fill arrays with zeros.
 
-    It is stored by positions, as the projection's gradient wants it, which otherwise copies it.
+    It is stored by positions, as the gradient of the projection needs it: else, that copies it.
     """
     table = inputs[1]
     cosines, sines = table[:, :, None]
@@ -600,7 +600,7 @@ def token_metrics(model, hidden, targets):
 
 
 def chunks(num_positions, vocab_size):
-    """Slices of so many positions, for as many logits each as are computed at a time."""
+    """Slices that divide the positions, each with as many logits as are computed at a time."""
     # Chunks of 2^23 logits (32 MiB) cost no time; with fewer than 128 rows, the products of a large
     # vocabulary become slow. A GPU needs larger ones: each chunk reads all of the head.
     max_rows = max(128, 2**23 // vocab_size)
@@ -667,7 +667,7 @@ def chunked_loss_and_gradients(hidden, head, targets, loss_weights, loss_of_chun
 
 
 def add_to(d_head, d_logits, inputs):
-    """The gradient w.r.t. the head of logits head @ inputs.T, added to d_head, if any; float32."""
+    """d_head (or 0) plus the float32 gradient w.r.t. `head`, where logits = head @ inputs.T."""
     product = (d_logits @ inputs).astype(mx.float32)
     return product if d_head is None else d_head + product
 
@@ -780,7 +780,7 @@ def use_precompiled_header():
     It lies next to that copy, in a folder for each MLX and compiler version.
     """
     compiler = shutil.which("g++") or shutil.which("clang++")  # MLX only calls g++
-    code_dir = open_kernel_dir()
+    code_dir = make_kernel_dir()
     if compiler is None or sys.platform != "linux":
         return
     if Path(compiler).parent.parent == code_dir:
@@ -808,7 +808,8 @@ def use_precompiled_header():
 def use_cpu():
     """Prepares MLX for a CPU, before anything is computed.
 
-    Graphs are computed breadth first, so that streams alternate; kernels compile quickly.
+    Graphs are computed breadth first, so that streams alternate; a header of kernels is compiled
+    only once.
     """
     # A step of 24 blocks of dim 256, with Muon, took 1.18 times as long with MLX's own 20: one
     # stream waited for the other.
