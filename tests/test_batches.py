@@ -51,6 +51,7 @@ def test_an_epoch_has_each_window_at_most_once(length, context_size, batch_size)
         assert batches.epoch == epoch
         assert len(set(starts)) == len(starts)
         assert set(starts) <= set(possible)
+        assert batches.perm.dtype == np.uint32
     assert len(orders) == 5 or len(possible) < 9
 
 
@@ -78,7 +79,7 @@ def test_fewer_windows_than_the_batch_repeat():
         assert counts.max() - counts.min() <= 1  # each as often as any other, but for one
 
 
-@pytest.mark.parametrize("length", [1, 2, 8])
+@pytest.mark.parametrize("length", [0, 1, 2, 8])
 def test_a_text_shorter_than_a_window_is_refused(length):
     with pytest.raises(UsageError) as caught:
         make_batches(length)

@@ -227,6 +227,8 @@ def test_damaged_newest_is_named_and_passed_over(line, folder):
     _, err = run("--inference", "--identifier", last.id, "--save_dir", folder, status=1)
     assert err.count("\n") == 1
     assert "is damaged" in err
+    _, err = run("--prompt", "line 5", "--save_dir", folder)
+    assert last.id[:12] in err and str(before) in err
     spoil(before.metadata_path)
     name, iteration, out = begin(*line)
     assert (name, iteration) == (first.folder.name, 1)

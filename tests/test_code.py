@@ -157,7 +157,7 @@ def test_code_counts_wherever_it_stands(place, line, tmp_path):
     """At the top, among reports, among flags. An optimizer's: test_runs.py."""
     names = []
     for factor in (1, 2):
-        edits = {place: f"FACTOR = {factor}\n\n\n{place}"}
+        edits = {place: f"# ---- Sampling ----\n\nFACTOR = {factor}\n\n\n{place}"}
         name, _, _ = begin(*line, program=[copy_program(tmp_path / str(factor), edits)])
         names.append(name)
     assert names[1] == f"{names[0]}.2"

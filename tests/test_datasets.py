@@ -371,6 +371,7 @@ def test_links_are_followed_once(find, tmp_path):
 
 
 @pytest.mark.parametrize("name, words", [
+    ("*.html", "no such file"),
     ("/dev/null", "is a pipe, a device or a"),
     ("a.bin", "a.bin is not UTF-8 at byte 0: it is no plain text: leave it out"),
     ("", "a.bin is not UTF-8 at byte 0: it is no plain text: leave it out"),  # its folder
@@ -759,6 +760,7 @@ def test_a_tokenizer_for_other_programs(tmp_path, text):
 
 @pytest.mark.parametrize("line, words", [
     ("--datset ptb", "unrecognized arguments: --datset (--dataset?; --help lists all flags)"),
+    ("--tokenizer=", "--tokenizer: is empty"),
     ("--vocab_size 5", "--vocab_size: must be at least 257"),
     ("--text {0} --save_tokenizer {0}", "--save_tokenizer {0} exists: name another file"),
 ])  # fmt: skip

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY, arrays, make_model, run
+from conftest import TINY, arrays, make_model, newest, run
 
 
 def nats_of(logits, targets):
@@ -108,7 +108,8 @@ def test_a_score_in_units_of_the_text(tokenizer, count, units, unknown, line, tm
     """The same in bits per byte, by hand: of all tokens, per 16 bytes."""
     (tmp_path / "valid.txt").write_text(SCORED_TEXT * 40)
     run(*line, "--valid_text", tmp_path / "valid.txt", "--tokenizer", *tokenizer.split())
-    out, _ = run("--evaluate", "validation", "--save_dir", tmp_path)
+    out, err = run("--evaluate", "validation", "--save_dir", tmp_path)
+    assert err.startswith(f"{newest(tmp_path)}, in ")
     said = rf"valid (\S+) nats, perplexity (\S+) {units}, (\S+) bits per byte{unknown}"
     nats, *perplexities, bits = map(float, re.match(rf"{said}, [\d,]+ tokens/s", out).groups())
     of_token_and_word = [math.exp(nats), math.exp(nats * count / 7)]

@@ -290,7 +290,7 @@ print("equal" if what_there_is() == before else "something stays")
 def test_nothing_of_it_stays(line, tmp_path):
     """In a notebook, where main() is one call of many."""
     program = ["-c", IN_A_NOTEBOOK]
-    steps = "--num_iters 100000 --steps_per_save 20 --keep 0 --sample_tokens 0".split()
+    steps = "--num_iters 100000 --steps_per_save 20 --keep 1000 --sample_tokens 0".split()
     process = start(*line, *steps, program=program, cwd=ROOT)
     out, err = process.communicate(timeout=100)
     assert out.count("STATUS 130\n") == 2, err

@@ -205,10 +205,11 @@ def test_masks_are_independent_and_keep_the_expectation():
 # Configuration
 
 
-# What does not fit: heads of dimension 2 / 4, key and value heads that cannot be shared equally, a
-# head that would fill the memory. (Heads of an odd dimension: see test_mistakes.py.)
+# What does not fit: heads of dimension 2 / 4 or 20 / 4, key and value heads that cannot be shared
+# equally, a head that would fill the memory.
 MISFITS = [
     (dict(dim=2), "dim 2 is not a multiple of 2 * num_heads 4: try 8"),
+    (dict(dim=20), "dim 20 is not a multiple of 2 * num_heads 4: try 16"),
     (dict(num_kv_heads=3), "num_kv_heads 3 does not divide num_heads 4: try 1"),
     (dict(num_kv_heads=8), "num_kv_heads 8 does not divide num_heads 4: try 4"),
     (dict(head_dim=10**8), "head_dim 100000000 is not an even number up to 65536"),

@@ -135,4 +135,6 @@ def test_draft(trained):
     plain, _ = run(*line)
     out, err = run(*line, "--draft", draft)
     assert out == plain
+    out, _ = run("--inference", *line[2:], "--draft", draft, input="the company\n")
+    assert out.startswith(plain)
     assert re.search(r"[\d.]+ tokens/s, \d+% of the draft's \d+ proposals accepted", err)

@@ -1,9 +1,11 @@
-"""Distillation: its loss by automatic differentiation, and its steps."""
+"""Distillation: its loss by automatic differentiation, its steps, and their resume."""
+
+import shutil
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import TINY, newest, run
+from conftest import TINY, begin, newest, run, saved
 from datasets import load_dataset
 from test_fast import assert_near, normal
 from test_optimizer import SCHEDULE, assert_written_out
@@ -69,3 +71,15 @@ def test_steps_are_those_written_out(base, text, tmp_path):
         return distilled_losses(logits, teacher(inputs), targets, 0.3, 1.7).mean()
 
     assert_written_out(newest(folder), tokens, loss_of)
+
+
+def test_an_interrupted_student_ends_as_one_that_was_not(base, text, tmp_path):
+    """Though its teacher's own folder is gone by then."""
+    folder, id = base
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    line = ["--text", text, *TINY, "--teacher", id, "--lr_warmup=0"]
+    run(*line, "--num_iters=12", "--save_dir", whole)
+    name, _, _ = begin(*line, "--num_iters=5", "--save_dir", folder)
+    shutil.rmtree(saved(folder)[-1].folder)
+    assert begin("--num_iters=12", "--save_dir", folder)[:2] == (name, 5)
+    assert newest(folder).id == newest(whole).id

@@ -168,6 +168,7 @@ def test_a_text_ends_however_it_is_sampled(tokenizer, tmp_path):
     line = ["--temperature=0", "--max_tokens=40", *runs]
     out, _ = run("--prompt=once", *line)
     assert out == " upon a time.\n"
+    assert run("--prompt=once", *line, "--draft=latest")[0] == out
     out, _ = run("--prompt=once", *line, "--no-stop_at_end")
     assert out.partition("once upon")[0] in (" upon a time.", " upon a time.<|endoftext|>")
     (tmp_path / "prompts.txt").write_text("once\nonce upon a\n")

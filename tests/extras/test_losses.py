@@ -68,7 +68,7 @@ def test_a_race_is_wider_and_ends_with_its_first_outcome(judge):
 ENDS = [
     (PAIRS[:3], "No verdict yet: the next look is after 4 pairs."),
     # Small losses: their differences are not the same.
-    ([(before * 1e-10, after * 1e-10) for before, after in PAIRS], f"Helped, {CONDITIONS}"),
+    ([(after * 1e-10, before * 1e-10) for before, after in PAIRS], f"Hurt, {CONDITIONS}"),
     ([*PAIRS[:3], (3.0, "nan")], "Cannot tell: a run of this pair has diverged."),
 ]
 

@@ -14,7 +14,7 @@ from extras.features.huggingface import export_model, import_model
 from extras.features.quantize import quantize
 
 
-def test_sixteen_bits_are_float16(tmp_path):
+def test_sixteen_bits_are_float16(tmp_path, capsys):
     """Of any size of model.
 
     Unpacked to sample with, packed to export, which mlx_lm and imports read.
@@ -22,6 +22,7 @@ def test_sixteen_bits_are_float16(tmp_path):
     model, packed = [make_model(vocab_size=257, dim=40, seed=5) for _ in range(2)]
     before = dict(tree_flatten(model.parameters()))
     assert quantize(model, 16, is_packed=False) is None
+    assert "16 bits: the matrices'" in capsys.readouterr().err
     for name, weight in tree_flatten(model.parameters()):
         assert weight.dtype == mx.float32
         expected = np.array(before[name])

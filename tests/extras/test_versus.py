@@ -648,7 +648,7 @@ VERDICTS = [
     (HARM, "", "Hurt.", 4),
     (noisy(-0.012), "", "Helped.", 8),
     (USELESS, "", "No difference seen: 6 pairs would detect one of ", 6),
-    (GAIN, "--pairs 3", "Helped.", 3),
+    (GAIN, "--pairs 2", "Helped.", 2),
     (noisy(-0.004), "--margin 0.008", "Not worse by more than 0.008.", 12),
     (SAME, "", NO_EFFECT, 4),
     (ending(2.0), "", "No effect seen: other weights, and the same losses.", 4),
@@ -657,8 +657,8 @@ VERDICTS = [
 ]
 
 
-# Of intervals, in standard errors: Student's for --pairs 3, then those of a race's looks.
-WIDTHS = {3: 4.303, 4: 4.85, 6: 3.84, 8: 3.28, 12: 2.76}
+# Of intervals, in standard errors: Student's for --pairs 2, then those of a race's looks.
+WIDTHS = {2: 12.706, 4: 4.85, 6: 3.84, 8: 3.28, 12: 2.76}
 
 
 @pytest.mark.parametrize("after, options, verdict, pairs", VERDICTS)
