@@ -658,7 +658,7 @@ def find_cut(span, at):
     """The byte near `at` at which to cut the Span of a whole file in two.
 
     It is where the next separator ends or, in a Span without one, the next line; if there is none
-    within 32 KiB, it is where a character ends.
+    within 32 KiB, and half of what is left of the file, it is where a character ends.
     """
     start = min(at, span.stop) - 1  # a line end right before `at` counts
     if start < 0:
@@ -1124,7 +1124,8 @@ def load_dataset(
         print("--vocab_size has no effect without --tokenizer bpe; gpt2 has 50,257 tokens.")
     user_paths = named_files(dataset, text, valid_text, test_text)
     local_sources = python_modules() if dataset == "python" else {}
-    program_folders = {Path(os.path.realpath(path)) for path in (data_dir, save_dir) if path}
+    folders = [user_path(path) for path in (data_dir, save_dir) if path]
+    program_folders = {Path(os.path.realpath(folder)) for folder in folders}
     local_sources |= user_text(user_paths, valid_fraction, text_field, program_folders)
     # `name` stands for one use of a text. It has a folder for each version of the text's files and
     # of datasets.py; the two written last stay.
@@ -1749,7 +1750,7 @@ def lock_file(file, wait=True):
 
 @contextlib.contextmanager
 def hold_lock(folder):
-    """Makes a folder, holds its lock, and deletes what killed processes have left there."""
+    """Makes a folder, holds its lock, and deletes what killed calls of `new_file` left there."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "ab") as lock:
         lock_file(lock)

@@ -2958,7 +2958,7 @@ def check_values(values):
 def read_command_line(argv):
     """The flags set on the command line, by --config or by --preset, {flag: value}.
 
-    The command line overrides the file. A --preset yields only to flags given in the same place.
+    The command line overrides the file; so does its --preset, but for flags that stand beside it.
     """
     command_line_flags = vars(make_parser().parse_args(argv))
     file_flags = {}
@@ -2986,7 +2986,7 @@ def read_config(name):
         path = RECIPES / f"{name}.yaml"
     if not path.is_file():
         recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-        recipes = recipes or "in extras/, which is missing"
+        recipes = recipes or f"missing: {RECIPES}"
         raise UsageError(f"--config {name}: no such file; the recipes are {recipes}")
     with explain_errors(f"--config {name} must be a YAML file of flags like dim: 8"):
         parser = make_parser()

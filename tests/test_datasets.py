@@ -326,10 +326,11 @@ FILES = {
 
 
 @pytest.fixture
-def find(tmp_path):
+def find(tmp_path, monkeypatch):
     """A function: the texts that patterns match among FILES. Checkpoints are in runs/."""
     lay(tmp_path, FILES)
-    options = {"valid_text": [tmp_path / "valid.txt"], "save_dir": tmp_path / "runs"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = {"valid_text": [tmp_path / "valid.txt"], "save_dir": "~/runs"}
 
     def find(*patterns):
         paths = [tmp_path / pattern for pattern in patterns]
