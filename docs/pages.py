@@ -19,26 +19,26 @@ ROOT = DOCS.parent
 TUTORIAL = DOCS / "tutorial.md"
 NOTEBOOK = DOCS / "tutorial.ipynb"
 FLAGS = DOCS / "flags.md"
-BEGIN = '''\
+BEGIN = """\
 from IPython.display import Image, display
 
 # Where you or your teacher cloned this repository from, or a folder that is a copy of it:
 REPOSITORY = "https://github.com/OWNER/transformer-lm"
 !git clone -q {REPOSITORY} transformer-lm
 %cd transformer-lm
-!pip install -q -r requirements.txt'''
+!pip install -q -r requirements.txt"""
 ABOUT = (
     "*This notebook is [tutorial.md](tutorial.md). Upload this file to any host of notebooks with "
     "two processor cores; no GPU is needed. All cells together take about half an hour. Run this "
     "first, with the address of the repository or of your class's own copy:*"
 )
-EDIT = '''\
+EDIT = """\
 from pathlib import Path
 
 path = Path("main.py")
 source = path.read_text()
 assert source.count({old!r}) == 1
-path.write_text(source.replace({old!r}, {new!r}))'''
+path.write_text(source.replace({old!r}, {new!r}))"""
 
 
 def cells_of(page):

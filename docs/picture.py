@@ -1,6 +1,8 @@
 """Draws the README's picture, for light and dark pages, from extras/versus/nanogpt.csv.
 
     python docs/picture.py
+
+It writes docs/verdict-light.svg and docs/verdict-dark.svg.
 """
 
 import sys

@@ -171,8 +171,11 @@ MISTAKES = [
     ("--identifier latest --new_model", "--identifier resumes a run", "use only one"),
     # Sizes that no machine has
     ("--text text.txt --dim 65536", "this needs about", "give a smaller model"),
-    ("--text text.txt --batch_size 1048576 --context_size 9999", "this needs about",
-     "smaller model or context"),
+    (
+        "--text text.txt --batch_size 1048576 --context_size 9999",
+        "this needs about",
+        "smaller model or context",
+    ),
     # Texts
     ("--text nowhere.txt", "nowhere.txt: no such file", "give a text's path"),
     ("--text $NOWHERE/a.txt", "$NOWHERE/a.txt: no such user or variable", "write the folder out"),

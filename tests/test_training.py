@@ -60,12 +60,12 @@ def test_a_resumed_run_keeps_its_order_of_batches(line, tmp_path):
     assert ids(tmp_path)[0] == ids(whole)[0]
 
 
-def test_extending_a_schedule_says_that_it_stretches(line):
+def test_another_length_says_where_schedules_end(line):
     line += ["--learning_rate", 0.01, "--lr_warmup", 0, "--steps_per_report", 1]
     line += ["--lr_schedule", "linear", "--min_lr", 0]
     run(*line, "--num_iters", 4)
     out, _ = run(*line, "--num_iters", 8)
-    assert "Schedules of the learning rate and of dropout now stretch" in out
+    assert "Schedules of the learning rate and of dropout now end" in out
     assert re.findall(r"  lr (\S+)", out)[0] == "5.00e-03"
 
 

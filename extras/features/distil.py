@@ -37,8 +37,14 @@ def make_loss(teacher, flags):
         loss_weights = mx.full(targets.size, scale)
         teacher_hidden = teacher.model(tokens).flatten(0, 1)  # [N, D'], without dropout
         return distilled_loss_and_gradients(
-            hidden.flatten(0, 1), head, targets.flatten(), loss_weights,
-            teacher_hidden, teacher.output_matrix, teacher_weight, temperature,
+            hidden.flatten(0, 1),
+            head,
+            targets.flatten(),
+            loss_weights,
+            teacher_hidden,
+            teacher.output_matrix,
+            teacher_weight,
+            temperature,
         )[0]
 
     return loss

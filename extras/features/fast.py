@@ -479,9 +479,7 @@ def attend(queries, keys, values, mask="causal"):
     if on_gpu() or keys.shape[2] > L or L == 1 or not is_causal:
         if L == 1 and is_causal:
             mask = None
-        return mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=d**-0.5, mask=mask
-        )
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=d**-0.5, mask=mask)
     queries = queries.reshape(B, K, -1, d)  # [B, K, H / K * L, d]
     # [L, H / K * L]: 0 for the past, -1e9 for the future, which then weighs 1e-13 at most. Sums use
     # the vector units, mx.where does not.

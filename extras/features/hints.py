@@ -29,8 +29,7 @@ ALIASES = {
     "lr_schedule": "lr_scheduler_type",
     "grad_clip": "clip_grad_norm gradient_clip_val max_grad_norm",
     "num_iters": (
-        "iters max_iters max_steps max_train_steps num_iterations num_steps total_steps "
-        "train_steps"
+        "iters max_iters max_steps max_train_steps num_iterations num_steps total_steps train_steps"
     ),
     "patience": "early_stopping_patience",
     "steps_per_report": "log_every log_every_n_steps log_interval logging_steps print_every",
