@@ -1941,7 +1941,8 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
     if len(path.parts) > 1 and os.path.exists(path):
         if save_dir.resolve() not in path.resolve().parents:
             raise UsageError(
-                f"--{flag_name} {identifier} lies outside --save_dir {save_dir}: copy the run there"
+                f"--{flag_name} {identifier} lies outside --save_dir {save_dir}: copy the run "
+                "there, or name the folder of its runs by --save_dir"
             )
         if path.is_file():  # in another folder, a copy may have this id
             checkpoints = checkpoints_in(path.parent)
@@ -2781,6 +2782,8 @@ def start_notices(run):
             "Computing in float32: bfloat16 is not faster here. It would be with --gpu, or on an "
             "AMD CPU with AVX-512 BF16 or an Intel CPU with AMX, after pip install onednn-cpu-gomp."
         )
+    if "config" in flags.explicit and not {"dataset", "text"} & {*flags.explicit}:
+        yield f"The --config names no text, so this is {run.dataset.name}; --text FILE names yours."
     yield from ineffective_flag_notices(flags)
 
 
@@ -3517,7 +3520,7 @@ def open_checkpoint(flags):
     Raises UsageError if a flag contradicts it, RunError if it is damaged.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
-    if not checkpoints:
+    if not checkpoints and not flags.identifier:
         raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
     checkpoint = find_checkpoint(flags, checkpoints, flags.identifier or "latest")
     values = checkpoint.flags | {"seed": flags.seed}  # here, the samples' seed

@@ -88,7 +88,9 @@ def read_cases(files, output):
             for number, entry in enumerate(entries, 1):
                 case = [entry[name] for name in ("prompt", "expected") if name in entry]
                 if [*map(type, case)] != [str, str]:
-                    raise ValueError(f"its entry {number} is none")
+                    raise ValueError(
+                        f"its entry {number} has no prompt and expected, each one text"
+                    )
                 # In JSON, which is also YAML, an emoji may be two surrogates: "\ud83d\ude00".
                 cases.append((*map(utf8, case),))
     return cases

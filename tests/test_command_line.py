@@ -102,6 +102,16 @@ def test_a_file_of_flags(content, beside, line, text, tmp_path):
     assert found == given_in(tmp_path / "lm", *small, *shlex.split(line))
 
 
+def test_a_file_that_names_no_text_says_so(text, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("num_iters: 2\n")
+    line = [*TINY, "--save_dir", tmp_path / "lm"]
+    name, _, out = begin(*line, "--config", path, "--text", text)
+    assert "names no text" not in out
+    _, _, out = begin("--save_dir", tmp_path / "lm", "--identifier", name, "--config", path)
+    assert "The --config names no text, so this is text; --text FILE names yours." in out
+
+
 @pytest.mark.parametrize("options, needed", [
     (
         "--min_lr 1e-5 --lr_cooldown 0.5",

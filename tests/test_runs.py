@@ -291,6 +291,9 @@ def test_identifiers(two_runs, tmp_path):
     elsewhere = shutil.copytree(folder / first, tmp_path / first)
     _, err = run(*words, "--identifier", elsewhere, status=2)
     assert f"{elsewhere} lies outside --save_dir {folder}" in err
+    (tmp_path / "empty").mkdir()
+    words = ["--prompt", "a", "--save_dir", tmp_path / "empty", "--identifier", elsewhere]
+    assert "lies outside" in run(*words, status=2)[1]
 
 
 @pytest.mark.parametrize("options", [[], ["--beta2", 0.9]])

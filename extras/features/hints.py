@@ -98,10 +98,10 @@ NOT_HERE = {
     "stream streaming": "continuations are always streamed",
     "speculative_sampling speculative_decoding": "--draft names a draft model",
     "distill distill_from groq_api_key teacher_model": "see python -m extras.collect",
-    "export plot attention log_attention cases": (
-        "a program of its own, with no flag before its file: python -m extras.export PATH, "
-        "extras.plot FILE, extras.attention FILE, extras.cases FILE"
-    ),
+    "export": "python -m extras.export PATH",
+    "plot": "python -m extras.plot FILE",
+    "attention log_attention": "python -m extras.attention FILE --prompt TEXT",
+    "cases": "python -m extras.cases FILE, with no flag before it",
     "prompts_file": "python -m extras.batch FILE",
     "output": "python -m extras.batch FILE --output FILE; datasets.py has --save_tokenizer",
     "perplexity": "python main.py --evaluate valid",
