@@ -851,6 +851,8 @@ def set_aside(files):
             if found:
                 files.setdefault(split, found)
     left_out = [name for key, (_, name) in train.items() if key in held_out]
+    if train == files.get("valid") == files.get("test"):  # for --evaluate: nothing is trained
+        return
     if len(left_out) == len(train):
         print("All text is for validation or testing: it is used, as there is no other.")
     elif left_out:

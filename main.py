@@ -1942,7 +1942,8 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
         if save_dir.resolve() not in path.resolve().parents:
             raise UsageError(
                 f"--{flag_name} {identifier} lies outside --save_dir {save_dir}: copy the run "
-                "there, or name the folder of its runs by --save_dir"
+                "there, or name the folder of its runs by --save_dir (only a folder with a "
+                "config.json is a Hugging Face model)"
             )
         if path.is_file():  # in another folder, a copy may have this id
             checkpoints = checkpoints_in(path.parent)
@@ -1951,8 +1952,7 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
     if identifier == "latest":
         matches = checkpoints[:1]
     elif identifier == "best" and checkpoints:
-        best = best_checkpoint(checkpoints_in(checkpoints[0].folder))
-        matches = [best] if best and best.evaluation else []
+        matches = [best_checkpoint(checkpoints_in(checkpoints[0].folder))]
     elif identifier in runs:
         matches = [checkpoints[runs.index(identifier)]]
     elif "@" in identifier:
@@ -3066,7 +3066,7 @@ def resolve_flags(explicit, recorded=None):
             # rounded up to a multiple of 64.
             flags.mlp_dim = 64 * math.ceil(8 * flags.dim / (3 * 64))
     if flags.lora_rank:
-        if not flags.init_from:
+        if not flags.init_from and not flags.identifier:
             raise UsageError("--lora_rank trains adapters of a model: name it by --init_from")
         if flags.lora_alpha is None:
             flags.lora_alpha = 2 * flags.lora_rank  # LoRA's scale, alpha / rank, is then 2

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from datasets import COUNT, Flag
+from datasets import COUNT, Flag, UsageError
 from extras.features.steps import rewind
 from main import find_checkpoint, list_checkpoints, make_step, token_metrics, train_step
 
@@ -30,6 +30,8 @@ def main(arguments):
     flags = read_flags(parser, arguments)
     checkpoints = list_checkpoints(flags.save_dir)
     after = find_checkpoint(flags, checkpoints, flags.step)
+    if not after.iteration:
+        raise UsageError(f"{flags.step} is the state before the first step: name a later one")
     name, _, _ = after.folder.name.partition("@")
     before = find_checkpoint(flags, checkpoints, f"{name}@{after.iteration - 1}")
     what = f"{after.folder.name}, step {after.iteration:,},"

@@ -160,7 +160,7 @@ MISTAKES = [
     ("--mlp nonsense", "--mlp: must be one of relu2, gelu, swiglu", "not nonsense"),
     ("--evaluate test.txt", "--evaluate: must be one of train, valid, test", "not test.txt"),
     ("--quantize int3", "--quantize: must be one of 4, 8, 16", "not 3"),
-    ("--report_to board", "--report_to: must be one of tensorboard, wandb", "not board"),
+    ("--report_to 'wandb, board'", "--report_to: must be one of tensorboard, wandb", "not board"),
     ("--identifier ''", "--identifier: is empty", "leave it out"),
     ("--text text.txt ''", "--text: is empty", "leave it out"),
     # Values that do not fit each other

@@ -268,7 +268,7 @@ def two_runs(tmp_path_factory):
     return folder / "lm", first, second
 
 
-def test_identifiers(two_runs, tmp_path):
+def test_identifiers(two_runs, tmp_path, text):
     """An id or its beginning, a run, the newest checkpoint, the best of the run saved last."""
     folder, first, second = two_runs
     checkpoints = {(each.folder.name, each.iteration): each for each in saved(folder)}
@@ -294,6 +294,10 @@ def test_identifiers(two_runs, tmp_path):
     (tmp_path / "empty").mkdir()
     words = ["--prompt", "a", "--save_dir", tmp_path / "empty", "--identifier", elsewhere]
     assert "lies outside" in run(*words, status=2)[1]
+    words[3] = tmp_path / "unscored"
+    name, _, _ = begin(*TINY, "--text", text, "--num_iters=2", *words[2:4], "--steps_per_eval=0")
+    _, err = run(*words[:4], "--max_tokens=1", "--identifier", "best")
+    assert err.startswith(f"{name}, iteration 2, "), "the newest, where none is scored"
 
 
 @pytest.mark.parametrize("options", [[], ["--beta2", 0.9]])

@@ -37,6 +37,8 @@ def main(arguments):
     tuning_seeds = {*tuning_seeds_of(losses["before"]), *tuning_seeds_of(losses["after"])}
     before, after = (losses[side][value] for side, value in zip(SIDES, best_values))
     seeds = [seed for seed in before if seed in after and seed not in tuning_seeds]
+    all_seeds = {*itertools.chain(*losses["before"].values(), *losses["after"].values())}
+    unpaired = sorted(all_seeds - tuning_seeds - {*seeds})
     condition = "if both sides are tuned"
     if setting:
         condition += f" ({setting}: {best_values[0]} before, {best_values[1]} after)"
@@ -45,9 +47,11 @@ def main(arguments):
         print_means(setting, means, tuning_seeds)
         best = describe_best(setting, best_values, losses.values())
         condition = best
-        if not seeds:
-            print(f"Next: train both sides on other seeds, {best}.")
-            return
+    if unpaired:
+        print(f"Not compared, without a run of each side at its value: seeds {', '.join(unpaired)}")
+    if best and not seeds:
+        print(f"Next: train both sides on other seeds, {best}.")
+        return
     print_verdict(seeds, before, after, options, best, condition)
 
 
@@ -65,12 +69,13 @@ def read_losses(path):
     columns = ["side", "seed", "loss"]
     settings = [name for name in header if name not in columns]
     setting, *_ = [*settings, None]
-    if sorted(header) != sorted(columns + settings[:1]):
+    if sorted(header) != sorted(columns + settings[:1]) or "" in header:
         raise UsageError(
             f"{path}: its first line is not side,seed,loss (or side,seed,learning_rate,loss, or "
-            "with another setting that was tuned)"
+            "with another setting that was tuned; pandas needs index=False)"
         )
     losses = {side: {} for side in SIDES}
+    largest = 0.0
     for line_number, cells in enumerate(lines, 2):
         if not any(cells):
             continue
@@ -83,11 +88,14 @@ def read_losses(path):
             loss = float(run["loss"])
             of_value = losses[run["side"]].setdefault(f"{value:.15g}", {})
         if run["seed"] in of_value:
-            raise UsageError(f"{path}, line {line_number}: this run is there twice")
+            raise UsageError(f"{path}, line {line_number}: this run is there twice: leave one out")
         of_value[run["seed"]] = loss if math.isfinite(loss) else math.inf
+        largest = max(largest, abs(of_value[run["seed"]]))
     for side in SIDES:
         if not losses[side]:
             raise UsageError(f"{path} has no run of the side {side!r}")
+    if largest < 0.01:
+        raise UsageError(f"{path}: four decimals show too little of such losses: multiply by 1000")
     return setting, losses
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets import RunError, UsageError, explain_errors, hash_of_data, hash_of_file, lock_file
-from datasets import open_no_follow
+from datasets import hint_table, open_no_follow
 from extras.common.limits import count_cores
 from extras.versus import ledger
 from extras.versus.judge import DIVERGED, Judge, read_texts
@@ -248,6 +248,9 @@ def tune(options, common, copies):
     """
     flag, _, listed = options.tune.partition("=")
     flag = flag.replace("-", "_")
+    for name, aliases in hint_table("ALIASES").items():
+        if flag in aliases.split():
+            flag = name
     with explain_errors(f"--tune {options.tune}: the values are no numbers"):
         values = sorted(listed.split(","), key=float)
     means = []  # [2] for each value

@@ -209,10 +209,12 @@ def test_the_texts_that_a_student_has_begun(tmp_path, server, collect):
     ("--distill_from http://[::1/v1", "give an address like http://localhost:8000/v1"),
     ("--distill_from http://127.0.0.1:99999/v1", "Port out of range"),
     ("--teacher_prompts none.txt", "none.txt must be a UTF-8 file"),
+    ("--teacher_prompts blank.txt", "it has no prompt"),
     ("--teacher_prompts bad.jsonl", "bad.jsonl must be a UTF-8 file or, if it is named"),
     ("--output prompts.txt", "cannot write to --output prompts.txt"),
 ])  # fmt: skip
 def test_mistakes(tmp_path, collect, typed, said):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": 3}\n')
+    (tmp_path / "blank.txt").write_text("\n \n")
     _, err = collect(*typed.split(), status=2)
     assert said in err.splitlines()[-1] and "word" not in err

@@ -94,7 +94,9 @@ def test_branches_of_a_lora_run_and_adapters_on_it(base, text):
     for run_folder in {checkpoint.folder for checkpoint in saved(folder)}:
         if run_folder.name not in (nested, branch):
             shutil.rmtree(run_folder)
-    assert begin("--identifier", branch, *runs, "--num_iters=6")[:2] == (branch, 5)
+    line = ["--identifier", branch, *runs, "--num_iters=6"]
+    assert "contradicts" in run(*line, "--lora_rank=4", status=2)[1]
+    assert begin(*line, "--lora_rank=2")[:2] == (branch, 5)
     shutil.rmtree(folder / branch)
     assert begin("--identifier", nested, *runs, "--num_iters=3")[:2] == (nested, 2)
 

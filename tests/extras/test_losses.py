@@ -67,8 +67,7 @@ def test_a_race_is_wider_and_ends_with_its_first_outcome(judge):
 
 ENDS = [
     (PAIRS[:3], "No verdict yet: the next look is after 4 pairs."),
-    # Small losses: their differences are not the same.
-    ([(after * 1e-10, before * 1e-10) for before, after in PAIRS], f"Hurt, {CONDITIONS}"),
+    ([(after, before) for before, after in PAIRS], f"Hurt, {CONDITIONS}"),
     ([*PAIRS[:3], (3.0, "nan")], "Cannot tell: a run of this pair has diverged."),
 ]
 
@@ -80,6 +79,7 @@ def test_verdicts(pairs, end, judge):
 
 def test_a_seed_with_one_side_is_no_pair(judge):
     out = judge([*lines_of(PAIRS), "before,5,1.0", "after,6,9.0"], "--pairs=5")
+    assert out.startswith("Not compared, without a run of each side at its value: seeds 5, 6\n")
     assert out.endswith("No verdict yet: the next look is after 5 pairs.\n")
 
 
@@ -108,6 +108,7 @@ def test_tuned_sides_are_compared_at_their_best_values(judge):
     lines = [*TUNING, *at(lines_of(PAIRS), 2.0, 3), *others]
     title, *rest, numbers, choice, _, _, verdict = judge(lines, header=TUNED).splitlines()
     assert title == "mean loss by learning_rate, seeds 1, 2"
+    assert rest.pop(4).endswith(" at its value: seeds 7")
     assert [*map(str.split, rest[:6])] == [
         ["before", "after", "difference"],
         ["1", "3.3000"],
@@ -142,7 +143,7 @@ def test_untuned_sides_are_named_with_their_values(judge):
     assert out.endswith(f"Helped, {CONDITIONS[:-1]} {values}\n")
 
 
-HEADERS = ["seed,before,after", "side,seed", "side,seed,loss,a,b", "side,side,loss", ""]
+HEADERS = "seed,before,after ,side,seed,loss side,seed side,seed,loss,a,b side,side,loss".split()
 MISTAKES = [
     # With one more value for seed 1 alone, seed 2 would be compared although it has chosen before.
     (TUNED, [*TUNING, "before,1,9,8.0"], "seed 2 of 'before' has several values of learning_rate"),
@@ -153,8 +154,9 @@ MISTAKES = [
     (UNTUNED, ["", "before,1,x"], "line 3: not like"),
     (UNTUNED, ["control,1,3.0"], "line 2: not like"),
     (UNTUNED, ["before,1,3.0", "before,1,3.1"], "line 3: this run is there twice"),
+    (UNTUNED, ["before,1,0.002", "after,1,0.003"], "too little of such losses: multiply by 1000"),
     (UNTUNED, ["before,1,3.0"], "has no run of the side 'after'"),
-    *((header, [], "first line is not side,seed,loss") for header in HEADERS),
+    *((header, [], "first line is not side,seed,loss") for header in ["", *HEADERS]),
 ]
 
 

@@ -143,6 +143,8 @@ def test_what_a_step_did(text, tmp_path):
     folder = tmp_path / "runs"
     name, _, _ = begin(*RUN, "--text", text, "--steps_per_save=10", "--save_dir", folder)
     out, _ = run_extra("inspect_step", f"{name}@15", "--rows=2", "--save_dir", folder)
+    _, err = run_extra("inspect_step", f"{name}@0", "--save_dir", folder, status=2)
+    assert "is the state before the first step" in err
     newest, _ = run_extra("inspect_step", "latest", "--save_dir", folder)
     assert newest.startswith(f"{name}@{saved(folder)[0].iteration - 1} -> {name}: loss ")
     loss, gradient_norm = map(float, re.search(r"loss (\S+), gradient_norm (\S+),", out).groups())

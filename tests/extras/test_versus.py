@@ -353,6 +353,8 @@ MISTAKES = [
     ("'--tokenizer word'", "the tokens of the sides do not decode to the same valid text"),
     ("'--init_from nobody'", "--init_from nobody cannot run: --save_dir runs holds no runs"),
     ("HEAD --tune seed=1,2", "--tune seed: this flag does not decide how a run ends"),
+    ("HEAD --tune random-seed=1,2", "--tune seed: this flag does not decide how a run ends"),
+    ("HEAD -- --identifier latest", "--identifier has no effect on a comparison: leave it out"),
     ("HEAD --tune mlp=gelu,relu2", "--tune mlp=gelu,relu2: the values are no numbers"),
     ("HEAD -- --save_dir other", "other would count as code: add it to .gitignore"),
     ("HEAD --gate", "--gate needs text that the runs do not see: name some with --test_text"),
