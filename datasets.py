@@ -751,8 +751,8 @@ def find_text_files(path, program_folders):
     left out with a message. Hidden files do not count, nor do those in `program_folders` (resolved
     paths, where this program keeps its files) unless `path` itself lies there. Links to folders are
     followed, but not to one above.
-    Raises UsageError if nothing matches. Also, with the reason for the last file left out, if none
-    is left, or if none named for training is left but some for validation or testing are.
+    Raises UsageError if nothing matches, if no file is left, or if only files named for validation
+    or testing are left; it gives the reason for the last one left out.
     """
     program_folders = program_folders.difference(Path(os.path.realpath(path)).parents)
     base = os.path.dirname(path)  # to which names are relative
@@ -851,8 +851,6 @@ def set_aside(files):
             if found:
                 files.setdefault(split, found)
     left_out = [name for key, (_, name) in train.items() if key in held_out]
-    if train == files.get("valid") == files.get("test"):  # for --evaluate: nothing is trained
-        return
     if len(left_out) == len(train):
         print("All text is for validation or testing: it is used, as there is no other.")
     elif left_out:
@@ -879,7 +877,7 @@ def hold_out(sources, valid_fraction):
 
     Whole files at regular intervals are held out, by default every tenth. If these have less than
     half of the bytes asked for, or more than twice as many, the end of the text is held out
-    instead. Of the rows of RowFiles, those at regular intervals are.
+    instead. Of RowFiles, rows at regular intervals are held out.
     """
     spans = [span for span in sources if type(span) is Span]
     train = []

@@ -40,7 +40,7 @@ from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, Flag, nonempty, number,
 from datasets import RunError, UsageError, explain_errors, extra, printable
 
 # `fast` is extras/features/fast.py, or None. A function under @fast_version is replaced by its
-# faster namesake there, until you edit it here. MLX comes later, as it uses the BLAS loaded first.
+# faster namesake there, until you edit it here. It comes before MLX, which uses the first BLAS.
 fast, fast_version = datasets.import_fast(__name__, __file__)
 
 import mlx.core as mx
@@ -92,7 +92,7 @@ def linear_product(x, weight):
 
 
 class Linear(nn.Linear):
-    """MLX's linear layer, by `linear_product`, which fast.py replaces; by default, without bias."""
+    """MLX's linear layer, by `linear_product`, which fast.py replaces; without bias by default."""
 
     def __init__(self, inputs, outputs, bias=False):
         super().__init__(inputs, outputs, bias)
@@ -414,8 +414,8 @@ class LanguageModel(nn.Module):
     def __call__(self, tokens, caches=None, dropout_masks=None, logits_to_keep=None):
         """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all.
 
-        For sampling and the judge of extras.versus. Training and evaluation do not pass here: they
-        call `self.model`, then `self.logits`. Edit these two.
+        For sampling and the judge of extras.versus. Training and evaluation do not pass here: edit
+        what both use, `self.model` and `self.logits`.
         """
         hidden = self.model(tokens, caches, dropout_masks)  # [B, L, D]
         if logits_to_keep is not None:
@@ -482,7 +482,7 @@ def normal_init(name, shape, seed):
 ZERO_INIT = ("o_proj.weight", "down_proj.weight", "lm_head.weight")
 
 
-FLAGS["init"] = {"seed": Flag(42, COUNT, "of weights, batches, dropout and samples")}
+FLAGS["init"] = {"seed": Flag(42, COUNT, "for weights, batches, dropout and samples")}
 
 
 def init_weights(model, seed):
@@ -921,7 +921,7 @@ def bits_per_byte(loss, split):
 # ---- Training -----------------------------------------------------------------------------------
 
 FLAGS["training"] |= {
-    "dtype": Flag("float32", one_of(["float32", "bfloat16"]), "bfloat16: with float32 weights"),
+    "dtype": Flag("float32", one_of(["float32", "bfloat16"]), "bfloat16 keeps weights in float32"),
 }
 
 FLAGS["session"] = {
@@ -939,7 +939,7 @@ FLAGS["session"] = {
         100000, COUNT, "maximum validation tokens per evaluation in training; 0: all"
     ),
     "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
-    "report_to": Flag(None, str, "tensorboard, wandb, or both with a comma; none"),
+    "report_to": Flag(None, str, "tensorboard, wandb, both with a comma, or none"),
     "sample_prompt": Flag(
         [], str, "what to continue after a save, unless by Ctrl+C (default: the start of a text)"
     ),
@@ -1134,7 +1134,7 @@ def validate(run, interrupts, ranks, reporter):
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
-# A Conversation has a Decoder (logits [B, V] to ids) and, for each reply, a Detokenizer (to text).
+# A Conversation has a Decoder (ids to the next id) and, for each reply, a Detokenizer (to text).
 
 
 def bit_width(text):
@@ -1545,7 +1545,7 @@ class Run(Progress):
         """All that training changes: numbers, {name: value}, and a tree of arrays.
 
         A checkpoint saves it, and ranks receive it. To make steps remember more, give Progress a
-        field (a number), or add an array here and in `restore`.
+        field (what JSON holds), or add an array here and in `restore`.
         """
         numbers = get_values(self, PROGRESS_FIELDS)
         numbers |= get_values(self.batches, ["epoch", "cursor", "offset"])
@@ -1940,10 +1940,11 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
     path = Path(identifier)
     if len(path.parts) > 1 and os.path.exists(path):
         if save_dir.resolve() not in path.resolve().parents:
+            remedy = "copy the run there, or name the folder of its runs by --save_dir"
+            if flag_name != "identifier":
+                remedy += "; a Hugging Face model's folder has a config.json"
             raise UsageError(
-                f"--{flag_name} {identifier} lies outside --save_dir {save_dir}: copy the run "
-                "there, or name the folder of its runs by --save_dir (only a folder with a "
-                "config.json is a Hugging Face model)"
+                f"--{flag_name} {identifier} lies outside --save_dir {save_dir}: {remedy}"
             )
         if path.is_file():  # in another folder, a copy may have this id
             checkpoints = checkpoints_in(path.parent)
@@ -1958,7 +1959,7 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
     elif "@" in identifier:
         matches = [extra("steps").checkpoint_at(flags, checkpoints, identifier)]
     else:
-        # Copies, and branches before their first step, have another run's id. The oldest run that
+        # A copy, or a branch before its first step, shares its origin's id: the oldest run that
         # trained it counts.
         def by_origin(checkpoint):
             is_parents = checkpoint.id == checkpoint.parents.get("branched_from")
@@ -2115,7 +2116,7 @@ FLAGS["training"] |= {
     "teacher_weight": Flag(0.5, FRACTION, "weight of the distillation loss"),
     "teacher_temperature": Flag(2.0, number(float, 0.01, 100), "distillation temperature"),
 }
-# The flags for a run's models; the first in this order that is passed provides the tokenizer.
+# The flags for a run's models. If both are passed, their tokenizers must be equal.
 PRETRAINED_FLAGS = ("init_from", "teacher")
 
 
@@ -2168,7 +2169,7 @@ class Interrupts:
     """Turns a termination signal into an attribute that loops check: `stop_signal`.
 
     A second one, half a second later or more, ends the process at once, without saving. A sooner
-    one is the first again: `timeout` signals the process, then its group; launchers repeat Ctrl+C.
+    one is a repetition: `timeout` signals the process, then its group; launchers repeat Ctrl+C.
 
     Python runs handlers only after `mx.eval` returns, so a thread reads the bytes that the
     interpreter writes to a pipe as soon as a signal arrives.
@@ -2287,14 +2288,14 @@ def use_device(gpu):
 
 
 def bfloat16_products(is_enabled):
-    """A context manager: if is_enabled, a CPU that can rounds inputs of products to bfloat16."""
+    """A context manager: if is_enabled, a CPU rounds inputs of products to bfloat16, if it can."""
     if is_enabled and fast:
         return fast.bfloat16_products()
     return contextlib.nullcontext()
 
 
 def list_versions(flags, ranks):
-    """The environment of a run: while it stays the same, resume is bit-exact.
+    """The environment of a run: while it and the code stay the same, resume is bit-exact.
 
     The C++ compiler is left out, as MLX and fast.py keep what it has compiled.
     """
@@ -2782,7 +2783,8 @@ def start_notices(run):
             "Computing in float32: bfloat16 is not faster here. It would be with --gpu, or on an "
             "AMD CPU with AVX-512 BF16 or an Intel CPU with AMX, after pip install onednn-cpu-gomp."
         )
-    if "config" in flags.explicit and not {"dataset", "text"} & {*flags.explicit}:
+    is_new = run.checkpoint_id is None
+    if is_new and "config" in flags.explicit and not {"dataset", "text"} & {*flags.explicit}:
         yield f"The --config names no text, so this is {run.dataset.name}; --text FILE names yours."
     yield from ineffective_flag_notices(flags)
 
@@ -3520,7 +3522,7 @@ def open_checkpoint(flags):
     Raises UsageError if a flag contradicts it, RunError if it is damaged.
     """
     checkpoints = list_checkpoints(flags.save_dir, warn=True)
-    if not checkpoints and not flags.identifier:
+    if not checkpoints and not os.path.exists(flags.identifier or ""):
         raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
     checkpoint = find_checkpoint(flags, checkpoints, flags.identifier or "latest")
     values = checkpoint.flags | {"seed": flags.seed}  # here, the samples' seed

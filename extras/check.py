@@ -4,10 +4,10 @@
     python -m extras.check --gpu    on its GPU; after a --, flags of their model or optimizer
 
 It takes a minute or two, or five where a GPU's kernels are compiled for the first time. It works in
-a folder of its own in --save_dir, and deletes that. Runs of the recipe `first` that SIGTERM and
-then kill -9 have struck must end with the SHA1 of one that was left alone. The operations of a step
-and of a sample must give the same bits twenty times and, on a GPU, what the CPU gives, up to
-rounding. `!!` marks what is amiss, and the last line says what was exact.
+a folder of its own in --save_dir, and deletes that. Runs of the recipe `first` that get SIGTERM and
+then kill -9 must end with the SHA1 of one that is left alone. The operations of a step and of a
+sample must give the same bits twenty times and, on a GPU, what the CPU gives, up to rounding. `!!`
+marks what is amiss, and the last line says what was exact.
 """
 
 # First: it chooses the BLAS before MLX takes one.

@@ -86,10 +86,10 @@ def read_prompts(path):
     wanted = "a UTF-8 file or, if it is named .jsonl, what extras.batch writes"
     with explain_errors(f"--teacher_prompts {path} must be {wanted}", *FAULTS):
         lines = read_prompt_lines(path)
-        prompts = [line for line in lines if line.strip()]
         if path.endswith(".jsonl"):
-            begun = [json.loads(line) for line in prompts]
-            prompts = ["".join([text["prompt"], text["completion"]]) for text in begun]
+            begun = [json.loads(line) for line in lines]
+            lines = ["".join([text["prompt"], text["completion"]]) for text in begun]
+        prompts = [line for line in lines if line.strip()]
         if not prompts:
             raise ValueError("it has no prompt")
         return prompts

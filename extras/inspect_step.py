@@ -28,10 +28,10 @@ def main(arguments):
     parser = make_parser("inspect_step", __doc__, "gpu", "data_dir", "mirror", rows=rows)
     parser.add_argument("step", metavar="RUN@STEP", help="the step that ended in this checkpoint")
     flags = read_flags(parser, arguments)
+    if flags.step.endswith("@0"):
+        raise UsageError(f"{flags.step} is the state before the first step: name a later one")
     checkpoints = list_checkpoints(flags.save_dir)
     after = find_checkpoint(flags, checkpoints, flags.step)
-    if not after.iteration:
-        raise UsageError(f"{flags.step} is the state before the first step: name a later one")
     name, _, _ = after.folder.name.partition("@")
     before = find_checkpoint(flags, checkpoints, f"{name}@{after.iteration - 1}")
     what = f"{after.folder.name}, step {after.iteration:,},"

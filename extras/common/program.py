@@ -1,4 +1,4 @@
-"""What the programs in this folder share: how they begin, and how they find a checkpoint.
+"""What the programs in extras/ share: how they begin, and how they find a checkpoint.
 
     python -m extras.NAME --help     what each of them does
 

@@ -1,1 +1,1 @@
-"""What main.py and datasets.py load where a flag needs it."""
+"""What main.py and datasets.py load where it takes effect, most of it for a flag."""

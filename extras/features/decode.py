@@ -61,7 +61,7 @@ class BatchCache(KVCache):
 
 
 class BatchDecoder:
-    """A model that continues B texts: lists of one id or more, to which callers may append, too.
+    """A model that continues B texts: lists of one id or more.
 
     As in main.py's Decoder, if a text outgrows the context, its last context_size // 2 tokens are
     read again.

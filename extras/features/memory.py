@@ -11,7 +11,7 @@ from main import arguments_of, count_parameters, fast, on_gpu, say
 
 
 def memory_of_step(run, flags, num_ranks=1):
-    """The memory that training takes at its peak, {part: bytes}; measured: within a factor of 1.5.
+    """Estimates training's peak memory, {part: bytes}; it was measured within a factor of 1.5.
 
     It is that of a block's backward pass or of the update, which needs everything twice. MLX is
     lazy: nothing of this needs to exist yet.
@@ -22,8 +22,8 @@ def memory_of_step(run, flags, num_ranks=1):
     weights = count_parameters([model.parameters() for model in (run.model, run.teacher) if model])
     trained = count_parameters(run.model.trainable_parameters())
     moments = count_parameters(run.optimizer.state)
-    # What a block keeps of a position: states [D], and of its MLP the input and the output of relu2
-    # or all steps of another activation.
+    # Numbers that a block keeps for each position: states [D], and of its MLP the input and the
+    # output of relu2, or all steps of another activation.
     block = 10 * config.dim + (2 if config.mlp == "relu2" else 5) * config.mlp_dim
     # The gradients of a block take as much again. One that is computed again is there twice, too.
     blocks = 3 if flags.grad_checkpoint else config.num_blocks + 1
@@ -63,11 +63,11 @@ def check_memory(run, ranks):
     if not shortage:
         return
     fits = []
-    for checkpoint in {flags.grad_checkpoint, True}:
+    for is_checkpointed in {flags.grad_checkpoint, True}:
         for parts in range(1, flags.batch_size // ranks.size + 1):
             if flags.batch_size % parts:
                 continue
-            changes = {"grad_checkpoint": True} if checkpoint else {}
+            changes = {"grad_checkpoint": True} if is_checkpointed else {}
             if parts > 1:
                 changes["batch_size"] = flags.batch_size // parts
                 changes["grad_accumulation"] = flags.grad_accumulation * parts

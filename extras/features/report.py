@@ -85,7 +85,7 @@ BOARDS = {"tensorboard": TensorBoard, "wandb": WandB}
 
 def parse_report_to(report_to):
     """The dashboards in a --report_to, "wandb,tensorboard"; there are none in "none"."""
-    return sorted({*report_to.replace(" ", "").split(",")} - {"none"})
+    return sorted({name.strip() for name in report_to.split(",")} - {"none"})
 
 
 def check(report_to):

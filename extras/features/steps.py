@@ -1,10 +1,9 @@
 """Any step of a run, computed again: --identifier RUN@340 is the run's state after its step 340.
 
 It is recomputed from the nearest earlier checkpoint, or from the seed. It only counts as the run's
-own if the same steps, taken further, end in the SHA1 of the next checkpoint, saved or recomputed.
+own if the same steps, taken further, end in the SHA1 of the run's next checkpoint.
 """
 
-import itertools
 import re
 import shutil
 
@@ -28,11 +27,11 @@ def checkpoint_at(flags, checkpoints, identifier):
         raise UsageError(f"{identifier} is not a run, @ and a step of it: see --list")
     step = int(step)
     newest = run_checkpoints[0]
-    folder = newest.folder / "steps" / f"{name}@{step}"
-    ancestors = ancestors_in([newest.folder, *folder.parent.glob("*@*")], newest)
+    ancestors = [checkpoint for checkpoint in run_checkpoints if is_ancestor(checkpoint, newest)]
     earlier = [checkpoint for checkpoint in ancestors if checkpoint.iteration < step]
     later = [checkpoint for checkpoint in ancestors if checkpoint.iteration > step]
-    for checkpoint in ancestors:
+    folder = newest.folder / "steps" / f"{name}@{step}"
+    for checkpoint in [*ancestors, *computed_before(folder, newest)]:
         if checkpoint.iteration == step:
             return checkpoint
     if not later:
@@ -43,7 +42,7 @@ def checkpoint_at(flags, checkpoints, identifier):
     start, *_ = [*earlier, None]
     unfinished = folder.parent / "unfinished"
     with hold_lock(folder.parent):
-        if not ancestors_in([folder], newest):  # computed by another command, meanwhile
+        if not computed_before(folder, newest):  # by another command, meanwhile
             shutil.rmtree(unfinished, ignore_errors=True)  # of a command that was killed
             unfinished.mkdir()
             try:
@@ -56,11 +55,9 @@ def checkpoint_at(flags, checkpoints, identifier):
         return checkpoints_in(folder)[0]
 
 
-def ancestors_in(folders, newest):
-    """The checkpoints in these folders from which `newest` descends, those of late steps first."""
-    checkpoints = itertools.chain(*map(checkpoints_in, folders))
-    ancestors = [checkpoint for checkpoint in checkpoints if is_ancestor(checkpoint, newest)]
-    return sorted(ancestors, key=lambda checkpoint: checkpoint.iteration, reverse=True)
+def computed_before(folder, newest):
+    """The checkpoint in the folder of a step, if it was computed: a list of at most one."""
+    return [checkpoint for checkpoint in checkpoints_in(folder) if is_ancestor(checkpoint, newest)]
 
 
 def is_ancestor(checkpoint, newest):
@@ -80,7 +77,7 @@ def recompute(command_flags, earlier, later, step, folder):
     earlier: None stands for the run's first weights. Raises UsageError if it would not be this
     run's state, RunError.
     """
-    what = folder.name
+    what = f"step {step:,} of {later.folder.name}"
     flags = flags_of_run(command_flags, later)
     # A run keeps the model that it began with only if that is LoRA's base.
     has_lost_base = flags.init_from and not flags.lora_rank

@@ -78,7 +78,7 @@ def choose_spans(count, width, limit):
 
 
 class Judge(Worker):
-    """Queries a checkpoint by its side's code."""
+    """Asks a side's code for the logits of a checkpoint."""
 
     def __init__(self, side, metadata, environment):
         """metadata: the path of the checkpoint's .metadata."""

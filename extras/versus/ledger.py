@@ -28,7 +28,7 @@ def begin_entry(path, described, again=False):
     """What a ledger will say of a comparison: `described`, `look` and `fresh`, {name: value}.
 
     described: see Comparison.describe. look: the number of this try among all with its baseline;
-    another edit, other seeds or more pairs are the next one. A repeated command is the same try,
+    another edit, other seeds or more pairs make a new try. A repeated command is the same try,
     unless `again` is set and it has ended. fresh: a seed that no earlier comparison has reached.
     """
     fresh = described["asked"]["seed"] + max(SCREEN_BOUNDS)

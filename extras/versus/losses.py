@@ -37,6 +37,9 @@ def main(arguments):
     tuning_seeds = {*tuning_seeds_of(losses["before"]), *tuning_seeds_of(losses["after"])}
     before, after = (losses[side][value] for side, value in zip(SIDES, best_values))
     seeds = [seed for seed in before if seed in after and seed not in tuning_seeds]
+    compared = [abs(side[seed]) for side in (before, after) for seed in seeds]
+    if 0 < max(compared, default=0) < 0.01:
+        raise UsageError(f"{options.file}: four decimals are shown: multiply losses by 1000")
     all_seeds = {*itertools.chain(*losses["before"].values(), *losses["after"].values())}
     unpaired = sorted(all_seeds - tuning_seeds - {*seeds})
     condition = "if both sides are tuned"
@@ -48,7 +51,7 @@ def main(arguments):
         best = describe_best(setting, best_values, losses.values())
         condition = best
     if unpaired:
-        print(f"Not compared, without a run of each side at its value: seeds {', '.join(unpaired)}")
+        print(f"Seeds without a run of each side to compare: {', '.join(unpaired)}")
     if best and not seeds:
         print(f"Next: train both sides on other seeds, {best}.")
         return
@@ -75,7 +78,6 @@ def read_losses(path):
             "with another setting that was tuned; pandas needs index=False)"
         )
     losses = {side: {} for side in SIDES}
-    largest = 0.0
     for line_number, cells in enumerate(lines, 2):
         if not any(cells):
             continue
@@ -90,12 +92,9 @@ def read_losses(path):
         if run["seed"] in of_value:
             raise UsageError(f"{path}, line {line_number}: this run is there twice: leave one out")
         of_value[run["seed"]] = loss if math.isfinite(loss) else math.inf
-        largest = max(largest, abs(of_value[run["seed"]]))
     for side in SIDES:
         if not losses[side]:
             raise UsageError(f"{path} has no run of the side {side!r}")
-    if largest < 0.01:
-        raise UsageError(f"{path}: four decimals show too little of such losses: multiply by 1000")
     return setting, losses
 
 

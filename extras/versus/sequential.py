@@ -17,7 +17,7 @@ RACE_BOUNDS = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
 # of normal differences, 1.35 to 1.40 in a race, 1.43 to 1.45 with --pairs.)
 MDE_FACTOR = 1.4
 FUTILITY_BOUND = 0.7  # from six pairs on, a race without --margin ends if |t| is below it
-# The screen of --gate, on seeds that were used before: {pairs after which it looks: it goes on only
+# The screen of --gate, on seeds that were used before: {number of pairs at a look: it goes on only
 # if t is below minus this}. See tests/nightly/simulate_verdicts.py.
 SCREEN_BOUNDS = {2: 0, 6: 1.8}
 

@@ -63,7 +63,7 @@ def describe(*words):
     MAIN.train_step(run, MAIN.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
     values = {}
     for name in todays_names(vars(flags)).explicit:
-        if name in ("identifier", "max_minutes", "inference", "prompt", "evaluate", "list"):
+        if name in ("identifier", "inference", "prompt", "evaluate", "list"):
             raise UsageError(f"--{name} has no effect on a comparison: leave it out")
         # Only the judge gets the test text.
         if name in {*MAIN.RECORDED_FLAGS, "gpu"} - {"test_text", "eval_test"}:

@@ -79,7 +79,7 @@ def test_verdicts(pairs, end, judge):
 
 def test_a_seed_with_one_side_is_no_pair(judge):
     out = judge([*lines_of(PAIRS), "before,5,1.0", "after,6,9.0"], "--pairs=5")
-    assert out.startswith("Not compared, without a run of each side at its value: seeds 5, 6\n")
+    assert out.startswith("Seeds without a run of each side to compare: 5, 6\n")
     assert out.endswith("No verdict yet: the next look is after 5 pairs.\n")
 
 
@@ -108,7 +108,7 @@ def test_tuned_sides_are_compared_at_their_best_values(judge):
     lines = [*TUNING, *at(lines_of(PAIRS), 2.0, 3), *others]
     title, *rest, numbers, choice, _, _, verdict = judge(lines, header=TUNED).splitlines()
     assert title == "mean loss by learning_rate, seeds 1, 2"
-    assert rest.pop(4).endswith(" at its value: seeds 7")
+    assert rest.pop(4).endswith(" to compare: 7")
     assert [*map(str.split, rest[:6])] == [
         ["before", "after", "difference"],
         ["1", "3.3000"],
@@ -154,7 +154,7 @@ MISTAKES = [
     (UNTUNED, ["", "before,1,x"], "line 3: not like"),
     (UNTUNED, ["control,1,3.0"], "line 2: not like"),
     (UNTUNED, ["before,1,3.0", "before,1,3.1"], "line 3: this run is there twice"),
-    (UNTUNED, ["before,1,0.002", "after,1,0.003"], "too little of such losses: multiply by 1000"),
+    (UNTUNED, ["before,1,0.002", "after,1,0.003"], "four decimals are shown: multiply losses"),
     (UNTUNED, ["before,1,3.0"], "has no run of the side 'after'"),
     *((header, [], "first line is not side,seed,loss") for header in ["", *HEADERS]),
 ]

@@ -46,10 +46,9 @@ def test_step_computed_again(name, text, tmp_path):
         ids.append({each.iteration: each.id for each in saved(folder)})
     assert {*ids[1]} == {10, 20, 30}
     generator = random.Random(name)
-    for first in (2, 22):
-        step = first + generator.randrange(8)
-        for each in (step, step - 1):  # the second one ends in the first
-            assert id_at(tmp_path / "few", each) == ids[0][each][:12]
+    for first in (1, 21):
+        step = first + generator.randrange(9)
+        assert id_at(tmp_path / "few", step) == ids[0][step][:12]
     assert not [*(tmp_path / "few").glob("*/tmp*")]
 
 
