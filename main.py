@@ -40,7 +40,8 @@ from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, Flag, nonempty, number,
 from datasets import RunError, UsageError, explain_errors, extra, printable
 
 # `fast` is extras/features/fast.py, or None. A function under @fast_version is replaced by its
-# faster namesake there, until you edit it here. It comes before MLX, which uses the first BLAS.
+# faster namesake there, until you edit it here. This comes before MLX, as MLX uses the BLAS that
+# was loaded first.
 fast, fast_version = datasets.import_fast(__name__, __file__)
 
 import mlx.core as mx
