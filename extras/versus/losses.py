@@ -40,8 +40,6 @@ def main(arguments):
     compared = [abs(side[seed]) for side in (before, after) for seed in seeds]
     if 0 < max(compared, default=0) < 0.01:
         raise UsageError(f"{options.file}: four decimals are shown: multiply losses by 1000")
-    all_seeds = {*itertools.chain(*losses["before"].values(), *losses["after"].values())}
-    unpaired = sorted(all_seeds - tuning_seeds - {*seeds})
     condition = "if both sides are tuned"
     if setting:
         condition += f" ({setting}: {best_values[0]} before, {best_values[1]} after)"
@@ -50,6 +48,8 @@ def main(arguments):
         print_means(setting, means, tuning_seeds)
         best = describe_best(setting, best_values, losses.values())
         condition = best
+    all_seeds = {*itertools.chain(*losses["before"].values(), *losses["after"].values())}
+    unpaired = sorted(all_seeds - tuning_seeds - {*seeds})
     if unpaired:
         print(f"Seeds without a run of each side to compare: {', '.join(unpaired)}")
     if best and not seeds:
