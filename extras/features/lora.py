@@ -7,30 +7,24 @@ A LoRA run's checkpoints hold only the adapters and identify their base by its S
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map_with_path
 
-from main import linear_product, normal_init
+from main import normal_init
 
 
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trained low-rank update: [..., I] to [..., O]."""
 
-    def __init__(self, layer, rank, alpha):
+    def __init__(self, layer, lora_a, scale):
         super().__init__()
-        outputs, inputs = layer.weight.shape
-        self.weight = layer.weight  # [O, I], frozen
-        if "bias" in layer:
-            self.bias = layer.bias  # [O], frozen
-        self.scale = alpha / rank
-        self.lora_a = mx.zeros((rank, inputs))
-        self.lora_b = mx.zeros((outputs, rank))
+        self.layer = layer  # frozen
+        self.lora_a = lora_a  # [rank, I]
+        self.lora_b = mx.zeros((len(layer.weight), len(lora_a)))  # [O, rank]
+        self.scale = scale
 
     def __call__(self, hidden):
         update = (hidden @ self.lora_a.T) @ self.lora_b.T  # [..., rank] in between
-        product = linear_product(hidden, self.weight) + update * self.scale
-        if "bias" in self:
-            product = product + self.bias
-        return product
+        return self.layer(hidden) + update * self.scale
 
 
 def add_lora(model, rank, alpha, seed):
@@ -39,20 +33,17 @@ def add_lora(model, rank, alpha, seed):
     A is normal with standard deviation 1 / sqrt(inputs), B is 0, so the update starts at 0.
     """
 
-    def replace(layer):
-        return LoRALinear(layer, rank, alpha) if isinstance(layer, nn.Linear) else layer
+    def replace(name, layer):
+        if not name.startswith("model.layers.") or not isinstance(layer, nn.Linear):
+            return layer
+        inputs = layer.weight.shape[1]
+        lora_a = normal_init(f"{name}.lora_a", (rank, inputs), seed) * inputs**-0.5
+        return LoRALinear(layer, lora_a, alpha / rank)
 
-    for block in model.model.layers:
-        layers = block.leaf_modules()
-        block.update_modules(tree_map(replace, layers, is_leaf=nn.Module.is_module))
+    layers = model.leaf_modules()
+    model.update_modules(tree_map_with_path(replace, layers, is_leaf=nn.Module.is_module))
     model.freeze()
     model.unfreeze(keys=["lora_a", "lora_b"], strict=False)  # not strict: most layers have neither
-    weights = []
-    for name, adapter in tree_flatten(model.trainable_parameters()):
-        if name.endswith("lora_a"):
-            normal = normal_init(name, adapter.shape, seed)
-            weights.append((name, normal * adapter.shape[1] ** -0.5))
-    model.load_weights(weights, strict=False)
 
 
 def merge(base, adapters, rank, alpha):
