@@ -12,7 +12,7 @@ int (*onednn)(char, char, long, long, long, float, const float*, long, const flo
               float, float*, long);
 int (*onednn_bf16)(char, char, long, long, long, float, const bf16*, long, const bf16*, long,
                    float, float*, long);
-void (*set_threads_of_onednn)(int);  // of the calling thread alone, so before each product
+void (*set_threads)(int);  // of oneDNN for the calling thread alone, so before each product
 
 int threads = 1;
 int rounds_to_bf16 = 0;  // whether products round what they multiply
@@ -63,6 +63,7 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
     return;
   }
   if (!onednn) {
+    set_threads(threads);
     openblas(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
     return;
   }
@@ -72,23 +73,20 @@ void cblas_sgemm(int order, int ta, int tb, int m, int n, int k, float alpha,
   // attention.
   long size = (long) m * n * k;
   int is_large = size > 10000000 || (long) n * k > 500000;
-  set_threads_of_onednn(is_large ? threads : 1);
-  if (!rounds_to_bf16 || n == 1 || size < 500000) {
-    onednn(ta_name, tb_name, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-    return;
-  }
-  long a_rows = ta == 111 ? m : k, a_columns = ta == 111 ? k : m;
-  long b_rows = tb == 111 ? k : n, b_columns = tb == 111 ? n : k;
-  long needed = (long) m * k + (long) k * n;
+  set_threads(is_large ? threads : 1);
+  int rounds = rounds_to_bf16 && onednn_bf16 && n > 1 && size >= 500000;
+  long needed = rounds ? (long) m * k + (long) k * n : 0;
   if (needed > room) {
     free(buffer);
     buffer = malloc(needed * sizeof(bf16));
     room = buffer ? needed : 0;
   }
-  if (!buffer) {  // there is no memory for rounded copies
+  if (!rounds || !buffer) {  // without memory for rounded copies, nothing is rounded
     onednn(ta_name, tb_name, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
     return;
   }
+  long a_rows = ta == 111 ? m : k, a_columns = ta == 111 ? k : m;
+  long b_rows = tb == 111 ? k : n, b_columns = tb == 111 ? n : k;
   bf16* b_rounded = buffer + a_rows * a_columns;
   round_to_bf16(a, a_rows, a_columns, lda, buffer);
   round_to_bf16(b, b_rows, b_columns, ldb, b_rounded);

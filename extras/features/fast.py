@@ -83,8 +83,6 @@ PLAIN_HASHES = {
 
 REFERENCE_BLAS = "reference BLAS"  # bundled with MLX's Linux wheel
 forwarder = None  # fast.c, compiled
-openblas = None  # NumPy's, if the forwarder uses it
-prefers_bfloat16 = False  # whether products are faster in bfloat16
 
 # The instruction sets that oneDNN uses, by its numbers for them.
 INSTRUCTIONS = {
@@ -147,7 +145,6 @@ def keep_freed_memory():
 
 def find_blas():
     """The name of a fast BLAS, and its functions by their pointers in fast.c; or "" and {}."""
-    global openblas, prefers_bfloat16
     # Where pip installs it, in an environment or for a user, or a system package. On ARM, its
     # instruction sets have other numbers.
     folders = [f"{sys.prefix}/lib/", f"{site.getuserbase()}/lib/", ""]
@@ -157,15 +154,16 @@ def find_blas():
             instructions = onednn.dnnl_get_effective_cpu_isa()
             functions = {
                 "onednn": onednn.dnnl_sgemm,
-                "set_threads_of_onednn": onednn.omp_set_num_threads,  # of the OpenMP that it uses
+                "set_threads": onednn.omp_set_num_threads,  # of the OpenMP that it uses
             }
-            if instructions & HAS_AVX512_BF16:
+            # With AVX-512 BF16 alone, AMD's are faster in bfloat16, but Intel's reach half the
+            # speed of float32 (two Emerald Rapids cores whose AMX is hidden from a virtual machine:
+            # 177 instead of 308 GFLOP/s).
+            fast_in_bf16 = HAS_AMX_BF16
+            if "AuthenticAMD" in cpu_info():
+                fast_in_bf16 = HAS_AVX512_BF16
+            if instructions & fast_in_bf16:
                 functions["onednn_bf16"] = onednn.dnnl_gemm_bf16bf16f32
-                # With AVX-512 BF16 alone, AMD's are faster in bfloat16, but Intel's reach half the
-                # speed of float32 (two Emerald Rapids cores whose AMX is hidden from a virtual
-                # machine: 177 instead of 308 GFLOP/s).
-                is_amd = "AuthenticAMD" in cpu_info()
-                prefers_bfloat16 = is_amd or bool(instructions & HAS_AMX_BF16)
             onednn.dnnl_version.restype = ctypes.POINTER(ctypes.c_int * 3)
             version = ".".join(map(str, onednn.dnnl_version().contents))
             name = INSTRUCTIONS.get(instructions, hex(instructions))
@@ -175,7 +173,11 @@ def find_blas():
         # Each set of kernels rounds differently.
         openblas.scipy_openblas_get_corename64_.restype = ctypes.c_char_p
         kernels = openblas.scipy_openblas_get_corename64_().decode()
-        return f"NumPy's OpenBLAS ({kernels})", {"openblas": openblas.scipy_cblas_sgemm64_}
+        functions = {
+            "openblas": openblas.scipy_cblas_sgemm64_,
+            "set_threads": openblas.scipy_openblas_set_num_threads64_,
+        }
+        return f"NumPy's OpenBLAS ({kernels})", functions
     return "", {}
 
 
@@ -217,31 +219,25 @@ def compile_once(path, command):
             )
 
 
-def set_blas_threads(count):
-    """Lets a matrix product use `count` threads."""
+def set_forwarder(name, value):
+    """Sets an int of fast.c: `threads` that a product may use, or whether it `rounds_to_bf16`."""
     if forwarder is not None:
-        ctypes.c_int.in_dll(forwarder, "threads").value = count
-    if openblas is not None:
-        openblas.scipy_openblas_set_num_threads64_(count)
+        ctypes.c_int.in_dll(forwarder, name).value = value
 
 
 def has_bfloat16():
     """Whether matrix products on this CPU, computed by oneDNN, are faster in bfloat16."""
-    return forwarder is not None and prefers_bfloat16
+    return forwarder is not None and bool(ctypes.c_void_p.in_dll(forwarder, "onednn_bf16"))
 
 
 @contextlib.contextmanager
 def bfloat16_products():
     """Matrix products on a CPU round their inputs to bfloat16, if it can; sums are float32."""
-    if not has_bfloat16():
-        yield
-        return
-    rounds = ctypes.c_int.in_dll(forwarder, "rounds_to_bf16")
-    rounds.value = True
+    set_forwarder("rounds_to_bf16", True)
     try:
         yield
     finally:
-        rounds.value = False
+        set_forwarder("rounds_to_bf16", False)
 
 
 BLAS = use_fast_blas()  # recorded in checkpoints: another one rounds differently
@@ -816,7 +812,7 @@ def use_cpu():
     # next ones: at dim 128, 2 interruptions a step instead of 235.
     with contextlib.suppress(AttributeError, OSError):  # not Linux, or a container forbids it
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    set_blas_threads(count_cores())  # a shard of a batch gets one, see use_streams
+    set_forwarder("threads", count_cores())  # a shard of a batch gets one, see use_streams
     use_precompiled_header()
 
 
@@ -840,14 +836,14 @@ streams_in_use = 1  # set by the last call of use_streams
 
 
 def use_streams(rows, context_size):
-    """The streams for a batch of `rows` rows.
+    """Chooses the streams for a batch of `rows` rows.
 
     Each of several streams uses one thread for its matrix products, a single stream uses all.
     """
     global streams_in_use
     streams_in_use = count_streams(rows, context_size)
     # Otherwise each stream's products would start one thread per core.
-    set_blas_threads(count_cores() if streams_in_use == 1 else 1)
+    set_forwarder("threads", count_cores() if streams_in_use == 1 else 1)
     return current_streams()
 
 
