@@ -315,7 +315,7 @@ def rms_norm(x, weight, eps):
         return (normed * weight.astype(mx.float32)).astype(x.dtype)
     if x.shape[-2] == 1:
         return norm_of_one(x, weight, eps)
-    normed, _ = normalize(x.flatten(0, -2), weight, mx.array(float(eps)))
+    normed, _ = normalize(x.flatten(0, -2), weight, eps)
     return normed.reshape(x.shape)
 
 
@@ -342,7 +342,7 @@ def normalize_gradients(inputs, gradients, outputs):
     row_dots = product @ weight[:, None]  # [N, 1]
     d_x = (gradient * weight - x * row_dots * (mx.square(factor) / x.shape[-1])) * factor
     d_weight = (product.T @ factor).flatten()
-    return d_x, d_weight, mx.zeros_like(eps)
+    return d_x, d_weight, None
 
 
 def rotate(x, frequencies, offset):
