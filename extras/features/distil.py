@@ -34,13 +34,12 @@ def make_loss(teacher, flags):
 
     def loss(model, hidden, targets, scale, tokens):
         head = model.output_matrix.astype(hidden.dtype)
-        loss_weights = mx.full(targets.size, scale)
         teacher_hidden = teacher.model(tokens).flatten(0, 1)  # [N, D'], without dropout
         return distilled_loss_and_gradients(
             hidden.flatten(0, 1),
             head,
             targets.flatten(),
-            loss_weights,
+            mx.array(scale),
             teacher_hidden,
             teacher.output_matrix,
             teacher_weight,
@@ -52,36 +51,32 @@ def make_loss(teacher, flags):
 
 @mx.custom_function
 def distilled_loss_and_gradients(
-    hidden, head, targets, loss_weights, teacher_hidden, teacher_head, teacher_weight, temperature
+    hidden, head, targets, scale, teacher_hidden, teacher_head, teacher_weight, temperature
 ):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; see stored_gradients.
 
-    targets, loss_weights: [N]; teacher_hidden: [N, D']; teacher_head: [V', D']. If V and V' differ,
-    the larger vocabulary has padding: the teacher's rows beyond V are ignored, and it gives no
-    probability to the student's ids beyond V'.
+    targets: [N]; teacher_hidden: [N, D']; teacher_head: [V', D']. If V and V' differ, the larger
+    vocabulary has padding: the teacher's rows beyond V are ignored, and it gives no probability to
+    the student's ids beyond V'.
     """
-    num_padding = max(0, len(head) - len(teacher_head))
+    # T² times the gradient of a divergence w.r.t. the logits is T (student's - teacher's).
+    kl_scale = teacher_weight * temperature * scale
 
-    def loss_of_chunk(logits, targets, text_weights, rows):
-        loss, exps, scale = cross_entropy_of_chunk(logits, targets, text_weights, rows)
+    def loss_of_chunk(logits, targets, text_scale, rows):
+        losses, exps, factor = cross_entropy_of_chunk(logits, targets, text_scale)
         teacher_logits = (teacher_head @ teacher_hidden[rows].T)[: len(head)].astype(mx.float32)
         teacher_softened, teacher_exps, teacher_sum = soften(teacher_logits, temperature)
         student_softened, student_exps, student_sum = soften(logits, temperature)
-        if num_padding:
-            padding = [(0, num_padding), (0, 0)]
-            teacher_exps = mx.pad(teacher_exps, padding)
-            teacher_softened = mx.pad(teacher_softened, padding)  # by any number: its factor is 0
-        differences = teacher_exps * (teacher_softened - student_softened)
+        differences = teacher_exps * (teacher_softened - student_softened[: len(teacher_exps)])
         divergences = row_sums(differences.T).flatten() / teacher_sum  # [n]
         divergences = divergences + mx.log(student_sum) - mx.log(teacher_sum)
-        # T² times the gradient of a divergence w.r.t. the logits is T (student's - teacher's).
-        kl_weights = teacher_weight * temperature * loss_weights[rows]  # [n]
-        d_kl = student_exps * (kl_weights / student_sum) - teacher_exps * (kl_weights / teacher_sum)
-        loss = loss + temperature * (kl_weights * divergences).sum()
-        return loss, exps * scale + d_kl, mx.ones_like(scale)
+        teacher_exps = mx.pad(teacher_exps, [(0, len(head) - len(teacher_exps)), (0, 0)])
+        d_kl = student_exps * (kl_scale / student_sum) - teacher_exps * (kl_scale / teacher_sum)
+        losses = losses + temperature * kl_scale * divergences
+        return losses, exps * factor + d_kl, mx.ones_like(factor)
 
-    text_weights = loss_weights * (1 - teacher_weight)
-    return chunked_loss_and_gradients(hidden, head, targets, text_weights, loss_of_chunk)
+    text_scale = scale * (1 - teacher_weight)
+    return chunked_loss_and_gradients(hidden, head, targets, text_scale, loss_of_chunk)
 
 
 distilled_loss_and_gradients.vjp(stored_gradients)

@@ -572,10 +572,9 @@ def training_loss(model, hidden, targets, scale):
     together with the loss, in chunks of rows (as in Liger Kernel, Hsu et al. 2024): this takes half
     the time of computing one after the other, and the logits [B * L, V] never exist as a whole.
     """
-    loss_weights = mx.full(targets.size, scale)
     flat_hidden = hidden.flatten(0, 1)
     head = model.output_matrix.astype(hidden.dtype)
-    return cross_entropy_and_gradients(flat_hidden, head, targets.flatten(), loss_weights)[0]
+    return cross_entropy_and_gradients(flat_hidden, head, targets.flatten(), mx.array(scale))[0]
 
 
 def token_metrics(model, hidden, targets):
@@ -588,7 +587,7 @@ def token_metrics(model, hidden, targets):
         if losses:
             inputs = wait_for(losses[-1:], inputs)
         logits = (head @ inputs.T).astype(mx.float32)
-        nats, _, _ = losses_of_chunk(logits, targets.flatten()[rows])
+        nats, _, _ = cross_entropy_of_chunk(logits, targets.flatten()[rows], scale=1)
         losses.append(nats)
     return {"loss": mx.concatenate(losses).reshape(targets.shape)}
 
@@ -624,39 +623,36 @@ def sum_over_chunks(hidden, head, add_chunk):
     return loss, mx.concatenate(d_hidden), d_head
 
 
-def chunked_loss_and_gradients(hidden, head, targets, loss_weights, loss_of_chunk):
-    """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; targets, loss_weights: [N].
+def chunked_loss_and_gradients(hidden, head, targets, scale, loss_of_chunk):
+    """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; targets: [N]; scale: [].
 
     Logits have a column for each position, as scores in attend_masked have one for each query.
-    loss_of_chunk(logits [V, n] float32, targets [n], loss_weights [n], rows) computes, for a slice
-    `rows` of the positions, the loss and two factors of its gradient w.r.t. the logits, `exps`
-    [V, n] and `scale` [n]: the gradient is exps * scale, minus `loss_weights` at each target. The
-    last term is never materialized on a CPU: it would be nearly all zeros.
+    loss_of_chunk(logits [V, n] float32, targets [n], scale, rows) computes, for a slice `rows` of
+    the positions, their losses [n] and two factors of the gradient w.r.t. the logits, `exps` [V, n]
+    and `factor` [n]: the gradient is exps * factor, minus `scale` at each target. The last term is
+    never materialized on a CPU: it would be nearly all zeros.
     """
 
     def add_chunk(inputs, rows, d_head):
-        weight = loss_weights[rows]  # [n]
         logits = (head @ inputs.T).astype(mx.float32)  # [V, n]
-        loss, exps, scale = loss_of_chunk(logits, targets[rows], weight, rows)
+        losses, exps, factor = loss_of_chunk(logits, targets[rows], scale, rows)
+        loss = losses.sum()
         if on_gpu():
             is_target = mx.arange(len(head))[:, None] == targets[rows]
-            d_logits = (exps * scale - mx.where(is_target, weight, 0)).astype(head.dtype)
+            d_logits = (exps * factor - mx.where(is_target, scale, 0)).astype(head.dtype)
             return loss, d_logits.T @ head, add_to(d_head, d_logits, inputs)
-        exps = exps.astype(head.dtype)
-        scale = scale.astype(head.dtype)
-        at_targets = head[targets[rows]] * weight[:, None].astype(head.dtype)  # [n, D]
+        at_targets = head[targets[rows]] * scale  # [n, D]
         # A product whose first matrix is the small one, as exps.T @ head is not, is faster.
-        d_inputs = ((head.T @ exps) * scale).T - at_targets
-        inputs = inputs * scale[:, None]  # D columns scaled instead of V
+        d_inputs = ((head.T @ exps) * factor).T - at_targets
+        inputs = inputs * factor[:, None]  # D columns scaled instead of V
         if d_head is None:
             return loss, d_inputs, exps @ inputs  # [V, D]
         return loss, d_inputs, mx.addmm(d_head, exps, inputs)
 
     loss, d_hidden, d_head = sum_over_chunks(hidden, head, add_chunk)
     if not on_gpu():
-        weighted_hidden = hidden.astype(mx.float32) * loss_weights[:, None]  # [N, D]
         # `at` adds up repeated targets.
-        d_head = d_head.astype(mx.float32).at[targets].subtract(weighted_hidden)
+        d_head = d_head.at[targets].subtract(hidden * scale)
     return loss, d_hidden, d_head
 
 
@@ -666,7 +662,7 @@ def add_to(d_head, d_logits, inputs):
     return product if d_head is None else d_head + product
 
 
-def fused_cross_entropy_and_gradients(hidden, head, targets, loss_weights):
+def fused_cross_entropy_and_gradients(hidden, head, targets, scale):
     """`cross_entropy_and_gradients` by MLX's fused kernels for GPUs.
 
     They, and those of products, are fast with a multiple of 128 logits. Padding is -3e38, a bias
@@ -677,12 +673,12 @@ def fused_cross_entropy_and_gradients(hidden, head, targets, loss_weights):
     is_padding = mx.arange(len(padded)) >= len(head)
     bias = mx.where(is_padding, -3e38, 0).astype(head.dtype)
 
-    def loss_of_chunk(logits, targets, loss_weights):
-        return (mx.fast.cross_entropy(logits, targets) * loss_weights).sum()
+    def loss_of_chunk(logits, targets):
+        return (mx.fast.cross_entropy(logits, targets) * scale).sum()
 
     def add_chunk(inputs, rows, d_head):
         logits = mx.addmm(bias, inputs, padded.T)
-        loss, d_logits = mx.value_and_grad(loss_of_chunk)(logits, targets[rows], loss_weights[rows])
+        loss, d_logits = mx.value_and_grad(loss_of_chunk)(logits, targets[rows])
         return loss, d_logits @ padded, add_to(d_head, d_logits.T, inputs)
 
     loss, d_hidden, d_head = sum_over_chunks(hidden, padded, add_chunk)
@@ -703,22 +699,17 @@ def wait_for(done, array):
     return mx.depends([array], [idle])[0]
 
 
-def cross_entropy_of_chunk(logits, targets, loss_weights, rows):
-    """The `loss_of_chunk` of training_loss; logits: [V, n]; targets, loss_weights: [n]."""
-    nats, exps, total = losses_of_chunk(logits, targets)
-    return (nats * loss_weights).sum(), exps, loss_weights / total
+def cross_entropy_of_chunk(logits, targets, scale, rows=None):
+    """Cross-entropies [n] of logits [V, n] in nats, times `scale`; `exps` [V, n] and `factor` [n].
 
-
-def losses_of_chunk(logits, targets):
-    """Cross-entropies [n] of logits [V, n]; `exps` [V, n] and their sums `total` [n].
-
-    exps / total are the probabilities; targets: [n].
+    exps * factor are the probabilities, times `scale`; targets: [n]; rows: not used.
     """
     largest = logits.max(axis=0)  # [n]
     exps = exp(logits - largest)  # exponents <= 0: no overflow, and `exp` requires it
     total = row_sums(exps.T).flatten()
     target_logits = mx.take_along_axis(logits, targets[None], axis=0).flatten()
-    return mx.log(total) - (target_logits - largest), exps, total
+    nats = mx.log(total) - (target_logits - largest)
+    return nats * scale, exps, scale / total
 
 
 def row_sums(array):
@@ -734,18 +725,19 @@ def stored_gradients(inputs, gradients, outputs):
     MLX passes the inputs, the gradients w.r.t. the outputs, and the outputs. None of the other
     inputs is trained.
     """
-    head = inputs[1]
-    scale = gradients[0].astype(head.dtype)  # of the result w.r.t. this loss: 1 unless it is scaled
-    others = [mx.zeros_like(array) for array in inputs[2:]]
-    return outputs[1] * scale, (outputs[2] * scale).astype(head.dtype), *others
+    hidden, head, *others = inputs
+    scale = gradients[0]  # of the result w.r.t. this loss: 1 unless it is scaled
+    d_hidden = (outputs[1] * scale).astype(hidden.dtype)
+    d_head = (outputs[2] * scale).astype(head.dtype)
+    return d_hidden, d_head, *map(mx.zeros_like, others)
 
 
 @mx.custom_function
-def cross_entropy_and_gradients(hidden, head, targets, loss_weights):
+def cross_entropy_and_gradients(hidden, head, targets, scale):
     """The loss and its gradients w.r.t. hidden [N, D] and head [V, D]; see stored_gradients."""
     if on_gpu():
-        return fused_cross_entropy_and_gradients(hidden, head, targets, loss_weights)
-    return chunked_loss_and_gradients(hidden, head, targets, loss_weights, cross_entropy_of_chunk)
+        return fused_cross_entropy_and_gradients(hidden, head, targets, scale)
+    return chunked_loss_and_gradients(hidden, head, targets, scale, cross_entropy_of_chunk)
 
 
 cross_entropy_and_gradients.vjp(stored_gradients)
