@@ -245,7 +245,7 @@ BLAS = use_fast_blas()  # recorded in checkpoints: another one rounds differentl
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
 
 # ---- GPUs ---------------------------------------------------------------------------------------
@@ -836,7 +836,6 @@ def use_streams(rows, context_size):
     streams_in_use = count_streams(rows, context_size)
     # Otherwise each stream's products would start one thread per core.
     set_forwarder("threads", count_cores() if streams_in_use == 1 else 1)
-    return current_streams()
 
 
 def current_streams():
@@ -853,24 +852,36 @@ def sum_over_shards(function, *arrays):
     on the next stream in turn. This only builds MLX's graph; when it is evaluated, all streams run
     in parallel.
     """
-    streams = use_streams(*arrays[0].shape[:2])
-    partial_sums = []
-    for stream, rows in split_rows(len(arrays[0]), streams):
-        with mx.stream(stream):  # operations run on the stream under which they are built
-            partial_sums.append(function(*[array[rows] for array in arrays]))
-    streams_in_turn = itertools.cycle(streams)
-
-    def add_up(*leaves):
-        with mx.stream(next(streams_in_turn)):
-            return reduce(mx.add, leaves)
-
-    return tree_map(add_up, *partial_sums)
+    use_streams(*arrays[0].shape[:2])
+    partial_sums = compute_shards(function, *arrays)
+    return map_in_turn(lambda *leaves: reduce(mx.add, leaves), *partial_sums)
 
 
-def split_rows(count, streams):
-    """Yields each stream with its shard of `count` rows, a slice."""
+def compute_shards(function, *arrays):
+    """What function(*arrays) is for each stream's shard of their rows, which it computes: a list.
+
+    If there are fewer rows than streams, it is shorter.
+    """
+    streams = current_streams()
+    count = len(arrays[0])
+    results = []
     for i, stream in enumerate(streams):
-        yield stream, slice(count * i // len(streams), count * (i + 1) // len(streams))
+        rows = slice(count * i // len(streams), count * (i + 1) // len(streams))
+        if rows.start < rows.stop:
+            with mx.stream(stream):  # operations run on the stream under which they are built
+                results.append(function(*[array[rows] for array in arrays]))
+    return results
+
+
+def map_in_turn(function, *trees):
+    """tree_map(function, *trees), computed for each leaf on the next of the current streams."""
+    streams = itertools.cycle(current_streams())
+
+    def on_next_stream(*leaves):
+        with mx.stream(next(streams)):
+            return function(*leaves)
+
+    return tree_map(on_next_stream, *trees)
 
 
 def clip_grad_norm(gradients, max_norm):
@@ -880,20 +891,12 @@ def clip_grad_norm(gradients, max_norm):
     """
     if on_gpu():
         return optim.clip_grad_norm(gradients, max_norm)
-    streams = current_streams()
-    leaves = tree_flatten(gradients)
-    squares = []
-    for i, (_, gradient) in enumerate(leaves):
-        with mx.stream(streams[i % len(streams)]):  # the stream of its sum in sum_over_shards
-            squares.append(gradient.reshape(1, -1) @ gradient.reshape(-1, 1))
+    squares = map_in_turn(lambda array: array.reshape(1, -1) @ array.reshape(-1, 1), gradients)
+    squares = [square for _, square in tree_flatten(squares)]
     # The same as sum(squares), which needs other kernels for each number of blocks.
     norm = mx.sqrt(mx.cumsum(mx.concatenate(squares).flatten())[-1])
     scale = mx.minimum(max_norm / (norm + 1e-6), 1)
-    clipped = []
-    for i, (name, gradient) in enumerate(leaves):
-        with mx.stream(streams[i % len(streams)]):
-            clipped.append((name, gradient * scale))
-    return tree_unflatten(clipped), norm
+    return map_in_turn(lambda array: array * scale, gradients), norm
 
 
 def parallelize(optimizer):
@@ -924,12 +927,7 @@ def parallelize(optimizer):
 
 def map_over_shards(function, stack):
     """function(stack), arrays [N, ...]; each stream computes it for a shard of them."""
-    results = []
-    for stream, rows in split_rows(len(stack), current_streams()):
-        if rows.start < rows.stop:
-            with mx.stream(stream):
-                results += [*function(stack[rows])]
-    return results
+    return itertools.chain(*compute_shards(lambda shard: [*function(shard)], stack))
 
 
 def adamw_update(optimizer, gradient, parameter, state):
