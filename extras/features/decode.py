@@ -40,23 +40,20 @@ class BatchCache(KVCache):
         self.mask = "causal"
         self.offset = int(lengths[0])
         if (lengths != lengths[0]).any():
-            self.offset = mx.array(lengths)  # [B], which RoPE also accepts
+            self.offset = mx.array(lengths)  # [B], which RoPE also accepts, of one position each
 
     def update_and_fetch(self, keys, values):
-        """Adds L positions to each text; returns the keys and values of all."""
+        """Adds L positions to each text, one if lengths differ; returns all keys and values."""
         if isinstance(self.offset, int):
             return super().update_and_fetch(keys, values)
-        B, _, L, _ = keys.shape
-        positions = self.lengths[:, None] + np.arange(L)  # [B, L]
-        end = int(positions.max()) + 1
-        # [B, 1, L, end]; False for the junk after a shorter text.
-        self.mask = mx.array(np.arange(end) <= positions[:, None, :, None])
+        end = int(self.lengths.max()) + 1
+        # [B, 1, 1, end]; False for the junk after a shorter text.
+        self.mask = mx.array(np.arange(end) <= self.lengths[:, None, None, None])
         self.reserve(end, keys, values)
         # Scatters, which are slower than KVCache's slice assignments.
-        rows = mx.arange(B)[:, None]
-        positions = mx.array(positions)
-        self.keys[rows, :, positions] = keys.swapaxes(1, 2)
-        self.values[rows, :, positions] = values.swapaxes(1, 2)
+        rows = mx.arange(len(self.lengths))
+        self.keys[rows, :, self.offset] = keys.squeeze(2)
+        self.values[rows, :, self.offset] = values.squeeze(2)
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
