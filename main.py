@@ -2028,10 +2028,7 @@ def write_checkpoint(run):
     arrays["tokenizer"] = mx.array(np.frombuffer(tokenizer, np.uint8))
     state = arrays_to_save(arrays)
     save_code(run)
-    with (
-        datasets.new_file(run.folder) as weights_file,
-        datasets.new_file(run.folder) as metadata_file,
-    ):
+    with datasets.new_file(run.folder) as weights_file:
         mx.save_safetensors(weights_file, weights, {"format": "mlx"})
         weights_file.flush()
         sha1 = sha1_of_file(weights_file.name)
@@ -2050,8 +2047,8 @@ def write_checkpoint(run):
         }
         record = json.dumps(numbers | fields)
         header = {"record": record, "sha1": sha1_of_text(record)}
-        mx.save_safetensors(metadata_file, state, header)
-        datasets.publish(metadata_file, run.folder / f"{sha1}.metadata")
+        with datasets.atomic_write(run.folder / f"{sha1}.metadata") as metadata_file:
+            mx.save_safetensors(metadata_file, state, header)
         datasets.publish(weights_file, run.folder / f"{sha1}.safetensors")
     datasets.sync(run.folder)
     datasets.sync(run.folder.parent)  # which holds the folder's own name
