@@ -1537,17 +1537,17 @@ def import_fast(name, path):
 
     fast.py has to choose a BLAS before MLX loads one. name, path: main.py's __name__ and __file__.
     """
-    home = os.path.dirname(os.path.realpath(path))
     if name == "__main__":
         alias_running_module(path)
         for module_name, module in [*sys.modules.items()]:
             # Left by a notebook's last %run. fast.py stays, as its choice of a BLAS is final.
             is_extra = module_name.startswith("extras.") and module_name != "extras.features.fast"
-            if is_extra or user_module_path(module, home):
+            if is_extra or user_module_path(module):
                 del sys.modules[module_name]
     fast = None
+    fast_path = Path(path).resolve().parent / "extras/features/fast.py"
     with required_packages():
-        if os.path.exists(f"{home}/extras/features/fast.py") and not os.environ.get("DISABLE_FAST"):
+        if fast_path.exists() and not os.environ.get("DISABLE_FAST"):
             from extras.features import fast
         import mlx.core as mx
 
@@ -1585,17 +1585,17 @@ class FastVersions:
         return getattr(self.fast, function.__name__)
 
 
-# Paths, from the program's folder, of what is no module of the user's own.
+# Paths, from this folder, of what is no module of the user's own.
 NOT_USERS = re.compile(r"(main|datasets)\.py|(extras|tests|.*site-packages)/.*|\..*|.*(?<!\.py)")
 
 
-def user_module_path(module, home):
-    """The path of a module below the folder `home` if it is one of the user's own, else None.
+def user_module_path(module):
+    """The path of a module from this folder if it is one of the user's own, else None.
 
     Own modules lie beside main.py or in folders below, but not in those of an environment.
     """
     path = str(getattr(getattr(module, "__spec__", 0), "origin", 0))
-    inside = path.removeprefix(f"{home}/")
+    inside = path.removeprefix(f"{HERE}/")
     return None if inside == path or NOT_USERS.fullmatch(inside) else inside
 
 

@@ -2345,8 +2345,7 @@ def read_code(flag_values):
         paths += ["extras/features/lora.py"]
     if flag_values.get("teacher"):
         paths += ["extras/features/distil.py"]
-    modules = [*sys.modules.values()]
-    user_paths = [datasets.user_module_path(module, str(HERE)) for module in modules]
+    user_paths = map(datasets.user_module_path, [*sys.modules.values()])
     paths += filter(None, user_paths)
     for path in paths:
         if path not in LOADED_SOURCES and (HERE / path).exists():
