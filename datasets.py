@@ -1449,16 +1449,16 @@ def run_command(name, function, arguments):
     with contextlib.suppress(OSError):  # the status still tells of the failure
         if line is not None:
             print(f"{name}: {line}", file=sys.stderr)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        discard(sys.stdout)  # or Python would try again at exit, and complain
+    flush_or_drop(sys.stdout)
     return status
 
 
-def discard(stream):
-    """Drops what is written to a stream from now on."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def flush_or_drop(stream):
+    """Flushes a stream; if it cannot be written, drops what is in it, and what comes later."""
+    try:
+        stream.flush()
+    except OSError:  # Python would try again at exit, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def alias_running_module(path):

@@ -3649,10 +3649,7 @@ def train_run(flags, ranks):
         stop_signal = train(run, interrupts, ranks)
         say(describe_end(run, stop_signal))
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:  # a closed pipe must not fail a saved run
-            datasets.discard(stream)
+        datasets.flush_or_drop(stream)  # a closed pipe must not fail a saved run
     return 128 + stop_signal if stop_signal else 0  # how shells report the end by a signal
 
 
