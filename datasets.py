@@ -1307,12 +1307,17 @@ def download(address, path, size):
         "User-Agent": "transformer-lm (a language-model trainer)",
         "Accept-Encoding": "identity",  # so that sizes and ranges refer to the file itself
     }
-    options = {"stream": True, "timeout": 30, "hooks": {"response": close_redirect}}  # seconds
     path.touch()
     while (have := path.stat().st_size) < size:
         headers["Range"] = f"bytes={have}-"
         try:
-            with requests.get(address, headers=headers, **options) as response:
+            with requests.get(
+                address,
+                headers=headers,
+                stream=True,
+                timeout=30,  # seconds
+                hooks={"response": close_redirect},
+            ) as response:
                 return receive(response, path, have, size)
         except requests.RequestException:
             if path.stat().st_size <= have:

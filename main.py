@@ -2463,8 +2463,9 @@ class Reporter:
         self.timed_from = None  # (iteration, seconds) at the last report or after the first step
         self.failed_files = set()  # names of files that could not be written
         total = max(run.flags.num_iters, run.iteration)
-        options = {"dynamic_ncols": True, "bar_format": BAR_FORMAT}
-        self.bar = datasets.progress_bar(total=total, initial=run.iteration, **options)
+        self.bar = datasets.progress_bar(
+            total=total, initial=run.iteration, dynamic_ncols=True, bar_format=BAR_FORMAT
+        )
         self.log = Log(run)
         self.dashboards = None
         if run.flags.report_to:
@@ -2607,8 +2608,9 @@ class Log:
         if not {*row} <= {*self.columns} or not self.path.exists():
             self.rewrite(texts)
             return
-        options = {"encoding": "utf-8", "newline": "", "opener": datasets.open_no_follow}
-        with open(self.path, "a", **options) as file:
+        with open(
+            self.path, "a", encoding="utf-8", newline="", opener=datasets.open_no_follow
+        ) as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
 
     def rewrite(self, last_row):
@@ -2644,9 +2646,13 @@ def read_log(path):
     rows = []
     columns = []
     if os.path.lexists(path):
-        # A spreadsheet may have added a byte-order mark.
-        options = {"encoding": "utf-8-sig", "errors": "replace", "newline": ""}
-        with open(path, opener=datasets.open_no_follow, **options) as file:
+        with open(
+            path,
+            encoding="utf-8-sig",  # a spreadsheet may have added a byte-order mark
+            errors="replace",
+            newline="",
+            opener=datasets.open_no_follow,
+        ) as file:
             for line in file:
                 with contextlib.suppress(csv.Error, ValueError, KeyError):
                     values = next(csv.reader([line]))
