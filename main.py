@@ -2490,20 +2490,19 @@ class Reporter:
         if run.iteration % run.flags.steps_per_report:
             return
         metrics = metrics | {"loss": run.recent_loss / run.recent_steps}
-        stats = {}
         start_iteration, start_seconds = self.timed_from
         seconds = run.seconds - start_seconds
         if seconds:  # none after the first step, which is not timed
             steps = run.iteration - start_iteration
             num_tokens = steps * run.batches.rows_per_step * run.flags.context_size
-            stats["ms_per_step"] = 1000 * seconds / steps
-            stats["tokens_per_second"] = num_tokens / seconds
-        stats |= {"epoch": run.epochs, "peak_mib": mx.get_peak_memory() / 2**20}
-        self.show(metrics | stats)
+            metrics["ms_per_step"] = 1000 * seconds / steps
+            metrics["tokens_per_second"] = num_tokens / seconds
+        metrics |= {"epoch": run.epochs, "peak_mib": mx.get_peak_memory() / 2**20}
+        self.show(metrics)
         train_split = run.dataset.train
         if train_split.num_bytes is not None and run.teacher is None:  # a teacher's is mixed in
-            stats["bits_per_byte"] = bits_per_byte(metrics["loss"], train_split)
-        self.log_metrics("train", metrics | stats)
+            metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], train_split)
+        self.log_metrics("train", metrics)
         self.timed_from = (run.iteration, run.seconds)
 
     def show(self, metrics):
@@ -2623,7 +2622,7 @@ class Log:
         if not rows and os.path.lexists(self.path):
             self.path.replace(self.path.with_name("log.old.csv"))
             say("log.csv cannot be read: it was renamed to log.old.csv")
-        columns = [*dict.fromkeys(itertools.chain(*rows[:1], last_row))]
+        columns = list(dict(*rows[:1]) | last_row)
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
@@ -2732,16 +2731,16 @@ def describe_losses(name, metrics, split, tokenizer, mark=""):
     loss = metrics["loss"]
     unit = "word" if tokenizer.kind == "word" else "token"
     texts = [f"{name} {loss:.4f} nats{mark}", f"perplexity {perplexity(loss):.2f} per {unit}"]
-    is_whole = split.num_bytes is not None
-    if is_whole and tokenizer.kind not in ("word", "char", "byte"):
-        # The sum over the split, extrapolated if `loss` is the mean of its first tokens only.
-        total = loss * len(split.tokens)
-        per_word = perplexity(total / max(1, split.num_words))
-        texts.append(f"{per_word:.2f} per word" if per_word < 1e6 else f"{per_word:.1e} per word")
-    if is_whole:
+    if split.num_bytes is not None:  # the split is whole
+        if tokenizer.kind not in ("word", "char", "byte"):
+            # The sum over the split, extrapolated if `loss` is the mean of its first tokens only.
+            total = loss * len(split.tokens)
+            per_word = perplexity(total / max(1, split.num_words))
+            digits = ".2f" if per_word < 1e6 else ".1e"
+            texts.append(f"{per_word:{digits}} per word")
         texts.append(f"{bits_per_byte(loss, split):.4f} bits per byte")
-    if is_whole and tokenizer.unk is not None:
-        texts.append(f"{split.num_unk / len(split.tokens):.2%} <unk>")
+        if tokenizer.unk is not None:
+            texts.append(f"{split.num_unk / len(split.tokens):.2%} <unk>")
     texts += [format_metric(other, metrics[other]) for other in metrics if other != "loss"]
     return ", ".join(texts)
 
