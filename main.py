@@ -2928,7 +2928,6 @@ def make_parser():
         usage="python main.py [flags]",
         description="\n\n".join((__doc__ or "").split("\n\n")[:2]),  # python -OO drops it
         epilog="Exit status: 0 done, 1 failed, 2 usage error; 128 + its number after a signal.",
-        argument_default=argparse.SUPPRESS,
     )
     for title, flags in FLAGS.items():
         datasets.add_flags(parser.add_argument_group(title), flags)
