@@ -1973,7 +1973,7 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
         matches = list(candidates.values())
     if len(matches) == 1:
         return matches[0]
-    names = ", ".join([*dict.fromkeys(runs)][:5]) or "none"
+    names = datasets.first_names([*dict.fromkeys(runs)]) or "none"
     hint = ""
     if flag_name in PRETRAINED_FLAGS:
         hint = "; if a run's model is gone, resume the run with --identifier RUN"
