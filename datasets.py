@@ -1219,7 +1219,6 @@ def read_about(cache):
 def map_dataset(name, cache, about, train_tokens):
     """The Dataset in a cache, memory-mapped. Raises UsageError if it has too few tokens."""
     tokenizer = tokenizer_from_dict(about["tokenizer"])
-    dtype = tokenizer.dtype
     splits = dict.fromkeys(SPLITS)
     hashes = {}
     for split, counts in about["splits"].items():
@@ -1227,9 +1226,9 @@ def map_dataset(name, cache, about, train_tokens):
         identity = hash_of_data([counts.pop("sha256"), about["tokenizer"]])
         if split != "test":
             hashes[split] = identity  # checkpoints store these
-        if path.stat().st_size < 2 * np.dtype(dtype).itemsize:
+        if path.stat().st_size < 2 * tokenizer.dtype().itemsize:
             continue  # a single token has no next one to predict
-        tokens = np.memmap(path, dtype, "r")
+        tokens = np.memmap(path, tokenizer.dtype, "r")
         if split == "train" and train_tokens and train_tokens < len(tokens):
             tokens = tokens[:train_tokens]
             counts = dict.fromkeys(counts)
@@ -2023,9 +2022,9 @@ def add_flags(group, flags):
         elif flag.default == []:
             options |= {"nargs": "+", "action": "extend"}  # `--text a --text b` names both
         options["default"] = argparse.SUPPRESS
-        has_default = str(flag.default) not in ("None", "False", "[]")
-        default = f" (default: {flag.default})" if has_default else ""
-        help_text = flag.help + default
+        help_text = flag.help
+        if str(flag.default) not in ("None", "False", "[]"):
+            help_text += f" (default: {flag.default})"
         group.add_argument(f"--{name}", help=help_text, required=flag.required, **options)
         for other in hint_table("ALIASES").get(name, "").split():
             group.add_argument(f"--{other}", dest=name, help=argparse.SUPPRESS, **options)
