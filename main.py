@@ -3221,19 +3221,17 @@ class Inputs(NamedTuple):
 
 def load_inputs(flags, checkpoint=None):
     """The Inputs of a new run or, with a checkpoint, of the run that saved it."""
-    models = {}
-    tokenizer = None
     if checkpoint:
         models = open_kept_models(flags, checkpoint)
         dataset = reload_data(flags, checkpoint)
         parents = dict(checkpoint.parents)
     else:
-        for flag_name in PRETRAINED_FLAGS:
-            if getattr(flags, flag_name):
-                models[flag_name] = open_model(flags, flag_name)
+        names = [name for name in PRETRAINED_FLAGS if getattr(flags, name)]
+        models = {name: open_model(flags, name) for name in names}
+        tokenizer = None
         if models:
             flags = resolve_flags(flags.explicit, flags_from_pretrained(models, flags))
-            tokenizer = next(iter(models.values())).tokenizer
+            tokenizer = models[names[0]].tokenizer
         dataset = load_data(flags, tokenizer)
         parents = {name: loaded.id for name, loaded in models.items()}
     return Inputs(flags, dataset, models, parents, read_code(vars(flags)))
@@ -3294,7 +3292,7 @@ def load_data(flags, tokenizer=None):
             f"--eval_stride {flags.eval_stride} would skip tokens: "
             f"give at most {flags.context_size}"
         )
-    arguments = get_values(flags, [*FLAGS["data"], "test_text", "save_dir", "data_dir", "mirror"])
+    arguments = get_values(flags, [*FLAGS["data"], "test_text", "save_dir", "mirror"])
     arguments["data_dir"] = datasets.make_data_dir(flags.data_dir)
     if tokenizer:
         arguments["tokenizer"] = tokenizer
