@@ -2001,13 +2001,14 @@ def save(run, interrupts):
     It waits out a full disk or a missing folder: training state is in memory, and the last
     checkpoint is untouched.
     """
-    for pause in itertools.chain((1, 2, 5, 10, 30), itertools.repeat(60)):  # seconds
+    for attempt in itertools.count():
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
             write_checkpoint(run)
             return
         except OSError as error:
             how_often = "again" if interrupts.stop_signal else "twice"
+            pause = min(2**attempt, 60)  # seconds
             say(
                 f"Saving to {run.folder} failed ({error}); retrying in {pause} s. "
                 f"Press Ctrl+C or send SIGTERM {how_often} to exit without saving."
