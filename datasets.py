@@ -267,6 +267,8 @@ class WordTokenizer(Tokenizer):
     kind = "word"
 
     def __init__(self, vocabulary):
+        if not all(isinstance(word, str) for word in vocabulary):
+            raise ValueError("one of its words is not a text")
         self.vocabulary = vocabulary
         self.word_to_id = {word: token for token, word in enumerate(vocabulary)}
         self.vocab_size = len(vocabulary)

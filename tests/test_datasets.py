@@ -137,6 +137,7 @@ def test_round_trips(bpe, text):
 @pytest.mark.parametrize("data", [
     {"kind": "char", "vocabulary": ["ab"]},
     {"kind": "word", "vocabulary": ["<eos>", "a"]},
+    {"kind": "word", "vocabulary": ["<eos>", "<unk>", 0.5]},
     {"kind": "byte", "vocabulary": "a"},
 ])  # fmt: skip
 def test_what_is_no_tokenizer(data):
