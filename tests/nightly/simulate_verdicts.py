@@ -69,34 +69,50 @@ def show_races(kind, draw, tries):
         print(f"{kind}: effect {effect:+}, spread {NANOGPT_SPREAD}: {shown}", flush=True)
 
 
-def tuned_outcome(effect, spread, losses_by_rate, num_seeds, draw):
-    """The outcome of a race at each side's best rate; effect: of "after", the same at all rates.
+def bowl(cost, offset=0):
+    """Mean losses at four rates, a step apart; a step from the best rate costs `cost`.
+
+    offset: by how many steps the best rate lies beyond the second one.
+    """
+    return cost * (np.arange(-1, 3) - offset) ** 2
+
+
+def tuned_outcome(spread, losses, num_seeds, draw):
+    """The outcome of a race at each side's best rate; losses: means of (before, after), [2, rates].
 
     By chance, a side chooses a worse rate.
     """
-    noise = draw(2 * len(losses_by_rate) * num_seeds) * spread / 2**0.5
-    means = losses_by_rate + noise.reshape(2, -1, num_seeds).mean(axis=2)
-    before, after = losses_by_rate[means.argmin(axis=1)]
-    outcome, _ = decided(RACE_BOUNDS, (after + effect - before) / spread, draw)
+    noise = draw(2 * len(losses[0]) * num_seeds) * spread / 2**0.5
+    means = losses + noise.reshape(2, -1, num_seeds).mean(axis=2)
+    before, after = np.take_along_axis(losses, means.argmin(axis=1)[:, None], axis=1).flatten()
+    outcome, _ = decided(RACE_BOUNDS, (after - before) / spread, draw)
     return outcome
 
 
 def show_tuned_races(kind, draw, tries):
-    """Prints what races call sides that differ by an effect, each at its best rate."""
-    four_rates = LOSSES_BY_RATE[1:5]
-    settings = [(0, SPREAD, LOSSES_BY_RATE, 2), (0, SPREAD, LOSSES_BY_RATE, 4)]
-    settings += [(effect, NANOGPT_SPREAD, four_rates, 2) for effect in (0, -0.01, -0.02)]
-    for setting in settings:
-        effect, spread, losses_by_rate, num_seeds = setting
-        outcomes = [tuned_outcome(*setting, draw) for _ in range(tries)]
-        shown = []
-        for name in ("helped", "hurt"):
-            share = outcomes.count(name) / tries
-            # Twice: on other seeds, tuned again.
-            shown.append(f"{name} {share:.1%} (twice: {share**2:.2%})")
-        rates = f"best of {len(losses_by_rate)} rates by {num_seeds} seeds"
-        case = f"effect {effect:+}, spread {spread}, {rates}"
-        print(f"{kind}: {case}: {', '.join(shown)}", flush=True)
+    """Prints what races call sides, each at its best rate."""
+    six, four = LOSSES_BY_RATE, LOSSES_BY_RATE[1:5]
+    cases = [
+        ("six rates, spread of `first`", SPREAD, (six, six), 2),
+        ("six rates, spread of `first`, 4 seeds choose", SPREAD, (six, six), 4),
+    ]
+    for effect in (0, -0.01, -0.02):
+        losses = (four, four + effect)
+        cases.append(
+            (f"four rates, nanoGPT's spread, effect {effect:+}", NANOGPT_SPREAD, losses, 2)
+        )
+    for cost in (0.2, 0.4, 0.8, 1.6, 2.4):  # times the spread
+        for offset in (0, 0.5):
+            losses = (bowl(cost), bowl(cost, offset))
+            name = f"a step costs {cost} spreads, best rates {offset} steps apart"
+            cases += [(f"{name}, {seeds} seeds choose", 1, losses, seeds) for seeds in (2, 4)]
+    for name, spread, losses, num_seeds in cases:
+        losses = np.array(losses)
+        outcomes = [tuned_outcome(spread, losses, num_seeds, draw) for _ in range(tries)]
+        shares = {outcome: outcomes.count(outcome) / tries for outcome in ("helped", "hurt")}
+        # Twice: on other seeds, tuned again.
+        shown = [f"{outcome} {p:.1%} (twice: {p**2:.2%})" for outcome, p in shares.items()]
+        print(f"{kind}: {name}: {', '.join(shown)}", flush=True)
 
 
 def show_nights(kind, draw, nights):
