@@ -125,9 +125,15 @@ def open_streams(paths):
     for descriptor, path in enumerate(paths):
         with open(path, "w" if descriptor else "r") as file:
             os.dup2(file.fileno(), descriptor)
-    old = sys.stdin  # which may have read ahead
-    sys.stdin = open(0, encoding=old.encoding, errors=old.errors, closefd=False)
-    sys.stdout.reconfigure(line_buffering=sys.stdout.isatty())
+    # Those of this process may have read ahead, or be files, in which one can seek.
+    sys.stdin = reopen(sys.stdin, 0)
+    sys.stdout = reopen(sys.stdout, 1, mode="w")
+    sys.stderr = reopen(sys.stderr, 2, mode="w", buffering=1)
+
+
+def reopen(stream, descriptor, **options):
+    options |= {"encoding": stream.encoding, "errors": stream.errors}
+    return open(descriptor, closefd=False, **options)
 
 
 def generate_kernels():
