@@ -2834,7 +2834,7 @@ def describe_end(run, stop_signal):
         more = f" --patience {run.evaluations_since_best() + flags.patience}"
     if run.iteration >= flags.num_iters:
         ended = f"Run complete ({run.iteration:,}/{flags.num_iters:,})"
-        more = f" --num_iters {2 * run.iteration}"
+        more += f" --num_iters {2 * run.iteration}"
     return f"{trained}\n{ended}. To sample: {resume} --inference\nTo train on: {resume}{more}"
 
 

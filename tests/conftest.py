@@ -221,7 +221,7 @@ def edit(folder, old, new):
 
 
 def on_gpu(*arguments, **options):
-    """Runs `python main.py *arguments --gpu`, or a program in extras/, with no GPU; see there."""
+    """Runs `python main.py *arguments --gpu`, or a program in extras/, with a pretended GPU."""
     return run(*arguments, "--gpu", program=[ROOT / "tests" / "pretended_gpu.py"], **options)
 
 
