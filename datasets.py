@@ -75,8 +75,6 @@ def required_packages():
 
 
 with required_packages():
-    import fcntl
-
     import numpy as np
     from tqdm import tqdm
 
@@ -91,7 +89,7 @@ END = "<|endoftext|>"  # marks the end of a document in a text
 
 
 class Split(NamedTuple):
-    """The tokens of a split, and counts of its text (None if only its first tokens are used)."""
+    """The tokens of a split, and counts of its text (None if --train_tokens cuts it short)."""
 
     tokens: np.ndarray  # [N] uint16 or uint32, memory-mapped
     num_bytes: int | None
@@ -431,12 +429,12 @@ KINDS = ["auto", *(kind for kind in TOKENIZERS if kind != "file")]
 
 
 def encode_after(tokenizer, blocks):
-    """Yields the ids [N] of the text in each block, as they follow the character before it.
+    """Yields the ids [N] of each block's text, encoded as a continuation of its document.
 
     Some tokenizers put a space before whatever they encode. blocks: see read_documents.
     """
-    both = tokenizer.encode_batch([previous + text for text, previous in blocks])
-    for (text, previous), ids in zip(blocks, both):
+    joined = tokenizer.encode_batch([previous + text for text, previous in blocks])
+    for (text, previous), ids in zip(blocks, joined):
         previous_ids = tokenizer.encode(previous)
         if np.array_equal(ids[: len(previous_ids)], previous_ids):
             yield ids[len(previous_ids) :]
@@ -665,8 +663,9 @@ def python_modules():
 def find_cut(span, at):
     """The byte near `at` at which to cut the Span of a whole file in two.
 
-    It is where the next separator ends or, in a Span without one, the next line; if there is none
-    within 32 KiB, and half of what is left of the file, it is where a character ends.
+    It is where the next separator ends or, in a Span without one, the next line. If there is none
+    in the next 32 KiB (near the end of the file, in half of what is left), it is where a character
+    ends.
     """
     start = min(at, span.stop) - 1  # a line end right before `at` counts
     if start < 0:
@@ -727,8 +726,8 @@ def named_split(name):
 def find_files(paths, program_folders):
     """{(device, inode): (path, name)} of the texts that `paths` (files, folders, globs) match.
 
-    A name is relative to the parent folder of the path, or to the folder of its first wildcard. If
-    links give a file several names, one that tells a split counts.
+    A name is relative to the parent folder of the path, or to the folder of its first wildcard. Of
+    several names that links give to a file, one that tells a split counts.
     """
     found = {}
     for path in paths:
@@ -752,7 +751,7 @@ def find_text_files(path, program_folders):
     path: an absolute one; names: see find_files. Files that are no text, or cannot be read, are
     left out with a message. Hidden files do not count, nor do those in `program_folders` (resolved
     paths, where this program keeps its files) unless `path` itself lies there. Links to folders are
-    followed, but not to one above.
+    followed, except in a circle.
     Raises UsageError if nothing matches, if no file is left, or if only files named for validation
     or testing are left; it gives the reason for the last one left out.
     """
@@ -795,7 +794,7 @@ def find_text_files(path, program_folders):
         if not files or is_train_lost:
             raise reason
         what = f"{left_out.total():,} bytes in files that are no readable UTF-8 text"
-        print(f"{path}: leaving out {what} ({first_names([*left_out])})")
+        print(f"{path}: leaving out {what} ({shorten_list([*left_out])})")
     return sorted(files.items())
 
 
@@ -856,12 +855,12 @@ def set_aside(files):
     if len(left_out) == len(train):
         print("All text is for validation or testing: it is used, as there is no other.")
     elif left_out:
-        print(f"Not training on what is for validation or testing: {first_names(left_out)}")
+        print(f"Not training on what is for validation or testing: {shorten_list(left_out)}")
         for key in held_out:
             train.pop(key, None)
 
 
-def first_names(names):
+def shorten_list(names):
     """The first five names of a list, and how many more there are."""
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return one_line(", ".join(names[:5])) + more
@@ -889,7 +888,7 @@ def hold_out(sources, valid_fraction):
         split.append(span)
     total = sum(span.stop for span in spans)  # bytes
     share = sum(span.stop for span in valid) / max(1, total)
-    names = first_names([span.path.name for span in valid])
+    names = shorten_list([span.path.name for span in valid])
     if not valid_fraction / 2 <= share <= 2 * valid_fraction:
         names = "the end of the text"
         share = valid_fraction
@@ -1135,8 +1134,8 @@ def load_dataset(
     folders = [user_path(path) for path in (data_dir, save_dir) if path]
     program_folders = {Path(os.path.realpath(folder)) for folder in folders}
     local_sources |= user_text(user_paths, valid_fraction, text_field, program_folders)
-    # `name` stands for one use of a text. It has a folder for each version of the text's files and
-    # of datasets.py; the two written last stay.
+    # `name` stands for the text and its settings. Each version of the text's files, and of
+    # datasets.py, has a folder; the two written last stay.
     key = [user_paths, valid_fraction, text_field, vocab_size, is_object and tokenizer.to_dict()]
     name = f"{kind}-{hash_of_data(key)[:12]}"
     cache = data_dir / dataset / f"{name}-{hash_of_inputs(local_sources)[:8]}"
@@ -1369,7 +1368,7 @@ def explain_errors(text, *errors, raises=UsageError):
     """Turns exceptions of the types `errors` (default: any) into one of the type `raises`.
 
     Its message, one line for the user, is `text`, which names the cause and the remedy, followed by
-    the exception's own. A missing package or name passes unless `errors` has its type.
+    the exception's own. ImportError and NameError pass, unless `errors` lists them.
     """
     expected = errors or (BaseException,)  # a panic of the package tokenizers is no Exception
     # The first three are no errors; a missing package or name is no fault of what was read.
@@ -1553,6 +1552,8 @@ def import_fast(name, path):
     fast = None
     fast_path = Path(path).resolve().parent / "extras/features/fast.py"
     with required_packages():
+        import fcntl  # noqa: F401 (where it is missing, on Windows, nothing could be saved)
+
         if fast_path.exists() and not os.environ.get("DISABLE_FAST"):
             from extras.features import fast
         import mlx.core as mx
@@ -1591,7 +1592,7 @@ class FastVersions:
         return getattr(self.fast, function.__name__)
 
 
-# Paths, from this folder, of what is no module of the user's own.
+# Paths, from this folder, of modules that are not the user's own.
 NOT_USERS = re.compile(r"(main|datasets)\.py|(extras|tests|.*site-packages)/.*|\..*|.*(?<!\.py)")
 
 
@@ -1752,6 +1753,8 @@ def lock_file(file, wait=True):
 
     wait: for a process that holds the lock; if False, raises BlockingIOError instead.
     """
+    import fcntl  # here, as Windows lacks it, where extras.versus.losses needs none
+
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1819,6 +1822,8 @@ def remove_leftovers(folder):
 
 def sync(path):
     """Waits until a file, or the names in a folder, are on disk and would survive a power cut."""
+    import fcntl
+
     descriptor = os.open(path, os.O_RDONLY)
     try:
         try:  # macOS, whose fsync stops at the disk's cache
@@ -1993,7 +1998,7 @@ class Parser(argparse.ArgumentParser):
         return ""
 
     def spelled_here(self, argument):
-        """An argument as this parser knows it, of a flag that is spelled in another way."""
+        """An argument in this parser's spelling: with underscores, and --no-FLAG for =false."""
         actions = self._option_string_actions
         # Without the \r of a script with Windows' line ends.
         name, equals, value = argument.removesuffix("\r").partition("=")

@@ -39,9 +39,9 @@ import datasets
 from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, Flag, nonempty, number, one_of
 from datasets import RunError, UsageError, explain_errors, extra, printable
 
-# `fast` is extras/features/fast.py, or None. A function under @fast_version is replaced by its
-# faster namesake there, until you edit it here. This comes before MLX, as MLX uses the BLAS that
-# was loaded first.
+# `fast` is extras/features/fast.py, or None. @fast_version replaces a function by its faster
+# namesake there, unless you have edited it here. This comes before MLX, which takes the first BLAS
+# that was loaded.
 fast, fast_version = datasets.import_fast(__name__, __file__)
 
 import mlx.core as mx
@@ -76,7 +76,7 @@ class Config:
     qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
     untie: bool = False  # the output layer has its own matrix instead of the embeddings
     # Set by no flag, only by models from Hugging Face:
-    rope_theta: float = 10000.0  # RoPE's wavelengths are 2 pi to nearly 2 pi * theta positions
+    rope_theta: float = 10000.0  # the base of RoPE's frequencies
     rope_scaling: list | None = None  # see rope_frequencies
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
     head_dim: int | None = None  # d, of a head; None: dim / num_heads
@@ -140,8 +140,8 @@ def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
     Queries belong to the last L of the N positions: in training L is N, in decoding mostly 1.
-    mask: "causal", or bool [B, 1, L, N], true where a query may see a key; it must be causal
-    itself. Only extras/features/decode.py passes an array, for texts of different lengths.
+    mask: "causal", or bool [B, 1, L, N], true where a query may see a key; it must leave out later
+    positions, too. Only extras/features/decode.py passes one, for texts of different lengths.
     """
     # softmax(queries @ keys.swapaxes(2, 3) * scale) @ values, with scores of -inf where the mask
     # is false, and each key/value head repeated H / K times.
@@ -241,8 +241,8 @@ def relu2(x):
     return mx.square(nn.relu(x))
 
 
-# The choices of --mlp: an activation, and whether it is applied to a gate (Shazeer 2020):
-# activation(gate_proj(x)) * up_proj(x) instead of activation(up_proj(x)).
+# The choices of --mlp, {name: (activation, is_gated)}. With a gate (Shazeer 2020), the hidden layer
+# is activation(gate_proj(x)) * up_proj(x) instead of activation(up_proj(x)).
 MLPS = {
     "relu2": (relu2, False),
     "gelu": (nn.gelu, False),  # the exact one, with erf
@@ -426,8 +426,8 @@ class LanguageModel(nn.Module):
     def logits(self, hidden):
         """Logits [B, L, V] float32 of final hidden states [B, L, D].
 
-        A softcap, a bias or a scale goes here: it holds in training, evaluation and sampling.
-        Until you edit one of LOGITS_CODE, below, fast.py computes logits by code of its own.
+        A softcap, a bias or a scale goes here: it holds in training, evaluation and sampling. (For
+        speed, fast.py has a copy of this. An edit of anything in LOGITS_CODE turns that off.)
         """
         output_layer = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
         return output_layer(hidden).astype(mx.float32)
@@ -479,7 +479,7 @@ def normal_init(name, shape, seed):
     return mx.array(rng.standard_normal(shape, np.float32))
 
 
-# The ends of the names of matrices that start at zero.
+# Matrices start at zero if their names end so.
 ZERO_INIT = ("o_proj.weight", "down_proj.weight", "lm_head.weight")
 
 
@@ -493,9 +493,10 @@ def init_weights(model, seed):
     into the residual stream are 0, so that each block starts as the identity. An untied output
     layer is also 0.
 
-    Embeddings have standard deviation 5 / dim. Tied, they are the output layer, too: at first, the
-    model predicts that a token repeats, with a logit of 4 to 5 (up to a dim of 1024) where others
-    have about 0, and the loss begins near ln(V + e^5). Untied, it begins at ln V.
+    Embeddings have standard deviation 5 / dim. If they are tied, they are the output layer, too. At
+    first, the model then predicts that each token repeats: its logit is 4 to 5 (up to a dim of
+    1024), those of others are about 0, and the loss begins near ln(V + e^5). Untied, it begins at
+    ln V.
     """
     weights = []
     for name, parameter in tree_flatten(model.parameters()):
@@ -535,9 +536,10 @@ def training_loss(model, hidden, targets, scale):
 
 @fast_version
 def sum_over_shards(function, *arrays):
-    """function(*arrays): a tree of sums over the B rows of arrays [B, ...], the first one [B, L].
+    """Returns function(*arrays), a tree of sums over the B rows of arrays [B, ...].
 
-    The fast version divides the rows among the cores and adds up the results.
+    The first array is [B, L]. The fast version divides the rows among the cores, and adds up what
+    the function returns for each part.
     """
     return function(*arrays)
 
@@ -706,7 +708,7 @@ def linear_schedule(iteration, flags):
 
 
 def cooldown_progress(iteration, flags):
-    """The completed fraction of the cooldown: 0 before it; 1 would be at `num_iters`, the end.
+    """The completed fraction of the cooldown: 0 until it begins, 1 at `num_iters`.
 
     The cooldown is the last fraction `lr_cooldown` of the steps after warmup.
     """
@@ -829,8 +831,8 @@ class Batches:
         If fewer windows are left than a step needs, the next epoch begins. If even a whole epoch
         has fewer, they repeat within the step.
         """
-        is_complete = self.cursor + self.rows_per_step <= len(self.perm)
-        if not is_complete and self.cursor > 0:
+        has_full_step = self.cursor + self.rows_per_step <= len(self.perm)
+        if not has_full_step and self.cursor > 0:
             self.begin_epoch(self.epoch + 1)
         indices = range(self.cursor, self.cursor + self.rows_per_step)
         window_indices = self.perm.take(indices, mode="wrap").astype(np.int64)
@@ -877,7 +879,7 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     def batch_sums(*windows):
         return sum_over_shards(metric_sums, *windows)
 
-    # The last window is the first that reaches the end of the text.
+    # No window starts after one that reaches the end of the text.
     last_start = max(num_targets - context_size, 0)
     starts = np.arange(0, last_start + stride, stride)
     batch_size = min(batch_size, len(starts))
@@ -988,8 +990,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
 
     value_and_grad = nn.value_and_grad(model, loss_fn)
 
-    # Compiled once per set of shapes, then replayed. Arrays that it reads without being passed them
-    # have to be in `inputs`; those that are not, such as the teacher's weights, become constants.
+    # Compiled once per set of shapes, then replayed. Arrays that are neither arguments nor in
+    # `inputs` become constants, which is right for the teacher's weights.
     @partial(mx.compile, inputs=[model.state])
     def loss_and_gradients(*arguments):
         weights = model.parameters()
@@ -1007,7 +1009,8 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return {"loss": loss, "gradient_norm": norm}
 
     def step_fn(dropout_rate, inputs, targets, row_keys):
-        # Each rank sums over its own positions; so scaled, all_mean of the sums is the mean of all.
+        # Each rank sums over its own positions. Scaled by this, the mean of the ranks' sums is the
+        # mean over all positions.
         scale = ranks.size / targets.size
         scaled_sums = partial(loss_and_gradients, scale, dropout_rate)
         # This rank's rows of each micro-batch.
@@ -1108,9 +1111,8 @@ def validate(run, interrupts, ranks, reporter):
     It scores the first --eval_tokens tokens (0: all), but no more than are trained on between
     evaluations, so that short trials need not wait.
 
-    The evaluation at the end of --max_minutes is shown and logged, but not recorded: a run without
-    --max_minutes has none at that step, and checkpoints of both must be equal. Raises RunError if
-    the loss is not finite.
+    An evaluation that only --max_minutes causes is shown and logged, but not recorded, so that
+    checkpoints do not depend on that flag. Raises RunError if the loss is not finite.
     """
     flags = run.flags
     tokens = run.dataset.valid.tokens
@@ -1393,7 +1395,7 @@ class Conversation:
             if separator:
                 yield before
                 pieces.close()
-                self.remove_last(len(buffer) - len(before))
+                self.remove_last_characters(len(buffer) - len(before))
                 return
             overlaps = [n for n in range(1, len(stop)) if buffer.endswith(stop[:n])]
             num_safe = len(buffer) - max(overlaps, default=0)
@@ -1401,8 +1403,8 @@ class Conversation:
             buffer = buffer[num_safe:]
         yield buffer
 
-    def remove_last(self, count):
-        """Removes the last `count` characters of the reply; the first may split a token."""
+    def remove_last_characters(self, count):
+        """Removes the last `count` characters of the reply; this may cut a token in two."""
         text = self.tokenizer.decode(self.ids)[:-count]
         self.decoder.truncate(self.reply_start)
         self.append_text(text[len(self.tokenizer.decode(self.ids)) :])
@@ -1578,7 +1580,7 @@ class Run(Progress):
         self.evaluations = [Evaluation(*evaluation) for evaluation in self.evaluations]
         if self.flags.average:
             self.average = tree.get("average")
-        elif "average" in tree:  # a branch without --average: its parent's losses are of averages
+        elif "average" in tree:  # a branch without --average: the losses were of averages
             self.evaluations = []
 
     @property
@@ -1663,7 +1665,7 @@ SHA1_PATTERN = re.compile("[0-9a-f]{40}")
 NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check --save_dir"
 
 
-@dataclasses.dataclass(eq=False)  # one and its copy in another folder are not equal
+@dataclasses.dataclass(eq=False)  # a copy in another folder is another checkpoint
 class Checkpoint(Progress):
     """A checkpoint as its record describes it; `open` reads and verifies its arrays."""
 
@@ -1751,7 +1753,7 @@ class Contents(NamedTuple):
             with explain_errors(f"{checkpoint} does not fit its base", raises=DamagedError):
                 alpha = checkpoint.flags["lora_alpha"]
                 weights = extra("lora").merge(base, weights, rank, alpha)
-        # A mistake in an edited layer, mostly an AttributeError or a TypeError, is not damage.
+        # Other errors, such as a TypeError in an edited layer, are bugs, not damage.
         problem = f"{checkpoint} does not fit its record"
         with explain_errors(problem, *MODEL_ERRORS, raises=DamagedError):
             model = LanguageModel(checkpoint.config)
@@ -1931,7 +1933,7 @@ def best_checkpoint(checkpoints):
 
 
 def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
-    """The checkpoint in --save_dir that the flag names; checkpoints: all of them, newest first.
+    """Finds the checkpoint that a flag names, among those in --save_dir (newest first).
 
     identifier: an id or its beginning, the file of that name, a run's name (its newest checkpoint),
     RUN@STEP, "latest", or "best" (of the run saved last). Raises UsageError if it names none,
@@ -1960,8 +1962,8 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
     elif "@" in identifier:
         matches = [extra("steps").checkpoint_at(flags, checkpoints, identifier)]
     else:
-        # A copy, or a branch before its first step, shares its origin's id: the oldest run that
-        # trained it counts.
+        # Copies, and branches before their first step, have the same id as their origin. Among
+        # these, the oldest run that trained it counts.
         def by_origin(checkpoint):
             is_parents = checkpoint.id == checkpoint.parents.get("branched_from")
             return not checkpoint.is_copy, not is_parents
@@ -1973,7 +1975,7 @@ def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
         matches = list(candidates.values())
     if len(matches) == 1:
         return matches[0]
-    names = datasets.first_names([*dict.fromkeys(runs)]) or "none"
+    names = datasets.shorten_list([*dict.fromkeys(runs)]) or "none"
     hint = ""
     if flag_name in PRETRAINED_FLAGS:
         hint = "; if a run's model is gone, resume the run with --identifier RUN"
@@ -2189,7 +2191,7 @@ class Interrupts:
         for signal_number in self.SIGNALS:
             # Signals that the parent ignores (nohup, background jobs of scripts) stay ignored.
             if signal.getsignal(signal_number) != signal.SIG_IGN:
-                # The thread acts; without a handler, Python would not write the byte.
+                # Does nothing, as the thread acts; but without a handler, Python writes no byte.
                 self.handlers[signal_number] = signal.signal(signal_number, lambda *_: None)
         return self
 
@@ -2373,7 +2375,7 @@ def code_folder(run):
 
 
 def is_plain_folder(folder):
-    """Whether a path, perhaps a stranger's, is a folder, and nothing in it is a link or a pipe."""
+    """Whether a path, perhaps a stranger's, is a folder of nothing but files and folders."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     inner = folder.rglob("*")
@@ -2538,7 +2540,7 @@ class Reporter:
         """Adds metrics, {name: number}, to the log, and sends them to the dashboards."""
         place = {"iteration": self.run.iteration, "split": split}
         totals = {"tokens_seen": self.run.tokens_seen, "seconds": self.run.seconds}
-        # `place` comes first for its columns, and last so that no metric replaces it.
+        # `place` comes first, for the order of columns, and last, so that no metric replaces it.
         row = place | metrics | totals | place
         with self.writing("log.csv"):
             self.log.append(row)
@@ -2589,8 +2591,8 @@ def save_and_sample(run, interrupts, reporter):
 class Log:
     """A run's log.csv: a row has an iteration, a split and metrics.
 
-    It is rewritten when a process adds its first row (rows after the iteration that it resumed go),
-    and when a metric is new (with one more column).
+    It is rewritten when a process adds its first row, without rows after the iteration at which it
+    resumed, and when a new metric needs a column.
     """
 
     def __init__(self, run):
@@ -2841,8 +2843,8 @@ def describe_end(run, stop_signal):
 def divergence_error(run, what, iteration):
     """The RunError for a run whose `what` is not finite.
 
-    It gives a command that goes back to the newest checkpoint before `iteration`: the step after
-    that one was finite.
+    It gives a command that goes back to the newest checkpoint before `iteration`, which is good, as
+    the step after it was finite.
     """
     checkpoints = checkpoints_in(run.folder)
     earlier = [checkpoint for checkpoint in checkpoints if checkpoint.iteration < iteration]
@@ -2968,7 +2970,7 @@ def check_values(values):
 def read_command_line(argv):
     """The flags set on the command line, by --config or by --preset, {flag: value}.
 
-    The command line overrides the file; so does its --preset, but for flags that stand beside it.
+    Later ones count: the file's preset, the file, the command line's preset, the command line.
     """
     command_line_flags = vars(make_parser().parse_args(argv))
     file_flags = {}
@@ -3040,9 +3042,9 @@ def read_yaml(path, loader="SafeLoader"):
 def resolve_flags(explicit, recorded=None):
     """All flags of a command or a run, as a Namespace.
 
-    explicit: those that the command sets, also kept as the attribute `explicit`; recorded: those of
-    the checkpoint that it resumes, or that the models of a new run decide. All others have
-    their defaults; a default of None that depends on other flags is filled in.
+    explicit: those that the command sets, also kept as the attribute `explicit`; recorded: those
+    that it does not set, but the checkpoint that it resumes, or the models of a new run. Others
+    have their defaults; a default of None that depends on other flags is filled in.
     """
     if "text" in explicit:
         explicit = {"dataset": "text"} | explicit  # load_dataset refuses another dataset
@@ -3115,8 +3117,11 @@ def ineffective_flag_notices(flags):
 #                                        checkpoint, or a training flag has another value
 #     --new_model, or no such run yet    a new run
 #
-# If other code trained that run: --identifier resumes it all the same; flags begin a new run beside
-# it if it is finished, and are refused if not; a command without flags is refused.
+# If other code trained that run:
+#
+#     no flag in IDENTITY_FLAGS          an error
+#     flags in IDENTITY_FLAGS            a new run beside it; an error if it is unfinished
+#     --identifier                       that run, all the same
 #
 # A run's name is a hash of IDENTITY_FLAGS, of the contents of its texts and models, and of the
 # checkpoint that a branch began from. Its folder is NAME or NAME.2, NAME.3, …
@@ -3152,7 +3157,8 @@ def set_up(flags, ranks):
                 if begins_branch:
                     run.evaluations = [run.evaluation] if run.evaluation else []  # not its parent's
                 has_new_flags = get_values(run.flags, RECORDED_FLAGS) != checkpoint.flags
-                # Before a step: a branch then needs no other run, and no kill loses new flags.
+                # Saved before the first step, a branch needs its parent no more, and new flags
+                # survive a kill.
                 if begins_branch or (has_new_flags and run.iteration < run.flags.num_iters):
                     save(run, interrupts)
             yield run, interrupts
@@ -3341,8 +3347,8 @@ def continues_run(flags, checkpoint):
 def find_folder(inputs):
     """The folder of the run that has these Inputs, which may be a new one.
 
-    Of NAME, NAME.2, …, it is the one saved last by the same code (with --identifier, by any), else
-    the first that does not exist or has no checkpoint.
+    Of NAME, NAME.2, …, it is the run that the same code saved last (with --identifier, any code).
+    Without such a run, it is the first that is free: it does not exist, or has no checkpoint.
     Raises UsageError if other code trained all such runs, and the one saved last is unfinished.
     """
     flags = inputs.flags
@@ -3381,7 +3387,7 @@ def run_identity(flag_values, sha256, parents):
     identity = {name: flag_values[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
     identity |= sha256 | parents
     for name in PRETRAINED_FLAGS:
-        # "latest" may soon mean this very run, so the name hashes the word, not the id.
+        # The word counts, not the id: "latest" will soon mean this very run.
         if str(flag_values[name]).partition("@")[0] in ("latest", "best"):
             identity[name] = flag_values[name]
     return identity

@@ -123,6 +123,16 @@ def test_a_system_or_a_python_that_lacks_something(program, module, alone, tmp_p
     assert err.count("\n") == 1
 
 
+def test_losses_are_compared_without_what_windows_lacks(tmp_path):
+    """With NumPy and tqdm alone."""
+    hidden = ["fcntl", "mlx", "yaml", "requests", "tokenizers"]
+    hide = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in hidden)
+    (tmp_path / "sitecustomize.py").write_text(hide)
+    command = ["-B", "-m", "extras.versus.losses", "extras/versus/nanogpt.csv"]
+    out, _ = run(program=command, env={"PYTHONPATH": str(tmp_path)}, cwd=ROOT)
+    assert out.splitlines()[-1].startswith("Helped, unconfirmed")
+
+
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python has no -P yet")
 def test_a_python_that_does_not_look_beside_the_program(tmp_path):
     for option in ("-P", "-I"):

@@ -426,8 +426,8 @@ def gather_rows_gradients(inputs, gradient, output):
 def sum_by_id(rows, ids, count):
     """The sums [count, D] of the rows [N, D] that have the same id; ids: [N].
 
-    The rows are sorted by id, so that each sum is a product of its segment of them with ones. There
-    are as many segments as there can be different ids, S; those that are left are empty.
+    The rows are sorted by id. Each sum is then a product of ones and a segment of the rows. There
+    are as many segments, S, as there can be different ids; some may be empty.
     """
     N = len(ids)
     order = mx.argsort(ids)
@@ -488,8 +488,8 @@ def attend(queries, keys, values, mask="causal"):
 def attend_masked(queries, keys, values, mask):
     """Attention of queries [B, K, N, d] to keys and values [B, K, L, d], and its weights.
 
-    mask: [L, N], is added to the scores. Scores have a column for each query: what all keys of a
-    query share is then a row, and only operations with rows use the vector units.
+    mask: [L, N], is added to the scores. These have a column for each query, so that a number for
+    each query is a row: operations with rows use the vector units, those with columns do not.
     """
     scores = (keys @ queries.swapaxes(-1, -2)) * queries.shape[-1] ** -0.5 + mask
     exps = exp(scores - scores.max(axis=-2, keepdims=True))
@@ -526,7 +526,7 @@ def squared_relu(x):
 
 @squared_relu.vjp
 def squared_relu_gradient(x, gradient, output):
-    # As 2 * mx.maximum(x, 0), which MLX would take from the first pass, in a kernel of its own.
+    # This is 2 * max(x, 0). Written so, MLX would reuse the first pass's max, in a separate kernel.
     return gradient * (x + mx.abs(x))
 
 
@@ -543,8 +543,8 @@ def checkpoint_block(block, run_block):
 
     def run(hidden):
         parameters = block.trainable_parameters()
-        hidden, ordered = in_order(hidden, parameters)
-        block.update(ordered)
+        hidden, tied = tie_gradients(hidden, parameters)
+        block.update(tied)
         hidden = run_block(hidden)
         block.update(parameters)
         return hidden
@@ -553,12 +553,13 @@ def checkpoint_block(block, run_block):
 
 
 @mx.custom_function
-def in_order(hidden, parameters):
+def tie_gradients(hidden, parameters):
+    """Returns both; their gradients are computed together, see below."""
     return hidden, parameters
 
 
-@in_order.vjp
-def gradients_in_order(inputs, gradients, outputs):
+@tie_gradients.vjp
+def tied_gradients(inputs, gradients, outputs):
     d_hidden, d_parameters = gradients
     arrays = [array for _, array in tree_flatten(d_parameters)]
     return mx.depends([d_hidden], arrays)[0], d_parameters
@@ -606,9 +607,8 @@ def chunks(num_positions, vocab_size):
 def sum_over_chunks(hidden, head, add_chunk):
     """A loss and its gradients w.r.t. hidden [N, D] and head [V, D], chunk by chunk.
 
-    add_chunk(inputs [n, D], rows, d_head) computes, for a slice `rows` of the rows, the loss, its
-    gradient w.r.t. the inputs, and the sum of d_head and its gradient w.r.t. the head; at first,
-    d_head is None.
+    add_chunk(inputs [n, D], rows, d_head) returns, for a slice `rows` of the rows, the loss, its
+    gradient w.r.t. the inputs, and d_head (at first None) plus its gradient w.r.t. the head.
     """
     loss = mx.array(0.0)
     d_hidden = []
@@ -640,7 +640,7 @@ def chunked_loss_and_gradients(hidden, head, targets, scale, loss_of_chunk):
         if on_gpu():
             is_target = mx.arange(len(head))[:, None] == targets[rows]
             d_logits = (exps * factor - mx.where(is_target, scale, 0)).astype(head.dtype)
-            return loss, d_logits.T @ head, add_to(d_head, d_logits, inputs)
+            return loss, d_logits.T @ head, add_head_gradient(d_head, d_logits, inputs)
         at_targets = head[targets[rows]] * scale  # [n, D]
         # A product whose first matrix is the small one, as exps.T @ head is not, is faster.
         d_inputs = ((head.T @ exps) * factor).T - at_targets
@@ -656,7 +656,7 @@ def chunked_loss_and_gradients(hidden, head, targets, scale, loss_of_chunk):
     return loss, d_hidden, d_head
 
 
-def add_to(d_head, d_logits, inputs):
+def add_head_gradient(d_head, d_logits, inputs):
     """d_head (or 0) plus the float32 gradient w.r.t. `head`, where logits = head @ inputs.T."""
     product = (d_logits @ inputs).astype(mx.float32)
     return product if d_head is None else d_head + product
@@ -679,7 +679,7 @@ def fused_cross_entropy_and_gradients(hidden, head, targets, scale):
     def add_chunk(inputs, rows, d_head):
         logits = mx.addmm(bias, inputs, padded.T)
         loss, d_logits = mx.value_and_grad(loss_of_chunk)(logits, targets[rows])
-        return loss, d_logits @ padded, add_to(d_head, d_logits.T, inputs)
+        return loss, d_logits @ padded, add_head_gradient(d_head, d_logits.T, inputs)
 
     loss, d_hidden, d_head = sum_over_chunks(hidden, padded, add_chunk)
     return loss, d_hidden, d_head[: len(head)]
@@ -780,10 +780,10 @@ def use_precompiled_header():
     options = [*MLX_OPTIONS, *OWN_OPTIONS, "-I", include, "-x", "c++-header"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # as on a full disk
         compile_once(header, [compiler, *options, include / PREAMBLE])
-    fast = shlex.join([compiler, "-I", str(folder), *OWN_OPTIONS])
+    fast_command = shlex.join([compiler, "-I", str(folder), *OWN_OPTIONS])
     # If the header is damaged, or the compiler lacks an option, it compiles nearly as MLX asked.
-    plain = f'{shlex.quote(compiler)} -ffp-contract=off "$@"'
-    use_compiler(folder, f'{fast} "$@" 2>/dev/null || {plain}')
+    plain_command = f'{shlex.quote(compiler)} -ffp-contract=off "$@"'
+    use_compiler(folder, f'{fast_command} "$@" 2>/dev/null || {plain_command}')
 
 
 # ---- Streams: each CPU stream of MLX is a thread ------------------------------------------------
@@ -858,9 +858,9 @@ def sum_over_shards(function, *arrays):
 
 
 def compute_shards(function, *arrays):
-    """What function(*arrays) is for each stream's shard of their rows, which it computes: a list.
+    """[function(*shard), ...]: each stream computes it for its shard of the arrays' rows.
 
-    If there are fewer rows than streams, it is shorter.
+    If there are fewer rows than streams, the list is shorter.
     """
     streams = current_streams()
     count = len(arrays[0])
@@ -893,7 +893,7 @@ def clip_grad_norm(gradients, max_norm):
         return optim.clip_grad_norm(gradients, max_norm)
     squares = map_in_turn(lambda array: array.reshape(1, -1) @ array.reshape(-1, 1), gradients)
     squares = [square for _, square in tree_flatten(squares)]
-    # The same as sum(squares), which needs other kernels for each number of blocks.
+    # Like sum(squares), but by the same kernel for any number of parameters.
     norm = mx.sqrt(mx.cumsum(mx.concatenate(squares).flatten())[-1])
     scale = mx.minimum(max_norm / (norm + 1e-6), 1)
     return map_in_turn(lambda array: array * scale, gradients), norm

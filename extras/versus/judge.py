@@ -120,23 +120,23 @@ class Judge(Worker):
         """The mean loss in nats/token; what predictions depend on and must not see, or None.
 
         Windows are as long as the side's context; each span begins a new one. The model predicts
-        each scored batch again in the same shape, with its rows in reverse order, and with other
-        tokens in each row from some position, its cut, on. That is done until each position has
-        been a cut, but at most `times` times; cuts are evenly spaced.
+        each scored batch again in the same shape, with its rows in reverse order. In each row, the
+        tokens from a position on, its cut, are replaced: earlier predictions must stay. This is
+        repeated until each position has been a cut, or `times` times with evenly spaced cuts.
         """
         width = self.side.context_size
         windows = []
         for start, stop in text.spans:
             for begin in range(start, stop, width):
                 windows.append((begin, min(begin + width, stop)))
-        size = max(1, min(MAX_ROWS, MAX_BATCH_LOGITS // (width * self.side.vocab_size)))  # in rows
+        num_rows = max(1, min(MAX_ROWS, MAX_BATCH_LOGITS // (width * self.side.vocab_size)))
         times = min(times, math.ceil((width - 1) / len(windows)))
         cuts = np.linspace(1, width - 1, times * len(windows)).astype(int)
         cuts = cuts.reshape(times, len(windows))
         total_nats = count = 0
         fault = None
-        for first in range(0, len(windows), size):
-            starts, stops = np.array(windows[first : first + size]).T[:, :, None]  # [B, 1] each
+        for first in range(0, len(windows), num_rows):
+            starts, stops = np.array(windows[first : first + num_rows]).T[:, :, None]  # [B, 1] each
             positions = starts + np.arange(width)  # [B, L]
             is_scored = positions < stops
             positions = np.minimum(positions, len(text.tokens) - 2)
@@ -146,7 +146,7 @@ class Judge(Worker):
             target_log_probs = np.take_along_axis(log_probs, targets, axis=-1)
             total_nats -= target_log_probs[is_scored].sum(dtype=float)
             count += is_scored.sum()
-            for batch_cuts in cuts[:, first : first + size]:
+            for batch_cuts in cuts[:, first : first + num_rows]:
                 fault = fault or self.ask_again(rows, log_probs.clip(MIN_LOG_PROB), batch_cuts)
         return total_nats / count, fault
 

@@ -4,9 +4,9 @@
     python -m extras.versus.losses runs.csv --pairs 8    exactly eight, chosen before
 
 The file has a line for each run: its side (before or after), its seed, its loss and, if sides were
-tuned, the value of a setting, such as learning_rate. A seed that a side has with several values
-needs a loss for each that was tried: such seeds choose the side's best value. All other seeds are
-compared, in the order of their lines. Nothing about the losses is checked.
+tuned, the value of a setting, such as learning_rate. Seeds with several values choose a side's best
+value, so they need all values that the side has. Other seeds are compared, in the order of their
+lines. Nothing about the losses is checked.
 """
 
 import csv
@@ -88,10 +88,10 @@ def read_losses(path):
             if not math.isfinite(value):
                 raise ValueError("it has no place among the others")
             loss = float(run["loss"])
-            of_value = losses[run["side"]].setdefault(f"{value:.15g}", {})
-        if run["seed"] in of_value:
+            losses_by_seed = losses[run["side"]].setdefault(f"{value:.15g}", {})
+        if run["seed"] in losses_by_seed:
             raise UsageError(f"{path}, line {line_number}: this run is there twice: leave one out")
-        of_value[run["seed"]] = loss if math.isfinite(loss) else math.inf
+        losses_by_seed[run["seed"]] = loss if math.isfinite(loss) else math.inf
     for side in SIDES:
         if not losses[side]:
             raise UsageError(f"{path} has no run of the side {side!r}")

@@ -45,7 +45,7 @@ class Comparison:
         """options, common: see read_arguments; copies: see copied_sides; tuned: flags by side."""
         self.options = options
         self.common = common
-        self.tuning_note = None  # or a condition of the verdict: the values that --tune has chosen
+        self.tuning_note = None  # with --tune, the chosen values, as a condition of the verdict
         compared = ["diff", "--no-index", "--no-color", "--no-ext-diff", "0", "1"]
         self.patch = git("-C", copies[0].folder.parent, *compared).decode(errors="replace")
         sides = []

@@ -8,17 +8,17 @@ import numpy as np
 
 from datasets import number
 
-# {pairs after which a race looks: the |t| beyond which a difference counts}. A group-sequential
-# test like Pocock's (1977), for t, with levels of 1.2 to 1.9 % at each look. In all, 5 % of edits
-# without effect are called helpful or harmful if differences are normal (simulate_verdicts.py). An
-# interval of this width is a repeated confidence interval (Jennison and Turnbull 1989).
+# {pairs after which a race looks: the critical |t| there}. A group-sequential test like Pocock's
+# (1977), for t, with levels of 1.2 to 1.9 % at each look. In all, 5 % of edits without effect are
+# called helpful or harmful if differences are normal (simulate_verdicts.py). An interval of this
+# width is a repeated confidence interval (Jennison and Turnbull 1989).
 RACE_BOUNDS = {4: 4.85, 6: 3.84, 8: 3.28, 10: 2.96, 12: 2.76}
 # The minimum detectable effect, at a power of 80 %, in half-widths of the interval. (By simulation
 # of normal differences, 1.35 to 1.40 in a race, 1.43 to 1.45 with --pairs.)
 MDE_FACTOR = 1.4
 FUTILITY_BOUND = 0.7  # from six pairs on, a race without --margin ends if |t| is below it
-# The screen of --gate, on seeds that were used before: {number of pairs at a look: it goes on only
-# if t is below minus this}. See tests/nightly/simulate_verdicts.py.
+# The screen of --gate, on seeds that were used before: {pairs at a look: it goes on only if t is
+# below minus this}. See tests/nightly/simulate_verdicts.py.
 SCREEN_BOUNDS = {2: 0, 6: 1.8}
 
 
@@ -42,7 +42,7 @@ def add_test_options(parser):
 
 
 def bounds_of(pairs):
-    """The only look of --pairs, or RACE_BOUNDS without it."""
+    """{pairs: critical |t|} for --pairs, which has one look, or RACE_BOUNDS without it."""
     return {pairs: t_quantile(pairs)} if pairs else RACE_BOUNDS
 
 

@@ -36,7 +36,7 @@ class Copy:
     commit: str  # its short SHA1
     folder: Path
     linked: list  # its files that were too large for a copy
-    code_words: dict  # its files but pages and tests, {path in its folder: what counts of it}
+    code_words: dict  # {path in its folder: what counts of that file}, without pages and tests
 
 
 @dataclass
@@ -198,13 +198,13 @@ def retry_once(function, *arguments):
 def process_error(name, status, output):
     """The exception for a failed process of a side; name: the side's.
 
-    Its message has the last line of `output` and the place to which a traceback there points.
+    Its message has the last line of `output`, and the file and line of a traceback there.
     """
     if status < 0:
         return KilledError(f"{name} cannot run: ended by {signal.Signals(-status).name}")
     line = one_line(output.strip().rpartition("\n")[2]) or f"exit status {status}"
-    for file, place in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
-        line += f" ({file}, line {place})"
+    for file, line_number in re.findall(r'File ".*?(\w+\.py)", line (\d+)', output)[-1:]:
+        line += f" ({file}, line {line_number})"
     line = f"{name} cannot run: {line}"
     if re.search("MemoryError|out of memory", line):
         return KilledError(line)

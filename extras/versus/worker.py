@@ -49,7 +49,7 @@ MAIN = todays_names(vars(main))
 
 
 def describe(*words):
-    """Prepares the texts, takes a step, and answers with what a Side adds to its Copy (sides.py).
+    """Prepares the texts, takes a step, and answers with the fields of a Side (sides.py).
 
     The tokens of the texts on which a side is scored go to files beside FOLDER.
     """
@@ -74,7 +74,7 @@ def describe(*words):
             values[name] = source.id  # runs find the model by its id, wherever it is
             for file, path in source.files.items():
                 files[f"{name}/{file}"] = str(path.resolve())
-    # Without what other fields hold, and what does not decide how a run ends.
+    # Not the paths, as hashes stand for their content; nor what does not decide how a run ends.
     names = {*MAIN.RECORDED_FLAGS} - {*MAIN.PATH_FLAGS, "test_text", "seed"}
     identity = {name: getattr(flags, name) for name in sorted(names)}
     for name in ("valid", "test"):
