@@ -31,7 +31,7 @@ def draw(losses, colors):
     """The figure; losses: see read_losses."""
     figure = Figure(figsize=(7.5, 3.8), layout="constrained")
     figure.suptitle("nanoGPT's CPU demo: does squared ReLU help?", weight="bold")
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = figure.subplots(1, 2)
     best_rates = draw_rates(left, losses, colors)
     pairs = [losses[side][best_rates[side]] for side in NAMES]
     draw_pairs(right, pairs, {*tuning_seeds_of(losses["before"])}, colors)
@@ -63,18 +63,20 @@ def draw_rates(axis, losses, colors):
 
 
 def draw_pairs(axis, sides, tuning_seeds, colors):
-    """The losses of new seeds, [{seed: loss}] before and after, and their mean difference."""
+    """The differences of new seeds' losses, [{seed: loss}] before and after, and their mean."""
     seeds = [seed for seed in sides[0] if seed in sides[1] and seed not in tuning_seeds]
     before, after = [np.array([losses[seed] for seed in seeds]) for losses in sides]
     places = range(len(seeds))
-    axis.vlines(places, before, after, color=colors["after"], alpha=0.5)
-    for side, values in zip(NAMES, (before, after)):
-        axis.plot(places, values, "o", color=colors[side], ms=5)
+    axis.axhline(0, color=colors["before"], lw=1)
+    axis.vlines(places, 0, after - before, color=colors["after"], alpha=0.5)
+    axis.plot(places, after - before, "o", color=colors["after"], ms=5)
     mean, low, high, _ = confidence_interval(after - before, RACE_BOUNDS[len(seeds)])
-    interval = f"difference {mean:+.3f} (95 %: {low:+.3f} to {high:+.3f})"
-    axis.set_title(f"New seeds, each side at its best: mean\n{interval}", fontsize=11)
+    axis.axhline(mean, color=colors["after"], ls="--")
+    axis.axhspan(low, high, color=colors["after"], alpha=0.15, lw=0)
+    interval = f"{mean:+.3f} (95 %: {low:+.3f} to {high:+.3f})"
+    axis.set_title(f"New seeds, each side at its best:\nmean {interval}", fontsize=11)
     axis.set_xticks(places, seeds)
-    axis.set(xlabel="random seed")
+    axis.set(xlabel="random seed", ylabel="squared ReLU minus GELU")
 
 
 def style_of(text):
