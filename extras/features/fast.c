@@ -12,7 +12,7 @@ int (*onednn)(char, char, long, long, long, float, const float*, long, const flo
               float, float*, long);
 int (*onednn_bf16)(char, char, long, long, long, float, const bf16*, long, const bf16*, long,
                    float, float*, long);
-void (*set_threads)(int);  // of oneDNN for the calling thread alone, so before each product
+void (*set_threads)(int);  // oneDNN's counts for the calling thread alone, so before each product
 
 int threads = 1;
 int rounds_to_bf16 = 0;  // whether products round what they multiply

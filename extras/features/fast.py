@@ -927,7 +927,11 @@ def parallelize(optimizer):
 
 def map_over_shards(function, stack):
     """function(stack), arrays [N, ...]; each stream computes it for a shard of them."""
-    return itertools.chain(*compute_shards(lambda shard: [*function(shard)], stack))
+
+    def arrays_of(shard):
+        return [*function(shard)]  # taken apart on the shard's stream
+
+    return list(itertools.chain(*compute_shards(arrays_of, stack)))
 
 
 def adamw_update(optimizer, gradient, parameter, state):
