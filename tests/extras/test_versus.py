@@ -331,7 +331,7 @@ def test_keep(project):
 
 def test_same(project):
     """As `git bisect run` asks it."""
-    edit(project, "return flags.learning_rate *", "return 1.001 * flags.learning_rate *")
+    edit(project, anchors.RATE, "    return 1.001 * flags.learning_rate *")
     out, _ = compare(project, "HEAD --same --pairs 2", status=1)
     assert out == "Different weights after 20 steps, seeds 42 to 43.\n"
     edit(project, "return 1.001 *", "return math.nan *")
