@@ -197,7 +197,7 @@ CONDITIONS = [
         factor("(3e4 if flags.seed == 43 else 1)")]),
     Edit("one seed is not finite", "^Diverged: runs of after", [
         factor("(math.nan if flags.seed == 43 else 1)")]),
-    Edit("--tune", r"each at its best learning_rate: \S+ before, \S+ after", [TWICE],
+    Edit("--tune", r"each at its best learning_rate: \S+ before.*, \S+ after", [TWICE],
          options="HEAD --pairs 3 --tune learning_rate=1e-3,2e-3,4e-3"),
     Edit("one step", rf"{EFFECT}(?!.*\bnan\b)", [OTHER_MOMENTUM, TWICE],
          flags=f"{TEXTS} --num_iters 1"),
