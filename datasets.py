@@ -488,8 +488,8 @@ def describe_tokenizer(tokenizer):
 
 
 # ---- Corpora ------------------------------------------------------------------------------------
-# To add a corpus, write a function here and a row in CORPORA. To cut a text in two, take the place
-# from find_cut, as tinystories does.
+# To add a corpus, write a function here and a row in CORPORA. To cut a text in two, let find_cut
+# choose the byte, as tinystories does.
 
 
 class Corpus(NamedTuple):
@@ -726,8 +726,8 @@ def named_split(name):
 def find_files(paths, program_folders):
     """{(device, inode): (path, name)} of the texts that `paths` (files, folders, globs) match.
 
-    A name is relative to the parent folder of the path, or to the folder of its first wildcard. Of
-    several names that links give to a file, one that tells a split counts.
+    A name is relative to the parent folder of the path, or to the folder of its first wildcard. If
+    links give a file several names, one that tells a split counts.
     """
     found = {}
     for path in paths:

@@ -61,8 +61,8 @@ from tqdm import tqdm
 class Config:
     """A model's architecture; saved in checkpoints.
 
-    Give a new field a default, as older checkpoints lack it. A row of FLAGS["model"], below class
-    MLP, makes it a flag.
+    Give a new field a default, as older checkpoints lack it; whole numbers have to be positive. A
+    row of FLAGS["model"], below class MLP, makes it a flag.
     """
 
     vocab_size: int  # V
@@ -1108,8 +1108,8 @@ def train_step(run, step_fn):
 def validate(run, interrupts, ranks, reporter):
     """Evaluates the validation split, unless a signal arrives.
 
-    It scores the first --eval_tokens tokens (0: all), but no more than are trained on between
-    evaluations, so that short trials need not wait.
+    It scores all tokens if --eval_tokens is 0, else so many of the first ones, but no more than are
+    trained on between evaluations, so that short trials need not wait.
 
     An evaluation that only --max_minutes causes is shown and logged, but not recorded, so that
     checkpoints do not depend on that flag. Raises RunError if the loss is not finite.
@@ -2407,7 +2407,7 @@ def code_mismatch_error(checkpoint, inputs):
         paths = filter(Path.is_file, old.rglob("[!.]*"))
     old_code = {str(path.relative_to(old)): path.read_text("utf-8", "replace") for path in paths}
     names = sorted(dict(hash_sources(inputs.code).items() ^ hash_sources(old_code).items()))
-    first, *_ = [*names, "main.py"]
+    first, *_ = [*(name for name in names if name in old_code and name in inputs.code), "main.py"]
     return UsageError(
         f"{checkpoint.folder.name} was trained by other code than this ({', '.join(names)}: "
         f"{shlex.join(['diff', str(old / first), str(HERE / first)])}): resume with this code by "
@@ -2870,9 +2870,10 @@ def resume_command(flags, identifier):
 
 # ---- Flags --------------------------------------------------------------------------------------
 # The groups `data`, `model`, `init` and `training` identify a run: another value is another run.
-# With --identifier, another value is a branch in `training`, and a mistake in the others. `session`
-# may change whenever a run is resumed. All of these are saved with a run; `sampling`, `mode` and
-# `command` are not. Where None stands for a value that depends on other flags, the help says so.
+# With --identifier, another value in `training` begins a branch, and one in the others is an error.
+# `session` may change whenever a run is resumed. All of these are saved with a run; `sampling`,
+# `mode` and `command` are not. Where None stands for a value that depends on other flags, the help
+# says so.
 
 
 def split_name(text):
@@ -3042,9 +3043,9 @@ def read_yaml(path, loader="SafeLoader"):
 def resolve_flags(explicit, recorded=None):
     """All flags of a command or a run, as a Namespace.
 
-    explicit: those that the command sets, also kept as the attribute `explicit`; recorded: those
-    that it does not set, but the checkpoint that it resumes, or the models of a new run. Others
-    have their defaults; a default of None that depends on other flags is filled in.
+    explicit: those that the command sets, also kept as the attribute `explicit`; recorded: values
+    of the checkpoint that it resumes, or of a new run's models, for flags that it does not set.
+    Others have their defaults; a default of None that depends on other flags is filled in.
     """
     if "text" in explicit:
         explicit = {"dataset": "text"} | explicit  # load_dataset refuses another dataset
@@ -3089,7 +3090,7 @@ NEEDS_ONE_OF = {
     "min_lr": ["lr_schedule"],
     "lr_cooldown": ["lr_schedule"],
     "valid_fraction": ["text"],
-    "text_field": ["text"],
+    "text_field": ["text", "test_text"],
     "lora_alpha": ["lora_rank"],
     "teacher_weight": ["teacher"],
     "teacher_temperature": ["teacher"],

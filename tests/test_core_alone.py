@@ -1,5 +1,7 @@
 """main.py and datasets.py alone in a folder: they train, are stopped, resume exactly and sample."""
 
+import os
+import re
 import shutil
 import sys
 
@@ -148,6 +150,8 @@ def test_a_run_moves_between_the_core_and_the_whole(alone, text, tmp_path):
     _, err = run(*line, "--num_iters", 6, status=2)
     others = "extras/features/fast.c, extras/features/fast.py, extras/features/ranks.py"
     assert f"main.py: {name} was trained by other code than this ({others}: diff " in err
+    [compared] = re.findall(r": diff (\S+) (\S+)\): ", err)
+    assert all(map(os.path.exists, compared))
     line = ["--identifier", name, "--save_dir", tmp_path]
     out, _ = run(*line, "--num_iters", 6)
     assert "kernels main.py -> fast.py" in out

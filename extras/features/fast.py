@@ -306,9 +306,9 @@ def product_gradients(inputs, gradient, output):
 def rms_norm(x, weight, eps):
     """main.py's `rms_norm`, with a gradient of few operations.
 
-    On a GPU, the gradient w.r.t. the weight is a sum of MLX's own, in float32. The kernel that has
-    the weight adds up in bfloat16, 1 to 2 % off; for some sizes, CUDA's does not wait between rows
-    (read in MLX 0.32.1), so sums might vary.
+    On a GPU, x is normed without the weight, which is multiplied in float32: MLX's kernel with a
+    weight adds up its gradient in bfloat16, 1 to 2 % off. For some sizes, CUDA's does not wait
+    between rows (read in MLX 0.32.1), so sums might vary.
     """
     if on_gpu():
         normed = mx.fast.rms_norm(x, None, eps)
@@ -382,7 +382,7 @@ def rotate_pairs(pairs, table):
 def rotate_gradients(inputs, gradient, output):
     """The gradient, rotated back: MLX's own would first fill arrays with zeros.
 
-    It is stored by positions, as the gradient of the projection needs it: else, that copies it.
+    It is stored by positions, so that the gradient of the projection need not copy it.
     """
     table = inputs[1]
     cosines, sines = table[:, :, None]
@@ -526,7 +526,7 @@ def squared_relu(x):
 
 @squared_relu.vjp
 def squared_relu_gradient(x, gradient, output):
-    # This is 2 * max(x, 0). Written so, MLX would reuse the first pass's max, in a separate kernel.
+    # This is 2 * max(x, 0). For mx.maximum, MLX would reuse the first pass's, in a separate kernel.
     return gradient * (x + mx.abs(x))
 
 

@@ -88,7 +88,7 @@ def read_arguments(arguments):
     add("--tokens", type=number(int, 0), default=DEFAULT_TOKENS, help=tokens)
     tune = "a flag and its values: each side takes its best one, by seeds that are not compared"
     add("--tune", metavar="FLAG=A,B,...", help=tune)
-    jobs = "runs at a time, each with its share of the cores (4; with --gpu, 1)"
+    jobs = "runs at a time, each with its share of the cores (4; --gpu or a Mac: 1)"
     add("--jobs", type=number(int, 1), help=jobs)
     add("--json", action="store_true", help="the result as JSON on the last line")
     same = f"exit status: 0 same weights in {SAME_STEPS} steps, 1 others, {CANNOT_TELL} cannot tell"

@@ -103,8 +103,8 @@ class Judge(Worker):
         """
         loss, fault = self.examine(valid)
         test_loss = self.mean_loss(test) if test else 0.0
-        # 2 nats above an untrained model. That has log(vocab_size), as if all tokens were equally
-        # likely, or some 5 if there are few.
+        # 2 nats above an untrained model. Its loss is about log(vocab_size), as if all tokens were
+        # equally likely, or 5 if embeddings are tied and tokens few, see main.init_weights.
         limit = max(5, math.log(self.side.vocab_size)) + 2
         if not np.max([loss, test_loss]) < limit:  # also if one of them is nan
             fault = DIVERGED

@@ -6,7 +6,7 @@
 The file has a line for each run: its side (before or after), its seed, its loss and, if sides were
 tuned, the value of a setting, such as learning_rate. Seeds with several values choose a side's best
 value, so they need all values that the side has. Other seeds are compared, in the order of their
-lines. Nothing about the losses is checked.
+lines. Nobody checks where the losses come from.
 """
 
 import csv
