@@ -145,8 +145,9 @@ def run_comparison(comparison):
 def keep_or_drop(comparison):
     """Prints whether to keep an edit; returns the exit status.
 
-    An edit is kept only if there is a test text, if both sides have the same number of steps, the
-    same training text and the same number of tokens read, and if it takes about as long.
+    An edit is kept only if there is a test text, if both sides have the same number of steps and,
+    unless their tokenizers differ, the same training text and number of tokens read, and if it
+    takes about as long.
 
     First, a screen: a few pairs on seeds that were used before, where "before" is probably trained
     already. Most edits end there. A promising one has to win a race on fresh seeds.
