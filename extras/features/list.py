@@ -11,9 +11,9 @@ from main import best_checkpoint, list_checkpoints
 def list_runs(save_dir):
     """Prints a table of the runs in `save_dir`, those with the lowest losses first.
 
-    Each has its best checkpoint, or the newest if none has a loss, and the flags that set it
-    apart. Losses on fewer tokens come later; where tokenizers differ, those of all are
-    compared in bits per byte.
+    Each has its best checkpoint, or the newest if none has a loss, and the flags that set it apart.
+    Losses on fewer tokens come later; where tokenizers differ, those of all are compared in bits
+    per byte.
     """
     checkpoints = list_checkpoints(save_dir, warn=True)  # newest first
     if not checkpoints:
