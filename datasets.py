@@ -4,82 +4,38 @@
     dataset.tokenizer.decode(dataset.train.tokens[:20])
 
 Texts are streamed, so memory use hardly grows with the corpus.
-
-The last third, from the section Errors and messages on, is not about text: main.py and extras/ use
-it, too. It is here because importing this file does not import MLX.
 """
 
-import os
-import re
-import signal
-import sys
+from support.cli import first_imports  # first: see there
 
-HERE = os.path.realpath(os.path.dirname(__file__))  # resolved, as the folder may be a link
-# Whether the program that runs is one of this project, not another that imports this file.
-# While Python imports extras/__init__.py for `python -m extras.NAME`, sys.argv[0] is "-m".
-OUR_PROGRAMS = rf"{re.escape(HERE)}/(main\.py|datasets\.py|extras/.*)"
-IS_PROGRAM = sys.argv[0] == "-m" or bool(re.fullmatch(OUR_PROGRAMS, os.path.realpath(sys.argv[0])))
-
-if IS_PROGRAM and not hasattr(sys, "ps1"):  # notebooks set ps1
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        # The files on disk are valid at any time, so Ctrl+C may exit at once, without a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import argparse
-import ast
-import atexit
 import codecs
-import contextlib
-import difflib
-import errno
 import functools
 import glob
 import hashlib
-import importlib
 import itertools
 import json
 import math
-import platform
+import os
+import re
 import shlex
 import shutil
+import sys
 import sysconfig
-import tempfile
-import threading
 import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "18")  # idle NumPy threads spin for 2^18 cycles
-if IS_PROGRAM:  # OpenBLAS dies where no thread may start; fast.py asks for those it needs
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+from support.code import alias_running_module, hash_of_code
+from support.cli import RunError, UsageError, command, explain_errors, extra, has_extra
+from support.cli import one_line, progress_bar, run_program, say, shorten_list, utf8
+from support.files import absolute, atomic_write, hash_of_data, hash_of_file, hold_lock
+from support.files import make_data_dir, user_path
+from support.flags import SIZE, Flag, Parser, nonempty, number, one_of, path_name
 
-
-@contextlib.contextmanager
-def required_packages():
-    """If an import in this block fails, a program of this project exits with a one-line message."""
-    try:
-        yield
-    except ImportError as error:
-        if not IS_PROGRAM:
-            raise
-        remedy = (
-            "activate the environment (. .venv/bin/activate), or make one: pip install -r "
-            "requirements.txt, or uv run python main.py (Windows: in WSL); on Linux, MLX needs "
-            "glibc 2.35 or newer"
-        )
-        name = os.path.basename(sys.argv[0]).replace("-m", "extras")
-        print(f"{name}: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)
-        sys.exit(2)
-
-
-with required_packages():
+with first_imports():
     import numpy as np
-    from tqdm import tqdm
-
-tqdm.set_lock(threading.RLock())  # tqdm's own lock starts another Python process
-
 
 # ---- Data types ---------------------------------------------------------------------------------
 
@@ -96,6 +52,10 @@ class Split(NamedTuple):
     num_words: int | None  # words and line ends
     num_unk: int | None  # tokens that are <unk>
 
+    def bits_per_byte(self, loss):
+        """Converts a mean loss in nats/token to bits per byte of the text."""
+        return loss / math.log(2) * len(self.tokens) / self.num_bytes
+
 
 class Dataset(NamedTuple):
     """An encoded corpus."""
@@ -108,6 +68,13 @@ class Dataset(NamedTuple):
     # Compared when a run is resumed: {"train" or "valid": SHA256 of the tokens and the tokenizer}.
     sha256: dict
     folder: Path | None = None  # where the tokens lie; None if they come from another process
+    reads_rows: bool = False  # whether formats.py reads a part of the text
+
+    @property
+    def splits(self):
+        """{name: Split} of those that it has."""
+        splits = zip(SPLITS, (self.train, self.valid, self.test))
+        return {name: split for name, split in splits if split}
 
 
 class Span(NamedTuple):
@@ -155,13 +122,6 @@ class RowFile(NamedTuple):
 # Nothing depends on the order of a set, so the ids do not depend on Python's hash seed.
 
 
-def utf8(text):
-    """`text` made encodable as UTF-8: surrogate pairs joined, lone ones replaced by U+FFFD."""
-    if text.isascii():
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
 class Tokenizer:
     """What most tokenizers share."""
 
@@ -175,6 +135,9 @@ class Tokenizer:
     def dtype(self):
         """The smallest dtype that holds all ids, in memory and on disk."""
         return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+    def __str__(self):
+        return f"{self.kind} tokenizer, {self.vocab_size:,}-token vocabulary"
 
     def encode_batch(self, texts):
         return map(self.encode, texts)
@@ -480,11 +443,6 @@ def read_whole(path):
     if path.exists() and not path.is_file():
         raise ValueError(f"{path.name} is not a regular file")
     return path.read_text("utf-8")
-
-
-def describe_tokenizer(tokenizer):
-    """A tokenizer in words: "word tokenizer, 10,000-token vocabulary"."""
-    return f"{tokenizer.kind} tokenizer, {tokenizer.vocab_size:,}-token vocabulary"
 
 
 # ---- Corpora ------------------------------------------------------------------------------------
@@ -794,7 +752,7 @@ def find_text_files(path, program_folders):
         if not files or is_train_lost:
             raise reason
         what = f"{left_out.total():,} bytes in files that are no readable UTF-8 text"
-        print(f"{path}: leaving out {what} ({shorten_list([*left_out])})")
+        say(f"{path}: leaving out {what} ({shorten_list([*left_out])})")
     return sorted(files.items())
 
 
@@ -853,17 +811,14 @@ def set_aside(files):
                 files.setdefault(split, found)
     left_out = [name for key, (_, name) in train.items() if key in held_out]
     if len(left_out) == len(train):
-        print("All text is for validation or testing: it is used, as there is no other.")
+        say("All text is for validation or testing: it is used, as there is no other.")
     elif left_out:
-        print(f"Not training on what is for validation or testing: {shorten_list(left_out)}")
+        say(f"Not training on what is for validation or testing: {shorten_list(left_out)}")
         for key in held_out:
             train.pop(key, None)
 
 
-def shorten_list(names):
-    """The first five names of a list, and how many more there are."""
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return one_line(", ".join(names[:5])) + more
+HELD_OUT = "at regular intervals"  # how validation text is chosen; recorded in runs
 
 
 def is_held_out(index, valid_fraction):
@@ -901,7 +856,7 @@ def hold_out(sources, valid_fraction):
             valid.append(rest)
             bytes_to_train -= span.stop
     if len(spans) > 1:
-        print(f"Held out for validation, {share:.1%} of the bytes: {names}")
+        say(f"Held out for validation, {share:.1%} of the bytes: {names}")
     for source in sources:
         if type(source) is RowFile:
             row_file = source._replace(valid_fraction=valid_fraction)
@@ -1087,8 +1042,6 @@ def write_tokens(sources, tokenizer, path):
 #     splits     {split: what write_tokens returned}
 #     check      digest of all of the above, to find damage (not forgery)
 
-SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if this file is edited later
-
 
 def load_dataset(
     dataset,
@@ -1128,7 +1081,7 @@ def load_dataset(
     is_object = not isinstance(tokenizer, str)  # made by the caller, or read from a file
     kind = tokenizer.kind if is_object else tokenizer
     if kind != "bpe" and vocab_size != BPE_VOCAB_SIZE:
-        print("--vocab_size has no effect without --tokenizer bpe; gpt2 has 50,257 tokens.")
+        say("--vocab_size has no effect without --tokenizer bpe; gpt2 has 50,257 tokens.")
     user_paths = named_files(dataset, text, valid_text, test_text)
     local_sources = python_modules() if dataset == "python" else {}
     folders = [user_path(path) for path in (data_dir, save_dir) if path]
@@ -1138,7 +1091,9 @@ def load_dataset(
     # datasets.py, has a folder; the two written last stay.
     key = [user_paths, valid_fraction, text_field, vocab_size, is_object and tokenizer.to_dict()]
     name = f"{kind}-{hash_of_data(key)[:12]}"
-    cache = data_dir / dataset / f"{name}-{hash_of_inputs(local_sources)[:8]}"
+    sources = itertools.chain(*local_sources.values())
+    reads_rows = any(isinstance(source, RowFile) for source in sources)
+    cache = data_dir / dataset / f"{name}-{hash_of_inputs(local_sources, reads_rows)[:8]}"
     with hold_lock(cache):  # only one process encodes
         about = read_about(cache)
         if about is None:
@@ -1153,7 +1108,8 @@ def load_dataset(
             for path in written[:-2]:  # a run that has mapped one keeps its tokens
                 shutil.rmtree(path.parent, ignore_errors=True)
         # Under the lock, as another process might find damage, and encode the text again.
-        return map_dataset(dataset, cache, about, train_tokens)
+        dataset = map_dataset(dataset, cache, about, train_tokens)
+    return dataset._replace(reads_rows=reads_rows)
 
 
 def named_files(dataset, text, valid_text, test_text):
@@ -1166,14 +1122,14 @@ def named_files(dataset, text, valid_text, test_text):
     return {split: [absolute(path) for path in paths] for split, paths in named if paths}
 
 
-def hash_of_data(data):
-    """The SHA256 of plain data."""
-    return hashlib.sha256(json.dumps(data).encode()).hexdigest()
+SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if this file is edited later
 
 
-def hash_of_inputs(sources):
-    """A digest of this file and of local {split: sources}: their paths, cuts, sizes and times."""
+def hash_of_inputs(sources, reads_rows):
+    """A digest of the code and of local {split: sources}: their paths, cuts, sizes and times."""
     entries = [hash_of_code(SOURCE)]
+    if reads_rows:
+        entries.append(hash_of_code(Path(extra("formats").__file__).read_text("utf-8")))
     for source in itertools.chain(*sources.values()):
         status = os.stat(source.path)
         entries.append([repr(source), status.st_size, status.st_mtime_ns])
@@ -1213,7 +1169,7 @@ def read_about(cache):
     except FileNotFoundError:  # nothing encoded yet, or killed while encoding
         pass
     except Exception:  # what is not as it was written may raise any
-        print(f"The encoded text in {cache} is damaged: encoding it again.")
+        say(f"The encoded text in {cache} is damaged: encoding it again.")
     return None
 
 
@@ -1269,7 +1225,7 @@ def fetch(name, folder, data_dir, mirror):
         if path.exists():
             if hash_of_file(path) == sha256:
                 return path
-            print(f"{path} is not the expected file: downloading it again.")
+            say(f"{path} is not the expected file: downloading it again.")
         for source in sources:
             # requests raises OSErrors, except a ValueError for a malformed redirect.
             try:
@@ -1285,7 +1241,7 @@ def fetch(name, folder, data_dir, mirror):
                     error = error.__context__
                 reasons.append(one_line(f"{source}: {error}"))
                 continue
-            print(f"Downloaded {one_line(source)} (verified) to {path}")
+            say(f"Downloaded {one_line(source)} (verified) to {path}")
             return partial_path.replace(path)
     reason = "; ".join(dict.fromkeys(reasons)) or "it has no hosts in CORPORA"
     raise RunError(
@@ -1348,566 +1304,7 @@ def receive(response, path, start, size):
                 raise OSError(f"more than {size:,} bytes")
 
 
-# ---- Errors and messages ------------------------------------------------------------------------
-
-
-class UsageError(Exception):
-    """An impossible request: reported in one line with cause and remedy, exit status 2.
-
-    Nearly every function may raise this or RunError; run_command turns both into a line and a
-    status.
-    """
-
-
-class RunError(Exception):
-    """A failure while carrying out a valid request: reported in one line, exit status 1."""
-
-
-@contextlib.contextmanager
-def explain_errors(text, *errors, raises=UsageError):
-    """Turns exceptions of the types `errors` (default: any) into one of the type `raises`.
-
-    Its message, one line for the user, is `text`, which names the cause and the remedy, followed by
-    the exception's own. ImportError and NameError pass, unless `errors` lists them.
-    """
-    expected = errors or (BaseException,)  # a panic of the package tokenizers is no Exception
-    # The first three are no errors; a missing package or name is no fault of what was read.
-    passed = (KeyboardInterrupt, SystemExit, GeneratorExit, ImportError, NameError)
-    if errors:
-        passed = ()
-    try:
-        yield
-    except passed:
-        raise
-    except expected as error:
-        raise raises(f"{text} ({one_line(error)})") from None
-
-
-# Characters that a terminal acts on: all controls but \t and \n.
-CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def printable(text):
-    """Untrusted text, with U+FFFD for each control character on which a terminal would act."""
-    return CONTROLS.sub("\ufffd", text)
-
-
-def one_line(error):
-    """An exception's message, or an untrusted text: on one line, printable, without passwords."""
-    line = " ".join(str(error).split())
-    return printable(re.sub(r"(?<=://)[^/?#\s]*@", "", line))  # what precedes a URL's host
-
-
-def progress_bar(**options):
-    """A bar of tqdm on a terminal, unless TQDM_DISABLE hides it."""
-    # In some containers, a terminal has no width.
-    if not sys.stderr.isatty() or not os.get_terminal_size(sys.stderr.fileno()).columns:
-        options["disable"] = True
-    return tqdm(**options)
-
-
-# ---- Programs -----------------------------------------------------------------------------------
-
-
-def run_program(name, function):
-    """Runs the program `name` and exits; `function` takes the arguments that were typed.
-
-    First, it makes the standard streams usable: they may be closed, or unable to encode a text.
-    """
-    for stream_name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, stream_name) is None:  # it was closed at startup
-            setattr(sys, stream_name, open(os.devnull, "r+", encoding="utf-8"))
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not those of a notebook's %run
-            stream.reconfigure(errors="replace")
-    sys.exit(run_command(name, function, sys.argv[1:]))
-
-
-def run_command(name, function, arguments):
-    """Calls `function(arguments)` and returns the exit status of the program `name`.
-
-    That is what the function returns (0 for None), 2 for a request that cannot be met, or 1 for a
-    failure; both are reported in one line on stderr.
-    """
-    if os.getpid() == 1:  # a container's first process ignores signals by default
-        for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(signal_number, lambda signal_number, _: os._exit(128 + signal_number))
-    line = None
-    status = 1
-    try:
-        result = function(arguments) or 0
-        sys.stdout.flush()  # a full disk is noticed here at the latest
-        return result
-    except BrokenPipeError:  # the reader of stdout is gone, for example head
-        pass
-    except UsageError as error:
-        line = one_line(error)
-        status = 2
-    except ImportError as error:  # a package that only one feature needs
-        line = f"{one_line(error)}: pip install -r requirements.txt"
-        status = 2
-    except MemoryError as error:
-        reason = one_line(error) or "out of memory"
-        line = f"{reason}: give a smaller --batch_size or --context_size"
-    except (RunError, OSError) as error:
-        line = one_line(error)
-    with contextlib.suppress(OSError):  # the status still tells of the failure
-        if line is not None:
-            print(f"{name}: {line}", file=sys.stderr)
-    flush_or_drop(sys.stdout)
-    return status
-
-
-def flush_or_drop(stream):
-    """Flushes a stream; if it cannot be written, drops what is in it, and what comes later."""
-    try:
-        stream.flush()
-    except OSError:  # Python would try again at exit, and complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def alias_running_module(path):
-    """If the file at `path` runs as __main__, lets an `import` of its name find this module."""
-    running = sys.modules["__main__"]
-    if getattr(running, "__file__", None) == path:  # and not cProfile's, for example
-        sys.modules[Path(path).stem] = running
-
-
-def extra(name):
-    """The module `extras.features.<name>`. Raises UsageError if its file is missing.
-
-    main.py and datasets.py work on their own; everything else is a file in extras/, imported only
-    when needed. If the module needs a package that is not installed, the ModuleNotFoundError
-    propagates.
-    """
-    try:
-        return importlib.import_module(f"extras.features.{name}")
-    except ModuleNotFoundError as error:
-        if not str(error.name).startswith("extras"):
-            raise
-    raise UsageError(
-        f"extras/features/{name}.py, or a file that it imports, is missing: "
-        "copy the project's folder extras next to main.py"
-    )
-
-
-# ---- Code, and its faster version ---------------------------------------------------------------
-
-
-def words_of_code(source):
-    """Python code as a list of words, which comments, docstrings and layout do not change.
-
-    They are the same in all versions of Python, whose syntax trees differ in empty fields only.
-    Code that cannot be parsed is split at white space.
-    """
-    try:
-        nodes = [ast.parse(source)]
-    except (SyntaxError, ValueError):
-        return source.split()
-    words = []
-    for node in nodes:  # which grows
-        words.append(type(node).__name__)
-        for name, value in ast.iter_fields(node):
-            # `kind` is the u of u"", and `ctx` follows from where a node stands.
-            if value is None or value == [] or name in ("kind", "ctx"):
-                continue
-            words.append(name)
-            for child in value if isinstance(value, list) else [value]:
-                is_docstring = isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant)
-                # Python 3.12 puts an empty text into some f-strings.
-                is_empty = isinstance(node, ast.JoinedStr) and child.value == ""
-                if not isinstance(child, ast.AST):
-                    words.append(repr(child))
-                elif not is_docstring and not is_empty:
-                    words.append("")
-                    nodes.append(child)
-    return words
-
-
-@functools.cache
-def hash_of_code(source):
-    """The SHA256 of Python code, see words_of_code."""
-    return hash_of_data(words_of_code(source))
-
-
-def source_of_definition(name, source):
-    """The source of a function or class, without decorators; "" if it is not there."""
-    lines = rf"^(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # to the next statement
-    found = re.search(lines, source, flags=re.MULTILINE)
-    return found[0] if found else ""
-
-
-def import_fast(name, path):
-    """Imports extras/features/fast.py and MLX; returns (fast.py or None, the FastVersions).
-
-    fast.py has to choose a BLAS before MLX loads one. name, path: main.py's __name__ and __file__.
-    """
-    if name == "__main__":
-        alias_running_module(path)
-        for module_name, module in [*sys.modules.items()]:
-            # Left by a notebook's last %run. fast.py stays, as its choice of a BLAS is final.
-            is_extra = module_name.startswith("extras.") and module_name != "extras.features.fast"
-            if is_extra or user_module_path(module):
-                del sys.modules[module_name]
-    fast = None
-    fast_path = Path(path).resolve().parent / "extras/features/fast.py"
-    with required_packages():
-        import fcntl  # noqa: F401 (where it is missing, on Windows, nothing could be saved)
-
-        if fast_path.exists() and not os.environ.get("DISABLE_FAST"):
-            from extras.features import fast
-        import mlx.core as mx
-
-        if tuple(map(int, re.findall(r"\d+", mx.__version__)[:3])) < (0, 32, 4):
-            raise ImportError(f"MLX>=0.32.4 is needed, not {mx.__version__}")
-    return fast, FastVersions(fast, path)
-
-
-class FastVersions:
-    """A decorator that replaces a function of main.py with its faster namesake in fast.py.
-
-    Both agree up to rounding. The function itself runs if there is no fast.py, and once it was
-    edited: its hash is then not the one in fast.py, and the start screen says so.
-    """
-
-    def __init__(self, fast, path):
-        self.fast = fast  # the module, or None
-        self.source = Path(path).read_text("utf-8")  # as loaded, even if main.py is edited later
-        self.edited = []  # names of functions and classes that were edited
-
-    def __call__(self, function, dependencies=()):
-        """dependencies: other functions or classes that the fast version stands for."""
-        if self.fast is None:
-            return function
-        names = [dependency.__name__ for dependency in (function, *dependencies)]
-        for name in names:
-            sha256 = hash_of_code(source_of_definition(name, self.source))
-            if sha256 != self.fast.PLAIN_HASHES.get(name) and name not in self.edited:
-                self.edited.append(name)
-        # extras.versus compares an edited function with its original in plain MLX, as the fast
-        # version would round differently.
-        plain_names = self.edited + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
-        if {*names} & {*plain_names}:
-            return function
-        return getattr(self.fast, function.__name__)
-
-
-# Paths, from this folder, of modules that are not the user's own.
-NOT_USERS = re.compile(r"(main|datasets)\.py|(extras|tests|.*site-packages)/.*|\..*|.*(?<!\.py)")
-
-
-def user_module_path(module):
-    """The path of a module from this folder if it is one of the user's own, else None.
-
-    Own modules lie beside main.py or in folders below, but not in those of an environment.
-    """
-    path = str(getattr(getattr(module, "__spec__", 0), "origin", 0))
-    inside = path.removeprefix(f"{HERE}/")
-    return None if inside == path or NOT_USERS.fullmatch(inside) else inside
-
-
-# ---- Folders ------------------------------------------------------------------------------------
-
-
-def user_path(path):
-    """`path` with ~, ~name and $NAME replaced by what they stand for.
-
-    Raises UsageError for a URL, and if they stand for nothing and no file has literally that name.
-    """
-    if re.match(r"\w+://", str(path)):
-        raise UsageError(f"{path} is an address: download the file, and name it by its path")
-    expanded = os.path.expandvars(os.path.expanduser(path))
-    if (expanded.startswith("~") or "$" in expanded) and not os.path.lexists(expanded):
-        raise UsageError(
-            f"{path}: no such user or variable; write the folder out, or put ./ before a name "
-            "that begins with ~"
-        )
-    return expanded
-
-
-def absolute(path):
-    """A path that is valid from any working directory; see user_path."""
-    return os.path.abspath(user_path(path))
-
-
-CACHE = None  # there is no home folder
-# The user's cache folder, from which compiled code is loaded: never a relative path, as the working
-# directory may hold another user's files. (The XDG specification ignores such paths, too.)
-for caches in (os.path.expanduser("~/.cache"), os.environ.get("XDG_CACHE_HOME", "")):
-    if os.path.isabs(caches):
-        CACHE = Path(caches, "transformer-lm")
-RAM_DISK = Path("/Volumes/RAMDisk")  # on macOS, if the user has made one of this name
-RAM_DISK_SIZE = 4 << 30  # bytes, at least; tinystories and its tokens take 3 GiB
-
-
-def make_data_dir(data_dir=None):
-    """The folder for corpora, downloads and tokens as a Path, created if it is missing.
-
-    It is `data_dir`, if given; else a folder on a RAM disk, if mounted; else the first of CACHE and
-    runs/ that is writable. Raises UsageError if none is.
-    """
-    if data_dir is not None:
-        folders = [Path(user_path(data_dir))]
-    else:
-        folders = [CACHE, Path("runs")]
-        if os.path.ismount(RAM_DISK):
-            if shutil.disk_usage(RAM_DISK).total >= RAM_DISK_SIZE:
-                folders = [RAM_DISK / "transformer-lm"]
-            else:
-                print(f"{RAM_DISK} is not used: it has less than {RAM_DISK_SIZE:,} bytes.")
-    for folder in filter(None, folders):
-        try:
-            make_writable(folder)
-            return folder
-        except OSError as error:
-            reason = one_line(error)
-    raise UsageError(
-        f"cannot write texts to {folder}: name a folder of yours by --data_dir ({reason})"
-    )
-
-
-def make_save_dir(save_dir):
-    """Makes the folder of runs, if it is missing. Raises UsageError if it is not writable."""
-    with explain_errors(f"cannot write to --save_dir {save_dir}: name a folder of yours", OSError):
-        make_writable(save_dir)
-
-
-def make_writable(folder):
-    """Makes a folder; raises OSError if no file can be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
-
-
-# ---- Compiled code ------------------------------------------------------------------------------
-
-
-def cpu_info():
-    """What Linux says about the CPU; "" if nothing."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/cpuinfo").read_text("utf-8")
-    return ""
-
-
-@functools.cache
-def make_kernel_dir():
-    """The folder for compiled code, which is loaded from there: no other user can write to it.
-
-    It is in CACHE, one for each kind of system and CPU, as machines may share a home. If there is
-    no home, or it cannot hold code, the folder is a temporary one, deleted at exit.
-    """
-    if CACHE is not None:
-        instructions = hash_of_data(re.findall("^(?:flags|Features).*", cpu_info(), re.M)[:1])[:8]
-        # Raise the 3 if code that was compiled before must not be loaded again.
-        words = ["code", "3", platform.machine(), *platform.libc_ver(), instructions]
-        folder = CACHE / "-".join(words)
-        with contextlib.suppress(OSError):
-            folder.mkdir(0o700, parents=True, exist_ok=True)
-            status = os.lstat(folder)  # of a link itself, which counts as writable by all
-            is_private = status.st_uid == os.getuid() and not status.st_mode & 0o022
-            is_noexec = os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0)
-            if is_private and os.access(folder, os.W_OK) and not is_noexec:
-                return folder
-    with explain_errors("no folder for compiled code: set TMPDIR to a folder of yours", OSError):
-        folder = tempfile.mkdtemp(prefix="transformer-lm-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
-
-
-# What MLX runs as g++. It ignores signals: a terminal's Ctrl+C reaches it, too, and would end it in
-# the middle of a step.
-COMPILER_SCRIPT = """#!/bin/sh
-trap '' INT TERM HUP USR1 USR2 XCPU
-{}
-"""
-
-
-def use_compiler(folder, command):
-    """Makes MLX run a shell command as its g++: a script in a folder that comes first in PATH.
-
-    If the script cannot be written, MLX finds the real g++. In TMPDIR, libraries that a power cut
-    has left incomplete are deleted, to be compiled again.
-    """
-    path = folder / "g++"
-    script = COMPILER_SCRIPT.format(command)
-    with contextlib.suppress(OSError):
-        if not path.exists() or path.read_text("utf-8") != script:
-            with atomic_write(path) as file:
-                file.write(script.encode())
-                os.fchmod(file.fileno(), 0o700)
-    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    for library in Path(os.environ["TMPDIR"]).glob("mlx/*/cpu/lib*.so"):
-        with contextlib.suppress(OSError):
-            head = library.open("rb").read(48)
-            # An ELF file ends with a table, and its first bytes say where that begins.
-            table = int.from_bytes(head[40:], sys.byteorder)
-            is_whole = head.startswith(b"\x7fELF") and library.stat().st_size > table
-            if sys.platform == "linux" and not is_whole:
-                library.unlink()
-
-
-# ---- Files that appear whole --------------------------------------------------------------------
-
-
-def lock_file(file, wait=True):
-    """Locks an open file, or its descriptor, until it is closed, if the file system has locks.
-
-    wait: for a process that holds the lock; if False, raises BlockingIOError instead.
-    """
-    import fcntl  # here, as Windows lacks it, where extras.versus.losses needs none
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:  # the file system has no locks
-        pass
-
-
-@contextlib.contextmanager
-def hold_lock(folder):
-    """Makes a folder, holds its lock, and deletes what killed calls of `new_file` left there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "ab") as lock:
-        lock_file(lock)
-        remove_leftovers(folder)
-        yield
-
-
-def open_no_follow(path, flags):
-    """An `opener` for open(): raises OSError if `path` is a link, which might lead anywhere.
-
-    Opening a pipe does not wait for its other end.
-    """
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-
-
-@contextlib.contextmanager
-def new_file(folder):
-    """Yields a new binary file in a folder, for `publish`; deletes it if the block fails."""
-    path = Path(folder, f".{os.urandom(8).hex()}.new")
-    # "x" follows no link and opens no file that exists.
-    with open(path, "xb") as file:
-        try:
-            yield file
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-
-
-def publish(file, path):
-    """Syncs a `new_file` and renames it to `path` atomically, replacing an old file."""
-    file.close()  # a file that is open for writing cannot be executed
-    sync(file.name)  # before the old file is replaced
-    os.replace(file.name, path)
-
-
-@contextlib.contextmanager
-def atomic_write(path):
-    """Yields a new binary file, which replaces `path` when the block ends.
-
-    If the block or the disk fails, an old file at `path` stays intact. Raises OSError.
-    """
-    path = Path(path)
-    with new_file(path.parent) as file:
-        yield file
-        publish(file, path)
-
-
-def remove_leftovers(folder):
-    """Deletes what killed processes left of `new_file`; no other process may write to `folder`."""
-    for path in folder.glob(f".{'[0-9a-f]' * 16}.new"):
-        with contextlib.suppress(OSError):  # a folder, or another user's: it does no harm
-            path.unlink()
-
-
-def sync(path):
-    """Waits until a file, or the names in a folder, are on disk and would survive a power cut."""
-    import fcntl
-
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        try:  # macOS, whose fsync stops at the disk's cache
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        except (AttributeError, OSError):  # another system, or a disk that cannot
-            os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot sync a folder; then the file alone has to do.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def hash_of_file(path, algorithm=hashlib.sha256, opener=None):
-    """The hash of a file, which may be larger than memory. Raises OSError."""
-    digest = algorithm()
-    with open(path, "rb", opener=opener) as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
-
-
-# ---- Flags and the command line -----------------------------------------------------------------
-
-
-class Flag(NamedTuple):
-    """A row of a table of flags."""
-
-    default: object
-    type: object  # turns what is typed into the value, or raises ValueError; bool: a switch
-    help: str
-    required: bool = False
-
-
-MAX_INT32 = 2**31 - 1
-
-
-def number(kind, least, most=math.inf):
-    """An argparse type: a finite int or float from `least` to `most`, inclusive."""
-
-    def convert(text):
-        value = kind(text)
-        if least <= value <= most and value < math.inf:  # nan fails the first comparison
-            return value
-        limit = f" and at most {most}" if most < math.inf else ""
-        raise argparse.ArgumentTypeError(f"must be at least {least}{limit}, not {text}")
-
-    convert.__name__ = "whole number" if kind is int else "number"  # for argparse's messages
-    convert.metavar = "N" if kind is int else "X"  # for --help
-    return convert
-
-
-SIZE = number(int, 1, MAX_INT32)
-COUNT = number(int, 0, MAX_INT32)
-NONNEGATIVE = number(float, 0)
-FRACTION = number(float, 0, 1)
-
-
-def one_of(choices):
-    """A flag's type: one of these words, in upper or lower case."""
-
-    def convert(text):
-        if text.lower() in choices:
-            return text.lower()
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(choices)}, not {text}")
-
-    convert.metavar = f"{{{','.join(choices)}}}"
-    return convert
-
-
-def nonempty(text):
-    """A flag's type: a text that is not empty."""
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("is empty: give it a value, or leave it out")
-    return text
-
-
-def path_name(text):
-    """A flag's type: a path, see user_path."""
-    return user_path(nonempty(text))
-
-
-path_name.metavar = "PATH"
+# ---- The command line ---------------------------------------------------------------------------
 
 
 # The flags that choose a text, {group: {name: Flag}}; main.py has these and others.
@@ -1943,118 +1340,24 @@ TEXT_FLAGS = {
 }
 
 
-def hint_table(name):
-    """A table of extras/features/hints.py; {} without extras/."""
-    with contextlib.suppress(UsageError):
-        return getattr(extra("hints"), name)
-    return {}
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are UsageErrors; argparse would print its whole usage.
-
-    It takes --num-iters, as other programs spell it, for --num_iters, and --untie=False for
-    --no-untie.
-    """
-
-    def __init__(self, **options):
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
-        )
-
-    def flag_names(self):
-        """{a flag, or its name in another program: the flag}, without the dashes."""
-        return {name[2:]: action.dest for name, action in self._option_string_actions.items()}
-
-    def error(self, message):
-        hint = "--help lists all flags"
-        if message.endswith("one argument"):
-            hint += "; a value that begins with - is typed after =, like --stop=-"
-        raise UsageError(f"{message} ({hint})")
-
-    def parse_args(self, args):
-        values, unknown = self.parse_known_args([*map(self.spelled_here, args)])
-        if unknown:
-            words = [word for word in unknown if word.startswith("-")] or unknown[:1]
-            hints = dict.fromkeys([*map(self.hint, words), "--help lists all flags"])
-            hint = "; ".join(filter(None, hints))
-            raise UsageError(f"unrecognized arguments: {' '.join(words)} ({hint})")
-        return values
-
-    def hint(self, word):
-        """What to do instead of a word that no flag takes; "" if nothing is known."""
-        name = word.partition("=")[0].lstrip("-").removeprefix("no-").lower()
-        for names, hint in hint_table("NOT_HERE").items():
-            if name in names.split():
-                return hint
-        if not word.startswith("-") and "=" not in word:
-            return (
-                "no flag takes it: a switch has no value, a text with blanks needs quotes, and "
-                "--identifier names a checkpoint: a run, latest or best"
-            )
-        names = self.flag_names()
-        for similar in difflib.get_close_matches(name, names, 1, cutoff=0.7):
-            return f"--{names[similar]}?"
-        return ""
-
-    def spelled_here(self, argument):
-        """An argument in this parser's spelling: with underscores, and --no-FLAG for =false."""
-        actions = self._option_string_actions
-        # Without the \r of a script with Windows' line ends.
-        name, equals, value = argument.removesuffix("\r").partition("=")
-        dashed = re.sub("^[–—]-?", "--", name)  # as word processors write them
-        if dashed in actions:
-            name = dashed
-        if re.fullmatch("--[a-z][a-z0-9_-]*", name):
-            name = "--" + name[2:].replace("-", "_")
-            name = name.replace("--no_", "--no-")
-        if isinstance(actions.get(name), argparse.BooleanOptionalAction):
-            if value.lower() == "false":
-                return f"--no-{name[2:]}"
-            if value.lower() == "true":
-                return name
-        return f"{name}{equals}{value}"
-
-
-def add_flags(group, flags):
-    """Adds flags, {name: Flag}, to an argparse parser, or to a group of one.
-
-    A flag that is not typed is absent from what the parser returns: load_dataset and
-    main.resolve_flags know the defaults.
-    """
-    for name, flag in flags.items():
-        options = {"type": flag.type, "metavar": getattr(flag.type, "metavar", "TEXT")}
-        if flag.type is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        elif flag.default == []:
-            options |= {"nargs": "+", "action": "extend"}  # `--text a --text b` names both
-        options["default"] = argparse.SUPPRESS
-        help_text = flag.help
-        if str(flag.default) not in ("None", "False", "[]"):
-            help_text += f" (default: {flag.default})"
-        group.add_argument(f"--{name}", help=help_text, required=flag.required, **options)
-        for other in hint_table("ALIASES").get(name, "").split():
-            group.add_argument(f"--{other}", dest=name, help=argparse.SUPPRESS, **options)
-
-
+@command("datasets.py")
 def main(arguments):
     """Prepares a text ahead of training; prints its sizes and how it begins."""
-    parser = Parser(prog="datasets.py", description=main.__doc__)
+    hints = extra("hints") if has_extra("hints") else None
+    parser = Parser(hints, prog="datasets.py", description=main.__doc__)
     more = {"save_tokenizer": Flag(None, path_name, "also write the tokenizer as a tokenizer.json")}
     for flags in [*TEXT_FLAGS.values(), more]:
-        add_flags(parser, flags)
+        parser.add_flags(flags)
     options = vars(parser.parse_args(arguments))
     path = options.pop("save_tokenizer", None)
     if path and os.path.lexists(path):
         raise UsageError(f"--save_tokenizer {path} exists: name another file, or delete it")
     default = "text" if "text" in options else "ptb"
     dataset = load_dataset(**{"dataset": default} | options)
-    print(f"{dataset.name}: {describe_tokenizer(dataset.tokenizer)}")
-    for name in SPLITS:
-        split = getattr(dataset, name)
-        if split:
-            size = "" if split.num_bytes is None else f"{split.num_bytes:>15,} bytes"
-            print(f"{name:<5}{len(split.tokens):>14,} tokens{size}")
+    print(f"{dataset.name}: {dataset.tokenizer}")
+    for name, split in dataset.splits.items():
+        size = "" if split.num_bytes is None else f"{split.num_bytes:>15,} bytes"
+        print(f"{name:<5}{len(split.tokens):>14,} tokens{size}")
     print(f"in {dataset.folder}")
     print(f"begins {dataset.tokenizer.decode(dataset.train.tokens[:100])!r}")
     if path:
@@ -2068,4 +1371,4 @@ def main(arguments):
 
 if __name__ == "__main__":
     alias_running_module(__file__)  # so that extras import no second copy
-    run_program("datasets.py", main)
+    run_program(main)

@@ -6,23 +6,17 @@
     python main.py --help            list all flags
 
 What you edit comes first: model, loss and optimizer, batches, evaluation, training, sampling. The
-rest saves and resumes runs, reports on them, and reads flags; a command begins in `execute`, near
-the end. datasets.py turns text into token ids. These two files work alone; every other feature is a
-file in extras/.
+rest saves runs and reads flags; a command begins in `main`, at the end. datasets.py turns text into
+token ids, support/ finds runs and reports on them. Every other feature is a file in extras/.
 """
 
 import argparse
 import contextlib
-import csv
 import dataclasses
-import hashlib
-import io
 import itertools
 import json
 import math
 import os
-import re
-import shlex
 import signal
 import sys
 import threading
@@ -30,26 +24,36 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))  # finds this datasets.py before Hugging Face's
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # before Hugging Face's `datasets`
+
+from support import code
+from support.cli import RunError, UsageError, command, explain_errors, extra, first_imports
+from support.cli import flush_or_drop, for_terminal, has_extra, run_program, say, warning
+
+code.begin_main(__name__, __file__)
+with first_imports():
+    import fcntl  # noqa: F401 (where it is missing, on Windows, nothing could be saved)
+
+    # extras/features/fast.py, or None. It comes before MLX, which takes the BLAS loaded first.
+    fast = extra("fast") if code.uses_fast() else None
+
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+    import numpy as np
+    from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 import datasets
-from datasets import COUNT, FRACTION, NONNEGATIVE, SIZE, Flag, nonempty, number, one_of
-from datasets import RunError, UsageError, explain_errors, extra, printable
+from support import device, files, machine, reports, runs
+from support.flags import COUNT, FLAGS, FRACTION, IDENTITY, MAX_INT32, NONNEGATIVE, RECORDED, SIZE
+from support.flags import Flag, Parser, get_values, ineffective_flag_notices, nonempty, number
+from support.flags import one_of, parse_command_line
+from support.runs import Checkpoint, DamagedError, Evaluation, Progress
 
-# `fast` is extras/features/fast.py, or None. @fast_version replaces a function by its faster
-# namesake there, unless you have edited it here. This comes before MLX, which takes the first BLAS
-# that was loaded.
-fast, fast_version = datasets.import_fast(__name__, __file__)
-
-import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-import numpy as np
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
-from tqdm import tqdm
+# Replaces a function by its faster namesake in fast.py, unless you have edited it here.
+fast_version = fast.FastVersions() if fast else code.PlainVersions()
 
 # ---- Model --------------------------------------------------------------------------------------
 # Decoder-only, pre-norm, with RMSNorm, RoPE and grouped-query attention. Layers are named as in
@@ -83,56 +87,25 @@ class Config:
     qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
 
     def __post_init__(self):
-        resolve_config(self)  # checks the values, and fills in head_dim
-
-
-@fast_version
-def linear_product(x, weight):
-    """x [..., I] times the transpose of weight [O, I]: [..., O]."""
-    return x @ weight.T
-
-
-class Linear(nn.Linear):
-    """MLX's linear layer, by `linear_product`, which fast.py replaces; without bias by default."""
-
-    def __init__(self, inputs, outputs, bias=False):
-        super().__init__(inputs, outputs, bias)
-
-    def __call__(self, x):
-        product = linear_product(x, self.weight)
-        if "bias" in self:  # a Module is a dict of its parts
-            product = product + self.bias
-        return product
-
-
-@fast_version
-def rms_norm(x, weight, eps):
-    """RMSNorm (Zhang & Sennrich 2019) of x [..., D]; weight: [D]."""
-    return mx.fast.rms_norm(x, weight, eps)
-
-
-class RMSNorm(nn.RMSNorm):
-    """MLX's RMSNorm, by `rms_norm`, which fast.py replaces."""
-
-    def __call__(self, x):
-        return rms_norm(x, self.weight, self.eps)
-
-
-@fast_version
-def embed(table, tokens):
-    """Looks up tokens [B, L] in table [V, D]: [B, L, D]."""
-    return table[tokens]
-
-
-class Embedding(nn.Embedding):
-    """MLX's embeddings, by `embed`, which fast.py replaces."""
-
-    def __call__(self, tokens):
-        return embed(self.weight, tokens)
-
-    def as_linear(self, hidden):
-        """The embeddings as the output layer: [B, L, D] to [B, L, V]."""
-        return hidden @ self.weight.astype(hidden.dtype).T
+        """Fills in head_dim; raises ValueError for values that do not fit together."""
+        if self.head_dim is None:  # imported models set it, and H * d may differ from D
+            divisor = 2 * self.num_heads  # a head's dimension must be even: RoPE rotates pairs
+            if self.dim % divisor:
+                suggested_dim = divisor * max(1, round(self.dim / divisor))
+                raise ValueError(
+                    f"dim {self.dim} is not a multiple of 2 * num_heads {self.num_heads}: "
+                    f"try {suggested_dim}"
+                )
+            self.head_dim = self.dim // self.num_heads
+        if self.head_dim % 2 or self.head_dim > 2**16:
+            raise ValueError(f"head_dim {self.head_dim} is not an even number up to {2**16}")
+        if self.context_size * self.num_kv_heads * self.head_dim > MAX_INT32:
+            raise ValueError(f"context_size {self.context_size}: too many keys for MLX, give less")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: "
+                f"try {math.gcd(self.num_heads, self.num_kv_heads)}"
+            )
 
 
 @fast_version
@@ -188,15 +161,15 @@ class Attention(nn.Module):
         self.head_dim = d
         # A NumPy array, as an MLX array would be a parameter.
         self.frequencies = rope_frequencies(d, config.rope_theta, config.rope_scaling)
-        self.q_proj = Linear(D, config.num_heads * d, config.qkv_bias)
-        self.k_proj = Linear(D, config.num_kv_heads * d, config.qkv_bias)
-        self.v_proj = Linear(D, config.num_kv_heads * d, config.qkv_bias)
-        self.o_proj = Linear(config.num_heads * d, D)
+        self.q_proj = nn.Linear(D, config.num_heads * d, config.qkv_bias)
+        self.k_proj = nn.Linear(D, config.num_kv_heads * d, config.qkv_bias)
+        self.v_proj = nn.Linear(D, config.num_kv_heads * d, config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_heads * d, D, bias=False)
         if config.qk_norm:
             # Keeps the scores in range at high learning rates (Henry et al. 2020; Qwen3).
             # All heads share one weight [d].
-            self.q_norm = RMSNorm(d, config.norm_eps)
-            self.k_norm = RMSNorm(d, config.norm_eps)
+            self.q_norm = nn.RMSNorm(d, config.norm_eps)
+            self.k_norm = nn.RMSNorm(d, config.norm_eps)
 
     def project_qkv(self, hidden, offset=0):
         """Hidden [B, L, D] to queries [B, H, L, d], keys [B, K, L, d] and values [B, K, L, d].
@@ -257,9 +230,9 @@ class MLP(nn.Module):
         super().__init__()
         self.activation, self.is_gated = MLPS[config.mlp]
         if self.is_gated:
-            self.gate_proj = Linear(config.dim, config.mlp_dim)
-        self.up_proj = Linear(config.dim, config.mlp_dim)
-        self.down_proj = Linear(config.mlp_dim, config.dim)
+            self.gate_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.mlp_dim, bias=False)
+        self.down_proj = nn.Linear(config.mlp_dim, config.dim, bias=False)
 
     def __call__(self, hidden):
         inner = self.up_proj(hidden)  # [B, L, mlp_dim]
@@ -270,26 +243,167 @@ class MLP(nn.Module):
         return self.down_proj(inner)
 
 
-# The flags of the command line, {group: {name: Flag(default, type, help)}}. SIZE is a whole number
-# from 1 on, COUNT from 0 on. Other groups follow beside their code, and in the section Flags.
-FLAGS = {
-    "model": {
-        "context_size": Flag(48, SIZE, "context length in tokens"),
-        "num_blocks": Flag(4, number(int, 1, 2**12), "transformer blocks"),
-        "dim": Flag(1024, number(int, 1, 2**16), "model dimension"),
-        "num_heads": Flag(8, SIZE, "query heads"),
-        "num_kv_heads": Flag(None, SIZE, "key/value heads (default: num_heads)"),
-        "qk_norm": Flag(False, bool, "RMS-normalize queries and keys"),
-        "untie": Flag(False, bool, "separate output matrix instead of tied embeddings"),
-        "mlp": Flag("relu2", one_of(MLPS), "activation of the feed-forward layers"),
-        "mlp_dim": Flag(
-            None,
-            number(int, 1, 2**18),
-            "width of the feed-forward layers (default: 4 dim; "
-            "swiglu: 8/3 dim, rounded up to a multiple of 64)",
-        ),
-    }
+# A row for each flag; other groups follow beside their code. SIZE is a whole number from 1 on,
+# COUNT from 0 on.
+FLAGS["model"] = {
+    "context_size": Flag(48, SIZE, "context length in tokens"),
+    "num_blocks": Flag(4, number(int, 1, 2**12), "transformer blocks"),
+    "dim": Flag(1024, number(int, 1, 2**16), "model dimension"),
+    "num_heads": Flag(8, SIZE, "query heads"),
+    "num_kv_heads": Flag(None, SIZE, "key/value heads (default: num_heads)"),
+    "qk_norm": Flag(False, bool, "RMS-normalize queries and keys"),
+    "untie": Flag(False, bool, "separate output matrix instead of tied embeddings"),
+    "mlp": Flag("relu2", one_of(MLPS), "activation of the feed-forward layers"),
+    "mlp_dim": Flag(
+        None,
+        number(int, 1, 2**18),
+        "width of the feed-forward layers (default: 4 dim; "
+        "swiglu: 8/3 dim, rounded up to a multiple of 64)",
+    ),
 }
+
+
+class Block(nn.Module):
+    """Attention, then an MLP: each reads normalized hidden states [B, L, D] and adds to them."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.index = index
+        self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, hidden, cache=None, dropout_masks=None):
+        mask_index = 2 * self.index + 1
+        attended = self.self_attn(self.input_layernorm(hidden), cache)
+        hidden = hidden + dropout(attended, dropout_masks, mask_index)
+        mlp_output = self.mlp(self.post_attention_layernorm(hidden))
+        return hidden + dropout(mlp_output, dropout_masks, mask_index + 1)
+
+
+@fast_version
+def checkpoint_block(block, run_block):
+    """Gradient checkpointing (Chen et al. 2016): run_block, storing only its input for backward.
+
+    block: the Module with its parameters; run_block: hidden [B, L, D] -> [B, L, D].
+    """
+    return nn.utils.checkpoint(block, run_block)
+
+
+class Transformer(nn.Module):
+    """Token ids [B, L] to final hidden states [B, L, D]; any output layer can go on top."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.grad_checkpoint = False  # see checkpoint_block
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = [Block(config, i) for i in range(config.num_blocks)]
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+
+    def embed(self, tokens):
+        """The embeddings [B, L, D] of tokens, before dropout."""
+        hidden = self.embed_tokens(tokens)
+        return hidden.astype(self.norm.weight.dtype)  # bfloat16 if the norms are, see make_step
+
+    def __call__(self, tokens, caches=None, dropout_masks=None):
+        """caches: a KVCache per block; dropout_masks: None for no dropout."""
+        hidden = dropout(self.embed(tokens), dropout_masks, mask_index=0)
+        if caches is None:
+            caches = [None] * len(self.layers)
+        for block, cache in zip(self.layers, caches):
+            run_block = partial(block, cache=cache, dropout_masks=dropout_masks)
+            if self.grad_checkpoint:
+                run_block = checkpoint_block(block, run_block)
+            hidden = run_block(hidden)
+        return self.norm(hidden)
+
+
+class LanguageModel(nn.Module):
+    """Token ids [B, L] to logits [B, L, V] of the token that follows each position."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        if config.untie:
+            self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    def __call__(self, tokens, caches=None, dropout_masks=None, logits_to_keep=None):
+        """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all.
+
+        Training, evaluation and sampling all call this. (For speed, fast.py's loss and metrics have
+        a copy of this class. An edit of it turns them off.)
+        """
+        hidden = self.model(tokens, caches, dropout_masks)  # [B, L, D]
+        if logits_to_keep is not None:
+            hidden = hidden[:, -logits_to_keep:]
+        return self.logits(hidden)
+
+    def logits(self, hidden):
+        """Logits [B, L, V] float32 of final hidden states [B, L, D].
+
+        A softcap, a bias or a scale goes here.
+        """
+        output_layer = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
+        return output_layer(hidden).astype(mx.float32)
+
+    @property
+    def output_matrix(self):
+        """The output layer's matrix [V, D]: the embeddings, unless untied."""
+        if self.config.untie:
+            return self.lm_head.weight
+        return self.model.embed_tokens.weight
+
+
+def normal_init(name, shape, seed):
+    """A standard normal array of this shape, to initialize a parameter.
+
+    It depends only on the seed and the parameter's name: adding a parameter to a model leaves the
+    values of all others unchanged. NumPy draws it, so it is the same on every device.
+    """
+    rng = np.random.default_rng([seed, *name.encode()])
+    return mx.array(rng.standard_normal(shape, np.float32))
+
+
+# Matrices start at zero if their names end so.
+ZERO_INIT = ("o_proj.weight", "down_proj.weight", "lm_head.weight")
+
+
+FLAGS["init"] = {"seed": Flag(42, COUNT, "for weights, batches, dropout and samples")}
+
+
+def init_weights(model, seed):
+    """Initializes every matrix and bias; other vectors and scalars stay as their layers made them.
+
+    Biases are 0, matrices normal with standard deviation 1 / sqrt(inputs). The matrices that write
+    into the residual stream are 0, so that each block starts as the identity. An untied output
+    layer is also 0.
+
+    Embeddings have standard deviation 5 / dim. If they are tied, they are the output layer, too. At
+    first, the model then predicts that each token repeats: its logit is 4 to 5 (up to a dim of
+    1024), those of others are about 0, and the loss begins near ln(V + e^5). Untied, it begins at
+    ln V.
+    """
+    weights = []
+    for name, parameter in tree_flatten(model.parameters()):
+        if name.endswith(".bias"):
+            value = mx.zeros_like(parameter)
+        elif parameter.ndim < 2:
+            value = parameter  # 1 in a norm
+        elif name.endswith(ZERO_INIT):
+            value = mx.zeros_like(parameter)
+        elif name.endswith("embed_tokens.weight"):
+            value = normal_init(name, parameter.shape, seed) * 5 / model.config.dim
+        else:
+            # [O, I]: preserves the variance
+            value = normal_init(name, parameter.shape, seed) * parameter.shape[-1] ** -0.5
+        weights.append((name, value))
+    model.load_weights(weights)
+
+
+# ---- Dropout ------------------------------------------------------------------------------------
+# A generator of masks of our own: fast on a CPU, and independent of how a batch is split.
 
 
 def hash32(bits):
@@ -346,190 +460,17 @@ def dropout(hidden, dropout_masks, mask_index):
     return hidden * (mask.astype(hidden.dtype) / keep_prob.astype(hidden.dtype))
 
 
-class Block(nn.Module):
-    """Attention, then an MLP: each reads normalized hidden states [B, L, D] and adds to them."""
-
-    def __init__(self, config, index):
-        super().__init__()
-        self.index = index
-        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MLP(config)
-
-    def __call__(self, hidden, cache=None, dropout_masks=None):
-        mask_index = 2 * self.index + 1
-        attended = self.self_attn(self.input_layernorm(hidden), cache)
-        hidden = hidden + dropout(attended, dropout_masks, mask_index)
-        mlp_output = self.mlp(self.post_attention_layernorm(hidden))
-        return hidden + dropout(mlp_output, dropout_masks, mask_index + 1)
-
-
-@fast_version
-def checkpoint_block(block, run_block):
-    """Gradient checkpointing (Chen et al. 2016): run_block, storing only its input for backward.
-
-    block: the Module with its parameters; run_block: hidden [B, L, D] -> [B, L, D].
-    """
-    return nn.utils.checkpoint(block, run_block)
-
-
-class Transformer(nn.Module):
-    """Token ids [B, L] to final hidden states [B, L, D]; any output layer can go on top."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.grad_checkpoint = False  # see checkpoint_block
-        self.embed_tokens = Embedding(config.vocab_size, config.dim)
-        self.layers = [Block(config, i) for i in range(config.num_blocks)]
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-
-    def embed(self, tokens):
-        """The embeddings [B, L, D] of tokens, before dropout."""
-        hidden = self.embed_tokens(tokens)
-        return hidden.astype(self.norm.weight.dtype)  # bfloat16 if the norms are, see make_step
-
-    def __call__(self, tokens, caches=None, dropout_masks=None):
-        """caches: a KVCache per block; dropout_masks: None for no dropout."""
-        hidden = dropout(self.embed(tokens), dropout_masks, mask_index=0)
-        if caches is None:
-            caches = [None] * len(self.layers)
-        for block, cache in zip(self.layers, caches):
-            run_block = partial(block, cache=cache, dropout_masks=dropout_masks)
-            if self.grad_checkpoint:
-                run_block = checkpoint_block(block, run_block)
-            hidden = run_block(hidden)
-        return self.norm(hidden)
-
-
-class LanguageModel(nn.Module):
-    """Token ids [B, L] to logits [B, L, V] of the token that follows each position."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.config = config
-        self.model = Transformer(config)
-        if config.untie:
-            self.lm_head = Linear(config.dim, config.vocab_size)
-
-    def __call__(self, tokens, caches=None, dropout_masks=None, logits_to_keep=None):
-        """Logits of the last `logits_to_keep` positions (1 is enough to decode), or of all.
-
-        For sampling and the judge of extras.versus. Training and evaluation do not pass here: edit
-        what both use, `self.model` and `self.logits`.
-        """
-        hidden = self.model(tokens, caches, dropout_masks)  # [B, L, D]
-        if logits_to_keep is not None:
-            hidden = hidden[:, -logits_to_keep:]
-        return self.logits(hidden)
-
-    def logits(self, hidden):
-        """Logits [B, L, V] float32 of final hidden states [B, L, D].
-
-        A softcap, a bias or a scale goes here: it holds in training, evaluation and sampling. (For
-        speed, fast.py has a copy of this. An edit of anything in LOGITS_CODE turns that off.)
-        """
-        output_layer = self.lm_head if self.config.untie else self.model.embed_tokens.as_linear
-        return output_layer(hidden).astype(mx.float32)
-
-    @property
-    def output_matrix(self):
-        """The output layer's matrix [V, D]: the embeddings, unless untied."""
-        if self.config.untie:
-            return self.lm_head.weight
-        return self.model.embed_tokens.weight
-
-
-def resolve_config(config):
-    """Fills in `head_dim` if it is None; raises ValueError for values that cannot be."""
-    for name, value in vars(config).items():
-        if type(value) is int and not 1 <= value <= datasets.MAX_INT32:
-            raise ValueError(f"{name} {value} is not from 1 to {datasets.MAX_INT32}")
-    if config.mlp not in MLPS:
-        raise ValueError(f"mlp {config.mlp} is not one of {', '.join(MLPS)}")
-    if not {*map(type, config.rope_scaling or [])} <= {int, float}:
-        raise ValueError("rope_scaling is not a list of numbers")
-    if config.head_dim is None:  # imported models set it, and H * d may differ from D
-        divisor = 2 * config.num_heads  # a head's dimension must be even: RoPE rotates pairs
-        if config.dim % divisor:
-            suggested_dim = divisor * max(1, round(config.dim / divisor))
-            raise ValueError(
-                f"dim {config.dim} is not a multiple of 2 * num_heads {config.num_heads}: "
-                f"try {suggested_dim}"
-            )
-        config.head_dim = config.dim // config.num_heads
-    if config.head_dim % 2 or config.head_dim > 2**16:
-        raise ValueError(f"head_dim {config.head_dim} is not an even number up to {2**16}")
-    if config.context_size * config.num_kv_heads * config.head_dim > datasets.MAX_INT32:
-        raise ValueError(f"context_size {config.context_size}: too many keys for MLX, give less")
-    if config.num_heads % config.num_kv_heads:
-        raise ValueError(
-            f"num_kv_heads {config.num_kv_heads} does not divide num_heads {config.num_heads}: "
-            f"try {math.gcd(config.num_heads, config.num_kv_heads)}"
-        )
-
-
-def normal_init(name, shape, seed):
-    """A standard normal array of this shape, to initialize a parameter.
-
-    It depends only on the seed and the parameter's name: adding a parameter to a model leaves the
-    values of all others unchanged. NumPy draws it, so it is the same on every device.
-    """
-    rng = np.random.default_rng([seed, *name.encode()])
-    return mx.array(rng.standard_normal(shape, np.float32))
-
-
-# Matrices start at zero if their names end so.
-ZERO_INIT = ("o_proj.weight", "down_proj.weight", "lm_head.weight")
-
-
-FLAGS["init"] = {"seed": Flag(42, COUNT, "for weights, batches, dropout and samples")}
-
-
-def init_weights(model, seed):
-    """Initializes every matrix and bias; other vectors and scalars stay as their layers made them.
-
-    Biases are 0, matrices normal with standard deviation 1 / sqrt(inputs). The matrices that write
-    into the residual stream are 0, so that each block starts as the identity. An untied output
-    layer is also 0.
-
-    Embeddings have standard deviation 5 / dim. If they are tied, they are the output layer, too. At
-    first, the model then predicts that each token repeats: its logit is 4 to 5 (up to a dim of
-    1024), those of others are about 0, and the loss begins near ln(V + e^5). Untied, it begins at
-    ln V.
-    """
-    weights = []
-    for name, parameter in tree_flatten(model.parameters()):
-        if name.endswith(".bias"):
-            value = mx.zeros_like(parameter)
-        elif parameter.ndim < 2:
-            value = parameter  # 1 in a norm
-        elif name.endswith(ZERO_INIT):
-            value = mx.zeros_like(parameter)
-        elif name.endswith("embed_tokens.weight"):
-            value = normal_init(name, parameter.shape, seed) * 5 / model.config.dim
-        else:
-            # [O, I]: preserves the variance
-            value = normal_init(name, parameter.shape, seed) * parameter.shape[-1] ** -0.5
-        weights.append((name, value))
-    model.load_weights(weights)
-
-
 # ---- Loss and optimizer -------------------------------------------------------------------------
 
 
-# fast.py's loss and metrics inline these. If you edit one, the plain versions below run.
-LOGITS_CODE = [Embedding, LanguageModel, Linear, linear_product]
-
-
-@partial(fast_version, dependencies=LOGITS_CODE)
-def training_loss(model, hidden, targets, scale):
+@fast_version
+def training_loss(model, inputs, targets, scale, dropout_masks=None):
     """What training minimizes: the cross-entropy in nats, times `scale`, summed over positions.
 
-    hidden: final hidden states [B, L, D]; targets: ids [B, L]. An edit here does not change the
-    evaluation, see token_metrics. With --teacher, distil.py's loss is used instead.
+    inputs, targets: ids [B, L]. An edit here does not change the evaluation, see token_metrics.
+    With --teacher, distil.py's loss is used instead.
     """
-    logits = model.logits(hidden)  # [B, L, V]
+    logits = model(inputs, dropout_masks=dropout_masks)  # [B, L, V]
     losses = nn.losses.cross_entropy(logits, targets)  # [B, L]
     return (losses * scale).sum()
 
@@ -614,7 +555,7 @@ class Muon(optim.Optimizer):
         return matrix * (1 - decay) - lr * direction
 
 
-@partial(fast_version, dependencies=[Muon])
+@fast_version
 def parallelize(optimizer):
     """Returns the optimizer unchanged; the fast version distributes its work over the cores."""
     return optimizer
@@ -745,6 +686,14 @@ def learning_rate_at(iteration, flags):
     return flags.learning_rate * SCHEDULES[flags.lr_schedule](iteration, flags) * warmup
 
 
+def describe_schedule(flags):
+    """The learning rate at the first step of a run, at the end of warmup, and at the last step."""
+    texts = []
+    for step in sorted({1, min(max(1, flags.lr_warmup), flags.num_iters), flags.num_iters}):
+        texts.append(f"{learning_rate_at(step - 1, flags):.3g} (step {step:,})")
+    return f"{flags.lr_schedule}: {', '.join(texts)}"
+
+
 def update_average(average, weights, iteration, fraction):
     """The average of the weights over about the last `fraction` of the steps taken.
 
@@ -817,6 +766,8 @@ class Batches:
         perm: [num_windows] uint32, saved in checkpoints, as another NumPy may draw a different one.
         Raises ValueError if these are not windows of the text.
         """
+        if not {type(epoch), type(cursor), type(offset)} <= {int}:
+            raise ValueError("its place in the text is no number of windows")
         num_windows = (len(self.tokens) - 1 - offset) // self.context_size
         if perm.dtype != np.uint32 or perm.shape != (num_windows,) or perm.max() >= num_windows:
             raise ValueError("its order of batches is that of another text")
@@ -846,15 +797,14 @@ class Batches:
 # ---- Evaluation ---------------------------------------------------------------------------------
 
 
-@partial(fast_version, dependencies=LOGITS_CODE)
-def token_metrics(model, hidden, targets):
-    """The metrics of an evaluation at each position, {name: [B, L]}.
+@fast_version
+def token_metrics(model, inputs, targets):
+    """The metrics of an evaluation at each position, {name: [B, L]}; inputs, targets: ids [B, L].
 
-    hidden: final hidden states [B, L, D]; targets: ids [B, L]. The mean of each metric is shown and
-    logged. `loss` is the cross-entropy in nats, whatever training minimizes; it alone decides which
-    checkpoint is best and when --patience ends a run.
+    The mean of each metric is shown and logged. `loss` is the cross-entropy in nats, whatever
+    training minimizes; it alone decides which checkpoint is best and when --patience ends a run.
     """
-    logits = model.logits(hidden)  # [B, L, V]
+    logits = model(inputs)  # [B, L, V]
     return {"loss": nn.losses.cross_entropy(logits, targets)}
 
 
@@ -864,13 +814,13 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None
     Each token counts once. Windows start `stride` tokens apart: by default context_size, so that
     they do not overlap; with less, each token has more context. Returns None on a signal.
     """
-    ranks = ranks or SingleProcess()
+    ranks = ranks or device.SingleProcess()
     context_size = model.config.context_size
     stride = stride or context_size
     num_targets = len(tokens) - 1
 
     def metric_sums(inputs, targets, mask):
-        metrics = token_metrics(model, model.model(inputs), targets)
+        metrics = token_metrics(model, inputs, targets)
         return {name: (values * mask).sum() for name, values in metrics.items()}
 
     # Traced once, as all batches have the same shape. Without `inputs`, the compiled function
@@ -916,9 +866,32 @@ def evaluation_windows(tokens, starts, context_size, stride):
     return [mx.array(array, mx.int32) for array in windows]
 
 
-def bits_per_byte(loss, split):
-    """Converts a mean loss in nats/token to bits per byte of the split's text."""
-    return loss / math.log(2) * len(split.tokens) / split.num_bytes
+# How metrics are shown on the screen; others are shown by their names. loss: nats/token, with
+# --teacher mixed with the distillation loss; epoch: passes over the text; peak_mib: MLX's peak
+# memory in this process. For all logged metrics, see Reporter.
+METRIC_FORMATS = {
+    "loss": "loss {:.4f}",
+    "learning_rate": "lr {:.2e}",
+    "gradient_norm": "grad {:.2f}",
+    "ms_per_step": "{:,.1f} ms/step",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "epoch": "epoch {:.2f}",
+    "peak_mib": "peak {:,.0f} MiB",
+}
+BAR_METRICS = ["loss", "learning_rate", "tokens_per_second"]  # these fit into 80 columns
+
+
+def print_evaluation(name, model, dataset, flags, interrupts=None, ranks=None):
+    """Prints the losses of a whole split, unless a signal arrives."""
+    split = dataset.splits[name]
+    num_tokens = len(split.tokens)
+    start = time.perf_counter()
+    metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
+    if metrics is not None:
+        seconds = time.perf_counter() - start
+        losses = reports.describe_losses(name, metrics, split, dataset.tokenizer, METRIC_FORMATS)
+        times = f"{seconds:.1f} s, {1000 * seconds / num_tokens:.4f} ms per token"
+        say(f"{losses}, {num_tokens / seconds:,.0f} tokens/s ({times})")
 
 
 # ---- Training -----------------------------------------------------------------------------------
@@ -955,38 +928,27 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     """Makes step_fn(dropout_rate, inputs, targets, row_keys), which takes an optimizer step.
 
     inputs, targets: [N, L], N = batch_size * grad_accumulation; dropout_rate, row_keys: see
-    draw_dropout. Each micro-batch of batch_size rows is divided among ranks, then among streams.
-    step_fn returns {name: scalar array}: `loss`, the mean of training_loss over positions, and
-    `gradient_norm`, before clipping. Call make_step after Run.restore, which replaces arrays.
-
-    With --dtype bfloat16, a GPU casts all weights but the embeddings, and a CPU rounds the inputs
-    of matrix products; master weights, optimizer state and loss stay float32 on both.
+    draw_dropout. step_fn returns {name: scalar array}: `loss`, the mean of training_loss over
+    positions, and `gradient_norm`, before clipping. Call make_step after Run.restore, which
+    replaces arrays.
     """
-    ranks = ranks or SingleProcess()
+    ranks = ranks or device.SingleProcess()
     model.model.grad_checkpoint = flags.grad_checkpoint
     has_dropout = flags.dropout or flags.dropout_final
-    casts_weights = flags.dtype == "bfloat16" and on_gpu()
+    loss_of_text = training_loss
     if teacher is not None:
-        distillation_loss = extra("distil").make_loss(teacher, flags)
-
-    def to_bfloat16(name, parameter):
-        # Embeddings stay in float32: a bfloat16 sum would lose the many small gradients of a
-        # frequent token.
-        return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
+        loss_of_text = extra("distil").make_loss(teacher, flags)
+    if flags.dtype == "bfloat16" and on_gpu():
+        loss_of_text = with_bfloat16_weights(loss_of_text)
 
     # This runs once for each shard of a micro-batch, and the results are added up: it has to return
     # a sum over rows, and a weight penalty here would count once for each shard.
     def loss_fn(scale, dropout_rate, inputs, targets, row_keys):
-        if casts_weights:
-            model.update(tree_map_with_path(to_bfloat16, model.parameters()))  # LoRA's base, too
         dropout_masks = None
         if has_dropout:
             D = model.config.dim
             dropout_masks = DropoutMasks(dropout_rate, row_keys, inputs.shape[1], D)
-        hidden = model.model(inputs, dropout_masks=dropout_masks)  # [B, L, D]
-        if teacher is not None:
-            return distillation_loss(model, hidden, targets, scale, inputs)
-        return training_loss(model, hidden, targets, scale)
+        return loss_of_text(model, inputs, targets, scale, dropout_masks)
 
     value_and_grad = nn.value_and_grad(model, loss_fn)
 
@@ -1012,19 +974,10 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         # Each rank sums over its own positions. Scaled by this, the mean of the ranks' sums is the
         # mean over all positions.
         scale = ranks.size / targets.size
-        scaled_sums = partial(loss_and_gradients, scale, dropout_rate)
-        # This rank's rows of each micro-batch.
-        begin = flags.batch_size * ranks.rank // ranks.size
-        end = flags.batch_size * (ranks.rank + 1) // ranks.size
-        total = None
+        function = partial(loss_and_gradients, scale, dropout_rate)
         with bfloat16_products(flags.dtype == "bfloat16"):
-            for start in range(0, len(inputs), flags.batch_size):
-                rows = slice(start + begin, start + end)
-                sums = sum_over_shards(scaled_sums, inputs[rows], targets[rows], row_keys[rows])
-                total = sums if total is None else tree_map(mx.add, total, sums)
-                if len(inputs) > flags.batch_size:  # or all would be in memory at once
-                    mx.eval(total)
-            loss, gradients = ranks.all_mean(total)  # ranks exchange gradients only here
+            batch = (inputs, targets, row_keys)
+            loss, gradients = mean_over_batch(function, batch, flags.batch_size, ranks)
             metrics = optimizer_step(loss, gradients)
             # MLX is lazy: most of the above only builds a graph, which is computed here. What is
             # not evaluated stays a graph, which grows with each step.
@@ -1032,6 +985,44 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
         return metrics
 
     return step_fn
+
+
+def mean_over_batch(function, batch, batch_size, ranks):
+    """The mean over ranks of function(*batch), a tree of sums over rows.
+
+    batch: arrays [N, ...]. Each micro-batch of batch_size rows is divided among the ranks, then
+    among streams.
+    """
+    begin = batch_size * ranks.rank // ranks.size
+    end = batch_size * (ranks.rank + 1) // ranks.size
+    num_rows = len(batch[0])
+    total = None
+    for start in range(0, num_rows, batch_size):
+        rows = slice(start + begin, start + end)
+        sums = sum_over_shards(function, *(array[rows] for array in batch))
+        total = sums if total is None else tree_map(mx.add, total, sums)
+        if num_rows > batch_size:  # or all would be in memory at once
+            mx.eval(total)
+    return ranks.all_mean(total)  # ranks exchange gradients only here
+
+
+def with_bfloat16_weights(loss_of_text):
+    """A loss like training_loss, for a GPU: all weights but the embeddings are cast to bfloat16.
+
+    Master weights, optimizer state and loss stay float32. (On a CPU, bfloat16_products rounds the
+    inputs of matrix products instead.)
+    """
+
+    def to_bfloat16(name, parameter):
+        # Embeddings stay in float32: a bfloat16 sum would lose the many small gradients of a
+        # frequent token.
+        return parameter if "embed_" in name else parameter.astype(mx.bfloat16)
+
+    def loss(model, *arguments):
+        model.update(tree_map_with_path(to_bfloat16, model.parameters()))  # LoRA's base, too
+        return loss_of_text(model, *arguments)
+
+    return loss
 
 
 def train(run, interrupts, ranks):
@@ -1044,39 +1035,24 @@ def train(run, interrupts, ranks):
     time_limit = math.inf  # in seconds of training
     if flags.max_minutes is not None:
         time_limit = run.seconds + 60 * flags.max_minutes
-    reporter_context = contextlib.nullcontext()
-    if ranks.rank == 0:  # only this rank saves and reports
-        reporter_context = contextlib.closing(Reporter(run))
-    with reporter_context as reporter:
-        while True:
-            # Evaluate before saving, so that the checkpoint records the loss. If a signal ends the
-            # evaluation, the resumed run repeats it.
-            stop_signal, is_time_up = ranks.agree(interrupts.stop_signal, run.seconds >= time_limit)
-            is_due = run.is_evaluation_due() or (is_time_up and flags.steps_per_eval)
-            if is_due and run.iteration > 0 and not run.evaluation:
-                validate(run, interrupts, ranks, reporter)
-            is_done = is_time_up or run.iteration >= flags.num_iters or run.is_out_of_patience()
-            if is_done or stop_signal or run.is_save_due():
-                if reporter:
-                    save_and_sample(run, interrupts, reporter)
-                # A signal that arrived meanwhile ends the run before the next step.
-                stop_signal, _ = ranks.agree(interrupts.stop_signal)
-            if is_done or stop_signal:
-                break
-
+    with contextlib.closing(make_reporter(run, ranks)) as reporter:
+        settle = partial(evaluate_and_save, run, interrupts, ranks, reporter, time_limit)
+        # A run that is resumed may be complete, or was stopped before its evaluation.
+        is_done, is_time_up, stop_signal = settle()
+        while not is_done and not stop_signal:
             is_first_after_save = not run.has_unsaved_changes
             metrics = train_step(run, step_fn)
             if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
-                raise divergence_error(run, "loss or gradient", run.iteration - 1)
-            if reporter:
-                # A finite step from the newest checkpoint shows that it is good: older ones can go.
-                if is_first_after_save:
-                    prune_checkpoints(run)
-                reporter.report_step(metrics)
+                raise reports.divergence_error(run, "loss or gradient", run.iteration - 1)
+            # A finite step from the newest checkpoint shows that it is good: older ones can go.
+            if is_first_after_save and ranks.rank == 0:
+                runs.prune_checkpoints(run)
+            reporter.report_step(metrics)
+            is_done, is_time_up, stop_signal = settle()
     # No step follows the last checkpoint. A finite validation loss, which `validate` requires, also
     # shows that it is good.
-    if reporter and run.evaluation:
-        prune_checkpoints(run)
+    if run.evaluation and ranks.rank == 0:
+        runs.prune_checkpoints(run)
     if run.is_out_of_patience():
         say(f"Stopped: no improvement in {run.evaluations_since_best()} evaluations (--patience).")
     if is_time_up:
@@ -1105,6 +1081,30 @@ def train_step(run, step_fn):
     return metrics | {"learning_rate": lr}
 
 
+def evaluate_and_save(run, interrupts, ranks, reporter, time_limit):
+    """Evaluates and saves a run if that is due at its current iteration.
+
+    Returns whether it is done, whether its time is up, and a signal that has arrived, or None.
+    """
+    flags = run.flags
+    stop_signal, is_time_up = ranks.agree(interrupts.stop_signal, run.seconds >= time_limit)
+    # Evaluate before saving, so that the checkpoint records the loss. If a signal ends the
+    # evaluation, the resumed run repeats it.
+    is_due = run.is_evaluation_due() or (is_time_up and flags.steps_per_eval)
+    if is_due and run.iteration > 0 and not run.evaluation:
+        validate(run, interrupts, ranks, reporter)
+    is_done = is_time_up or run.iteration >= flags.num_iters or run.is_out_of_patience()
+    if is_done or stop_signal or run.is_save_due():
+        if ranks.rank == 0:
+            save_and_sample(run, interrupts, reporter)
+        # A signal that arrived meanwhile ends the run before the next step.
+        stop_signal, _ = ranks.agree(interrupts.stop_signal)
+    return is_done, is_time_up, stop_signal
+
+
+EVAL_WINDOWS = "the first"  # which tokens `validate` scores; recorded in runs
+
+
 def validate(run, interrupts, ranks, reporter):
     """Evaluates the validation split, unless a signal arrives.
 
@@ -1115,7 +1115,8 @@ def validate(run, interrupts, ranks, reporter):
     checkpoints do not depend on that flag. Raises RunError if the loss is not finite.
     """
     flags = run.flags
-    tokens = run.dataset.valid.tokens
+    split = run.dataset.valid
+    tokens = split.tokens
     if flags.eval_tokens:
         interval = min(flags.steps_per_eval, flags.num_iters)
         limit = min(flags.eval_tokens, interval * run.batches.rows_per_step * flags.context_size)
@@ -1127,13 +1128,27 @@ def validate(run, interrupts, ranks, reporter):
         return
     seconds = time.perf_counter() - start
     if not math.isfinite(metrics["loss"]):
-        raise divergence_error(run, "validation loss", run.iteration)
+        raise reports.divergence_error(run, "validation loss", run.iteration)
+    mark = ""
     if run.is_evaluation_due():
-        bits = bits_per_byte(metrics["loss"], run.dataset.valid)
+        bits = split.bits_per_byte(metrics["loss"])
         run.evaluations.append(Evaluation(run.iteration, metrics["loss"], len(tokens) - 1, bits))
         run.has_unsaved_changes = True
-    if reporter:
-        reporter.report_evaluation(metrics, seconds)
+        if run.evaluation == runs.best_evaluation(run.evaluations):
+            mark = " (best)"
+    tokenizer = run.dataset.tokenizer
+    losses = reports.describe_losses("valid", metrics, split, tokenizer, METRIC_FORMATS, mark)
+    reporter.report_evaluation(losses, metrics, seconds)
+
+
+def make_reporter(run, ranks):
+    """What reports the progress of a run: on the screen, in its folder, and to dashboards."""
+    if ranks.rank > 0:  # only rank 0 saves and reports
+        return reports.SilentReporter()
+    dashboards = None
+    if run.flags.report_to:
+        dashboards = extra("report").Dashboards(run)
+    return reports.Reporter(run, METRIC_FORMATS, BAR_METRICS, dashboards)
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -1444,2127 +1459,18 @@ class Conversation:
 def warn_about_prompt(conversation, prompt):
     """Warns about what the model will not read of a prompt, or will read differently."""
     tokenizer = conversation.tokenizer
-    warn = partial(say, file=sys.stderr)
     unknown = tokenizer.unknown(prompt)
     if unknown:
-        warn(printable(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}"))
+        warning(f"Not in the vocabulary, read as <unk>: {' '.join(unknown)}")
     length = len(encode_prompt(tokenizer, prompt))
     if length > conversation.model.config.context_size:
-        warn(f"The prompt's {length:,} tokens are more than the context: only their end is read.")
+        warning(
+            f"The prompt's {length:,} tokens are more than the context: only their end is read."
+        )
     if prompt.endswith(" ") and hasattr(tokenizer, "package"):
-        warn("The prompt ends in a space, which the tokenizer joins to the next word: omit it.")
+        warning("The prompt ends in a space, which the tokenizer joins to the next word: omit it.")
     if prompt.startswith("FILE:"):  # nanoGPT's way to name one
-        warn('The prompt is this text itself; for a file\'s: --prompt "$(cat FILE)"')
-
-
-# ---- Runs ---------------------------------------------------------------------------------------
-
-
-class Evaluation(NamedTuple):
-    """The validation loss, the mean over `num_tokens` predicted tokens."""
-
-    iteration: int
-    loss: float  # in nats per token
-    num_tokens: int
-    bits_per_byte: float
-
-
-@dataclasses.dataclass
-class Segment:
-    """A part of a run's steps, taken by the same code, in one environment, for one `num_iters`.
-
-    Segments that differ only in where they begin are equal.
-    """
-
-    iteration: int = dataclasses.field(compare=False)  # its first step, counted from 0
-    num_iters: int  # where the schedules of its learning rate and dropout end
-    code_sha1: str  # see sha1_of_code
-    versions: dict  # of the environment, see list_versions
-
-
-def comparable_evaluations(evaluations):
-    """The evaluations on the same number of tokens as the last one."""
-    return [
-        evaluation
-        for evaluation in evaluations
-        if evaluation.num_tokens == evaluations[-1].num_tokens
-    ]
-
-
-def best_evaluation(evaluations):
-    """The comparable evaluation with the lowest loss, the first of equal ones; None without any."""
-    evaluations = comparable_evaluations(evaluations)
-    return min(evaluations, key=lambda evaluation: evaluation.loss, default=None)
-
-
-@dataclasses.dataclass(kw_only=True, eq=False)
-class Progress:
-    """A run's progress: recorded in every checkpoint, and restored on resume.
-
-    Give a new field a default, as older checkpoints lack it.
-    """
-
-    iteration: int = 0  # steps done
-    tokens_seen: int = 0
-    seconds: float = 0.0  # of training, without the first step after each start, which compiles
-    evaluations: list = dataclasses.field(default_factory=list)  # of type Evaluation
-    recent_steps: int = 0  # of the current report interval
-    recent_loss: float = 0.0  # the sum of their losses
-
-    @property
-    def evaluation(self):
-        """The Evaluation at the current iteration, or None."""
-        for evaluation in self.evaluations:
-            if evaluation.iteration == self.iteration:
-                return evaluation
-        return None
-
-
-PROGRESS_FIELDS = [field.name for field in dataclasses.fields(Progress)]
-
-
-@dataclasses.dataclass(eq=False)
-class Run(Progress):
-    """A training run: its model, its data and its progress."""
-
-    folder: Path  # where it is saved, see find_folder
-    flags: argparse.Namespace
-    dataset: datasets.Dataset
-    model: LanguageModel
-    optimizer: optim.Optimizer
-    batches: Batches
-    teacher: LanguageModel | None
-    parents: dict  # see Checkpoint.parents
-    segments: list  # see Segment; the last is current
-    code: dict  # see read_code
-    average: dict | None = None  # with --average: the averaged weights, a tree; None at first
-
-    has_stepped: bool = False  # in this process
-    checkpoint_id: str | None = None  # of the last checkpoint
-    saved_at: float = 0.0  # see Checkpoint
-    has_unsaved_changes: bool = False  # steps or evaluations since the last save
-
-    def snapshot(self):
-        """All that training changes: numbers, {name: value}, and a tree of arrays.
-
-        A checkpoint saves it, and ranks receive it. To make steps remember more, give Progress a
-        field (what JSON holds), or add an array here and in `restore`.
-        """
-        numbers = get_values(self, PROGRESS_FIELDS)
-        numbers |= get_values(self.batches, ["epoch", "cursor", "offset"])
-        arrays = {
-            "weights": self.model.trainable_parameters(),  # for a LoRA run, only the adapters
-            "optimizer": self.optimizer.state,
-            "perm": mx.array(self.batches.perm),
-        }
-        if self.average:
-            arrays["average"] = self.average
-        return numbers, arrays
-
-    def restore(self, numbers, arrays):
-        """Goes back to a `snapshot`; arrays: its tree flattened, {name: array}.
-
-        It may be untrusted: raises an exception (of any type) if it does not fit.
-        """
-        perm = np.array(arrays.pop("perm"))
-        expected = {"weights": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
-        if any(name.startswith("average.") for name in arrays):
-            expected["average"] = expected["weights"]
-        check_arrays(arrays, expected)
-        tree = tree_unflatten(arrays)  # only now, as a name like "weights.999999999" makes a list
-        self.model.update(tree["weights"])
-        self.optimizer.state = tree["optimizer"]
-        self.batches.seek(numbers["epoch"], numbers["cursor"], numbers["offset"], perm)
-        for name in PROGRESS_FIELDS:
-            setattr(self, name, numbers[name])
-        self.evaluations = [Evaluation(*evaluation) for evaluation in self.evaluations]
-        if self.flags.average:
-            self.average = tree.get("average")
-        elif "average" in tree:  # a branch without --average: the losses were of averages
-            self.evaluations = []
-
-    @property
-    def versions(self):
-        """The current environment, see list_versions."""
-        return self.segments[-1].versions
-
-    @property
-    def epochs(self):
-        """Passes over the training text."""
-        return self.tokens_seen / len(self.dataset.train.tokens)
-
-    def count_step(self, num_tokens, seconds, loss):
-        """Counts a step that has just been taken."""
-        if self.iteration % self.flags.steps_per_report == 0:  # the steps before were reported
-            self.recent_steps = 0
-            self.recent_loss = 0.0
-        self.iteration += 1
-        self.has_unsaved_changes = True
-        self.tokens_seen += num_tokens
-        if self.has_stepped:
-            self.seconds += seconds
-        self.has_stepped = True
-        self.recent_steps += 1
-        self.recent_loss += loss
-
-    def is_evaluation_due(self):
-        """Whether to evaluate now: every `steps_per_eval` iterations, and at the end."""
-        interval = self.flags.steps_per_eval
-        if not interval:
-            return False
-        return self.iteration % interval == 0 or self.iteration == self.flags.num_iters
-
-    def is_save_due(self):
-        """Whether the schedule calls for a save at the current iteration."""
-        return self.iteration % self.flags.steps_per_save == 0 or self.is_evaluation_due()
-
-    def evaluations_since_best(self):
-        """How many evaluations in a row brought no new best, for --patience.
-
-        Only those at multiples of steps_per_eval count, so that an extended run, which has one more
-        at its old end, stops where a run of the new length would.
-        """
-        interval = self.flags.steps_per_eval or math.inf
-        losses = []
-        for evaluation in comparable_evaluations(self.evaluations):
-            if evaluation.iteration % interval == 0:
-                losses.append(evaluation.loss)
-        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
-
-    def is_out_of_patience(self):
-        """Whether --patience ends the run."""
-        return self.evaluations_since_best() >= (self.flags.patience or math.inf)
-
-    @contextlib.contextmanager
-    def using_average(self):
-        """Yields the model with averaged weights, if any; afterwards, it has its own again."""
-        weights = self.model.trainable_parameters()
-        self.model.update(self.average or weights)
-        try:
-            yield self.model
-        finally:
-            self.model.update(weights)
-
-
-# ---- Checkpoints --------------------------------------------------------------------------------
-# <save_dir>/<run>/ holds one run: its checkpoints, log.csv, samples.jsonl, the code that trained it
-# (code-*/), the models that it reads at each start (init_from/, teacher/), and what RUN@STEP has
-# computed (steps/). All but steps/ is written only by the process that holds the folder's lock.
-# Each checkpoint is two safetensors files:
-#
-#     <sha1>.safetensors  the weights (for LoRA, only the adapters), named by the SHA1 of its bytes
-#     <sha1>.metadata     the optimizer state, the order of batches, the tokenizer and, with
-#                         --average, the weights before averaging; its header holds a record (see
-#                         Checkpoint), with the SHA1 of these arrays, and the record's own SHA1
-#
-# A checkpoint may be untrusted: its content is checked before use, and no link is followed.
-
-# Version of the .metadata format; increment it when another main.py could misread it.
-FORMAT_VERSION = 7
-SHA1_PATTERN = re.compile("[0-9a-f]{40}")
-NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check --save_dir"
-
-
-@dataclasses.dataclass(eq=False)  # a copy in another folder is another checkpoint
-class Checkpoint(Progress):
-    """A checkpoint as its record describes it; `open` reads and verifies its arrays."""
-
-    id: str  # the SHA1 of its .safetensors file, which names both files
-    run_name: str  # of the run that saved it; a folder of another name holds a copy
-    state_sha1: str  # of the arrays in its .metadata, see sha1_of_arrays
-    saved_at: float  # in seconds since 1970; increases with each save of its run
-    flags: dict  # {name: value} of RECORDED_FLAGS
-    config: Config
-    tokens_sha256: dict  # the Dataset.sha256 of its run
-    parents: dict  # {"init_from", "teacher", "branched_from": id of that model or checkpoint}
-    segments: list  # of type Segment
-    # The fields of its Batches with the same names; `perm` is an array in the .metadata.
-    epoch: int
-    cursor: int  # the index in `perm` of the next window
-    offset: int
-    format_version: int
-
-    folder: Path = dataclasses.field(init=False)  # of its run; not in the record
-
-    @property
-    def is_copy(self):
-        """Whether its files were copied from the folder of another run."""
-        return self.run_name != self.folder.name
-
-    @property
-    def weights_path(self):
-        return self.folder / f"{self.id}.safetensors"
-
-    @property
-    def metadata_path(self):
-        return self.folder / f"{self.id}.metadata"
-
-    def __str__(self):
-        return f"{self.folder.name}, iteration {self.iteration:,}, checkpoint {self.id[:12]}"
-
-    def open(self):
-        """Verifies both files and returns the Contents.
-
-        Raises DamagedError if either is not what was saved.
-        """
-        with explain_errors(f"{self} is damaged", raises=DamagedError):
-            if sha1_of_file(self.weights_path) != self.id:
-                raise ValueError("its .safetensors has another SHA1")
-            weights = load_arrays(self.weights_path)
-            state = load_arrays(self.metadata_path)
-            if sha1_of_arrays(state) != self.state_sha1:
-                raise ValueError("its .metadata has other arrays")
-            tokenizer = datasets.tokenizer_from_dict(json.loads(bytes(state.pop("tokenizer"))))
-            if tokenizer.vocab_size > self.config.vocab_size:
-                # MLX does not check indices: it would read beyond the embeddings.
-                raise ValueError("its tokenizer has more ids than its model")
-            if self.config.num_blocks > len(weights):
-                # Building that many blocks first could exhaust the memory.
-                raise ValueError("its model has more blocks than arrays")
-            return Contents(self, tokenizer, weights, state)
-
-
-class DamagedError(RunError):
-    """A checkpoint that is not what was saved."""
-
-
-# What is raised by making a model with impossible sizes, or by giving it another one's weights.
-MODEL_ERRORS = (ValueError, RuntimeError, MemoryError, OverflowError)
-
-
-class Contents(NamedTuple):
-    """The verified content of a checkpoint."""
-
-    checkpoint: Checkpoint
-    tokenizer: object
-    weights: dict  # {name: array} of its .safetensors
-    state: dict  # {name: array} of its .metadata
-
-    def load_model(self):
-        """The model, with a LoRA run's adapters merged into its base.
-
-        Raises DamagedError if the weights are not those of the model.
-        """
-        checkpoint = self.checkpoint
-        weights = self.weights
-        rank = checkpoint.flags["lora_rank"]
-        if rank:  # the file holds only the adapters
-            base = extra("kept_models").open_kept_model(checkpoint, "init_from").model
-            with explain_errors(f"{checkpoint} does not fit its base", raises=DamagedError):
-                alpha = checkpoint.flags["lora_alpha"]
-                weights = extra("lora").merge(base, weights, rank, alpha)
-        # Other errors, such as a TypeError in an edited layer, are bugs, not damage.
-        problem = f"{checkpoint} does not fit its record"
-        with explain_errors(problem, *MODEL_ERRORS, raises=DamagedError):
-            model = LanguageModel(checkpoint.config)
-            check_arrays(weights, model.parameters())
-            model.update(tree_unflatten(weights))
-            mx.eval(model.parameters())
-        return model
-
-    def load_into(self, run):
-        """Puts the saved state into a run. Raises DamagedError if it does not fit."""
-        checkpoint = self.checkpoint
-        problem = f"{checkpoint} does not fit its record: use another one from --list"
-        with explain_errors(problem, raises=DamagedError):
-            # With --average, the .metadata has the trained weights, the .safetensors the average.
-            has_average = any(name.startswith("weights.") for name in self.state)
-            key = "average" if has_average else "weights"
-            weights = {f"{key}.{name}": array for name, array in self.weights.items()}
-            run.restore(vars(checkpoint), self.state | weights)
-        run.checkpoint_id = checkpoint.id
-        run.saved_at = checkpoint.saved_at
-        run.segments = [*checkpoint.segments]
-
-
-def check_arrays(actual, expected):
-    """Raises ValueError unless two trees hold arrays of the same names, shapes and types."""
-
-    def specs(tree):
-        return {name: (array.shape, array.dtype) for name, array in tree_flatten(tree)}
-
-    if specs(actual) != specs(expected):
-        raise ValueError("its arrays are those of another model")
-
-
-def sha1_of_text(text):
-    """The SHA1 of a text in UTF-8, in hexadecimal."""
-    return hashlib.sha1(text.encode()).hexdigest()
-
-
-def sha1_of_file(path):
-    """The SHA1 of a file, but not of a symbolic link. Raises OSError."""
-    return datasets.hash_of_file(path, hashlib.sha1, datasets.open_no_follow)
-
-
-def sha1_of_arrays(arrays):
-    """The SHA1 of arrays, {name: array}: of their names, shapes, types and bytes."""
-    digest = hashlib.sha1()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
-        digest.update(memoryview(array))
-    return digest.hexdigest()
-
-
-def load_arrays(path):
-    """The arrays of a safetensors file, {name: array}; MLX reads them when they are evaluated.
-
-    Raises ValueError, or what MLX raises, if the file is malformed.
-    """
-    arrays = mx.load(str(path), format="safetensors")
-    if sum(array.nbytes for array in arrays.values()) > path.stat().st_size:
-        # With arrays that overlap, a small file could claim more memory than there is.
-        raise ValueError("it is truncated, or its arrays overlap")
-    return arrays
-
-
-def read_checkpoint(metadata_path):
-    """The Checkpoint that a .metadata file describes.
-
-    Raises an exception of any type if it is malformed: the file is untrusted.
-    """
-    with open(metadata_path, "rb", opener=datasets.open_no_follow) as file:
-        length = int.from_bytes(file.read(8), "little")  # of the JSON header that follows
-        # The length may be junk. MLX itself reads no header of 100 MB.
-        header = json.loads(file.read(min(length, 10**8)))["__metadata__"]
-    if sha1_of_text(header["record"]) != header["sha1"]:
-        raise ValueError("damaged header")
-    record = json.loads(header["record"])
-    version = record["format_version"]
-    if version != FORMAT_VERSION:
-        raise ValueError(f"its format is version {version}: use the commit that wrote it")
-    record["config"] = from_untrusted(Config, record["config"])
-    record["segments"] = [from_untrusted(Segment, segment) for segment in record["segments"]]
-    checkpoint = from_untrusted(Checkpoint, record)
-    checkpoint.folder = metadata_path.parent
-    checkpoint.evaluations = [Evaluation(*evaluation) for evaluation in checkpoint.evaluations]
-    for evaluation in checkpoint.evaluations:
-        has_types = [*map(type, evaluation)] == [int, float, int, float]
-        if not has_types or not math.isfinite(evaluation.loss):
-            raise ValueError("its evaluations are malformed")
-    if not checkpoint.segments or not all(map(SHA1_PATTERN.fullmatch, checkpoint.parents.values())):
-        raise ValueError("its history is malformed")
-    # A flag that was added after the checkpoint was saved, or was None, gets its default.
-    flags = {name: value for name, value in checkpoint.flags.items() if value is not None}
-    check_values(flags)
-    checkpoint.flags = {name: DEFAULTS[name] for name in RECORDED_FLAGS} | flags
-    if checkpoint.id != metadata_path.stem:
-        raise ValueError(f"it belongs to {checkpoint.id[:12]}")
-    return checkpoint
-
-
-def from_untrusted(cls, values):
-    """An object of a dataclass, made of an untrusted {field: value}.
-
-    Raises ValueError or TypeError if a field without a default is missing, or one is of another
-    type or out of range.
-    """
-    types = {field.name: field.type for field in dataclasses.fields(cls)}
-    for name, value in values.items():
-        if name not in types:
-            raise ValueError(f"the code that saved it had {name:.50}: use that")
-        expected = types[name]
-        if type(value) is not expected and type(value) not in get_args(expected):
-            raise ValueError(f"its {name:.50} is of another type")
-        least = 0 if type(value) is int else -1e15  # by rounding, a loss may be negative
-        if type(value) in (int, float) and not least <= value < 1e15:
-            raise ValueError(f"its {name} is out of range")
-    return cls(**values)
-
-
-def list_checkpoints(save_dir, warn=False):
-    """The checkpoints of all runs in `save_dir`, most recently saved first.
-
-    Unreadable ones are skipped, with a line on stderr if `warn`. Raises UsageError if
-    `save_dir` is not a folder, or is the folder of a run.
-    """
-    checkpoints = []
-    for folder in list_run_folders(save_dir):
-        checkpoints += checkpoints_in(folder, warn)
-    return newest_first(checkpoints)
-
-
-def list_run_folders(save_dir):
-    """The folders in `save_dir` that may hold a run; see list_checkpoints."""
-    problem = f"--save_dir {save_dir} holds no runs: train a model first, or name their folder"
-    with explain_errors(problem, OSError):
-        paths = list(save_dir.iterdir())
-    folders = []
-    for path in paths:
-        if path.suffix == ".metadata" and SHA1_PATTERN.fullmatch(path.stem):
-            raise UsageError(
-                f"--save_dir {save_dir} is the folder of a run: name its parent folder"
-            )
-        # Unprintable names might control a terminal.
-        if path.is_dir() and not path.is_symlink() and path.name.isprintable():
-            folders.append(path)
-    return folders
-
-
-def checkpoints_in(folder, warn=False):
-    """The checkpoints of one run, most recently saved first; see list_checkpoints."""
-    checkpoints = []
-    for path in folder.glob("[0-9a-f]" * 40 + ".safetensors"):  # a SHA1
-        try:
-            checkpoints.append(read_checkpoint(path.with_suffix(".metadata")))
-        except Exception as error:  # an untrusted file can raise any
-            if warn:
-                line = f"Skipping {folder.name}, {path.stem[:12]}: {datasets.one_line(error)}"
-                print(line, file=sys.stderr)
-    return newest_first(checkpoints)
-
-
-def newest_first(checkpoints):
-    """Sorts checkpoints by the time of their save; copies count as older than all others."""
-    return sorted(checkpoints, key=lambda c: (not c.is_copy, c.saved_at, c.iteration), reverse=True)
-
-
-def best_checkpoint(checkpoints):
-    """The checkpoint of the best evaluation, else the newest one; None if there are none.
-
-    checkpoints: newest first.
-    """
-    evaluated = {}
-    for checkpoint in reversed(checkpoints):
-        if checkpoint.evaluation:
-            evaluated[checkpoint.evaluation] = checkpoint
-    newest = next(iter(checkpoints), None)
-    return evaluated.get(best_evaluation([*evaluated]), newest)
-
-
-def find_checkpoint(flags, checkpoints, identifier, flag_name="identifier"):
-    """Finds the checkpoint that a flag names, among those in --save_dir (newest first).
-
-    identifier: an id or its beginning, the file of that name, a run's name (its newest checkpoint),
-    RUN@STEP, "latest", or "best" (of the run saved last). Raises UsageError if it names none,
-    several, or one outside --save_dir.
-    """
-    save_dir = flags.save_dir
-    path = Path(identifier)
-    if len(path.parts) > 1 and os.path.exists(path):
-        if save_dir.resolve() not in path.resolve().parents:
-            remedy = "copy the run there, or name the folder of its runs by --save_dir"
-            if flag_name != "identifier":
-                remedy += "; a Hugging Face model's folder has a config.json"
-            raise UsageError(
-                f"--{flag_name} {identifier} lies outside --save_dir {save_dir}: {remedy}"
-            )
-        if path.is_file():  # in another folder, a copy may have this id
-            checkpoints = checkpoints_in(path.parent)
-    identifier = path.name.removesuffix(".safetensors")
-    runs = [checkpoint.folder.name for checkpoint in checkpoints]
-    if identifier == "latest":
-        matches = checkpoints[:1]
-    elif identifier == "best" and checkpoints:
-        matches = [best_checkpoint(checkpoints_in(checkpoints[0].folder))]
-    elif identifier in runs:
-        matches = [checkpoints[runs.index(identifier)]]
-    elif "@" in identifier:
-        matches = [extra("steps").checkpoint_at(flags, checkpoints, identifier)]
-    else:
-        # Copies, and branches before their first step, have the same id as their origin. Among
-        # these, the oldest run that trained it counts.
-        def by_origin(checkpoint):
-            is_parents = checkpoint.id == checkpoint.parents.get("branched_from")
-            return not checkpoint.is_copy, not is_parents
-
-        candidates = {}
-        for checkpoint in sorted(checkpoints, key=by_origin):  # the last, oldest one of an id stays
-            if checkpoint.id.startswith(identifier):
-                candidates[checkpoint.id] = checkpoint
-        matches = list(candidates.values())
-    if len(matches) == 1:
-        return matches[0]
-    names = datasets.shorten_list([*dict.fromkeys(runs)]) or "none"
-    hint = ""
-    if flag_name in PRETRAINED_FLAGS:
-        hint = "; if a run's model is gone, resume the run with --identifier RUN"
-    raise UsageError(
-        f"--{flag_name} {identifier!r} matches {len(matches) or 'no'} checkpoints in {save_dir}, "
-        f"which has these runs: {names} (see --list){hint}"
-    )
-
-
-def open_newest(candidates, is_named=False):
-    """The Contents of the first undamaged candidate; if `is_named`, a damaged one is an error."""
-    for candidate in candidates:
-        try:
-            return candidate.open()
-        except DamagedError as error:
-            if is_named:
-                raise RunError(f"{error}; use another one from --list") from None
-            print(f"Skipping {error}", file=sys.stderr)
-    raise RunError("no undamaged checkpoint of this run is left: --new_model starts a new one")
-
-
-def save(run, interrupts):
-    """Saves the run; retries until the disk accepts it.
-
-    It waits out a full disk or a missing folder: training state is in memory, and the last
-    checkpoint is untouched.
-    """
-    for attempt in itertools.count():
-        try:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            write_checkpoint(run)
-            return
-        except OSError as error:
-            how_often = "again" if interrupts.stop_signal else "twice"
-            pause = min(2**attempt, 60)  # seconds
-            say(
-                f"Saving to {run.folder} failed ({error}); retrying in {pause} s. "
-                f"Press Ctrl+C or send SIGTERM {how_often} to exit without saving."
-            )
-            time.sleep(pause)
-
-
-def write_checkpoint(run):
-    """Tries once to save both files of a checkpoint.
-
-    A checkpoint is never half-written: a file is complete on disk before it gets its name, and a
-    checkpoint counts only once it has its .safetensors, which is named last.
-    """
-    numbers, arrays = run.snapshot()
-    weights = arrays_to_save(arrays.pop("average" if run.average else "weights"))
-    # As an array: MLX reads no long header, and a vocabulary can be long.
-    tokenizer = json.dumps(run.dataset.tokenizer.to_dict()).encode()
-    arrays["tokenizer"] = mx.array(np.frombuffer(tokenizer, np.uint8))
-    state = arrays_to_save(arrays)
-    save_code(run)
-    with datasets.new_file(run.folder) as weights_file:
-        mx.save_safetensors(weights_file, weights, {"format": "mlx"})
-        weights_file.flush()
-        sha1 = sha1_of_file(weights_file.name)
-        saved_at = max(time.time(), run.saved_at + 1e-3)  # even if the clock was set back
-        fields = {  # of a Checkpoint, with `numbers`
-            "format_version": FORMAT_VERSION,
-            "run_name": run.folder.name,
-            "flags": get_values(run.flags, RECORDED_FLAGS),
-            "config": dataclasses.asdict(run.model.config),
-            "tokens_sha256": run.dataset.sha256,
-            "parents": run.parents,
-            "segments": [vars(segment) for segment in run.segments],
-            "id": sha1,
-            "state_sha1": sha1_of_arrays(state),
-            "saved_at": saved_at,
-        }
-        record = json.dumps(numbers | fields)
-        header = {"record": record, "sha1": sha1_of_text(record)}
-        with datasets.atomic_write(run.folder / f"{sha1}.metadata") as metadata_file:
-            mx.save_safetensors(metadata_file, state, header)
-        datasets.publish(weights_file, run.folder / f"{sha1}.safetensors")
-    datasets.sync(run.folder)
-    datasets.sync(run.folder.parent)  # which holds the folder's own name
-    run.checkpoint_id = sha1
-    run.saved_at = saved_at
-    run.has_unsaved_changes = False
-    if on_gpu():
-        mx.clear_cache()  # no step may reuse what the CPU has read, see arrays_to_save
-
-
-def arrays_to_save(tree):
-    """The arrays of a tree, {name: array}, sorted: equal arrays give equal bytes.
-
-    On a GPU, they are copies: reading an array would move it out of NVIDIA's memory for good (MLX
-    issue 3861).
-    """
-    arrays = dict(sorted(tree_flatten(tree)))
-    if on_gpu():
-        arrays = {name: array * 1 for name, array in arrays.items()}
-    return arrays
-
-
-def prune_checkpoints(run):
-    """Deletes old checkpoints of a run, and leftovers of killed saves in its folder.
-
-    The newest --keep checkpoints, the best and the current one stay.
-    """
-    with contextlib.suppress(OSError):
-        checkpoints = checkpoints_in(run.folder)  # newest first
-        # The best of this run's history: a damaged checkpoint that resume skipped does not count.
-        history = [
-            checkpoint for checkpoint in checkpoints if checkpoint.evaluation in run.evaluations
-        ]
-        kept = [*checkpoints[: run.flags.keep], best_checkpoint(history)]
-        for checkpoint in checkpoints:
-            if checkpoint not in kept and checkpoint.id != run.checkpoint_id:
-                checkpoint.weights_path.unlink(missing_ok=True)
-        datasets.remove_leftovers(run.folder)
-        # A .metadata file without its .safetensors is not a checkpoint.
-        for path in run.folder.glob("*.metadata"):
-            if not os.path.lexists(path.with_suffix(".safetensors")):
-                path.unlink()
-
-
-# ---- Models that a run begins with or learns from -----------------------------------------------
-
-
-def model_name(text):
-    """A flag's type: a model's name, or its address on Hugging Face's hub."""
-    return nonempty(text).removeprefix("https://huggingface.co/")
-
-
-FLAGS["init"] |= {
-    "init_from": Flag(
-        None, model_name, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"
-    ),
-    "lora_rank": Flag(None, SIZE, "train only LoRA adapters of this rank, on --init_from"),
-    "lora_alpha": Flag(None, NONNEGATIVE, "adapters are scaled by alpha / rank (default: 2 rank)"),
-    "teacher": Flag(None, model_name, "distill from this model, named as for --init_from"),
-}
-
-FLAGS["training"] |= {
-    "teacher_weight": Flag(0.5, FRACTION, "weight of the distillation loss"),
-    "teacher_temperature": Flag(2.0, number(float, 0.01, 100), "distillation temperature"),
-}
-# The flags for a run's models. If both are passed, their tokenizers must be equal.
-PRETRAINED_FLAGS = ("init_from", "teacher")
-
-
-class LoadedModel(NamedTuple):
-    """A model that a flag names: the one that a run begins with, its teacher, or a draft."""
-
-    model: LanguageModel
-    tokenizer: object
-    id: str  # of its checkpoint; for a Hugging Face model, a SHA1 over its files
-    files: dict  # those to keep so that it can be opened again, {name: path}
-
-
-def open_model(flags, flag_name):
-    """The LoadedModel that a flag names: a checkpoint, or a Hugging Face folder or model.
-
-    Raises UsageError if there is none, RunError if it is damaged.
-    """
-    name = getattr(flags, flag_name)
-    if is_hugging_face(name):
-        return extra("huggingface").open_by_name(name)
-    checkpoint = find_checkpoint(flags, list_checkpoints(flags.save_dir), name, flag_name)
-    with explain_errors(f"--{flag_name}: name another model", DamagedError, raises=RunError):
-        return model_from_checkpoint(checkpoint)
-
-
-def is_hugging_face(name):
-    """Whether a model's name is that of a Hugging Face folder or model, not of a checkpoint."""
-    # `resolve_flags` has made the path of a model folder absolute; other folders are of runs.
-    return "/" in name and (is_model_folder(name) or not os.path.isdir(name))
-
-
-def is_model_folder(path):
-    """Whether this is a folder with a Hugging Face model."""
-    return os.path.isfile(os.path.join(path, "config.json"))
-
-
-def model_from_checkpoint(checkpoint):
-    """Opens a checkpoint as a LoadedModel; with LoRA, `files` include the base's."""
-    contents = checkpoint.open()
-    files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
-    if checkpoint.flags["lora_rank"]:
-        files |= extra("kept_models").kept_base_files(checkpoint)
-    return LoadedModel(contents.load_model(), contents.tokenizer, checkpoint.id, files)
-
-
-# ---- Interrupts ---------------------------------------------------------------------------------
-
-
-class Interrupts:
-    """Turns a termination signal into an attribute that loops check: `stop_signal`.
-
-    A second one, half a second later or more, ends the process at once, without saving. A sooner
-    one is a repetition: `timeout` signals the process, then its group; launchers repeat Ctrl+C.
-
-    Python runs handlers only after `mx.eval` returns, so a thread reads the bytes that the
-    interpreter writes to a pipe as soon as a signal arrives.
-    """
-
-    # Ctrl+C, kill, a closed terminal; USR1, USR2 and XCPU: warnings of schedulers before a kill.
-    SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    SIGNALS += [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
-    stop_signal = None  # the number of the first signal
-
-    def __enter__(self):
-        reader, writer = os.pipe()
-        self.thread = threading.Thread(target=self.watch, args=[reader], daemon=True)
-        self.thread.start()
-        os.set_blocking(writer, False)
-        self.previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self.handlers = {}
-        for signal_number in self.SIGNALS:
-            # Signals that the parent ignores (nohup, background jobs of scripts) stay ignored.
-            if signal.getsignal(signal_number) != signal.SIG_IGN:
-                # Does nothing, as the thread acts; but without a handler, Python writes no byte.
-                self.handlers[signal_number] = signal.signal(signal_number, lambda *_: None)
-        return self
-
-    def __exit__(self, *error):
-        os.close(signal.set_wakeup_fd(self.previous_writer))  # ends the thread
-        self.thread.join()  # a notebook's next %run deletes modules that the thread needs
-        for signal_number, handler in self.handlers.items():
-            signal.signal(signal_number, handler)
-
-    def watch(self, reader):
-        """Runs in the thread: the first signal sets `stop_signal`, a later one ends the process."""
-        first_time = None  # when it arrived
-        while byte := os.read(reader, 1):  # b"" once __exit__ has closed the other end
-            [signal_number] = byte
-            if signal_number not in self.SIGNALS:  # a signal with another handler
-                continue
-            if first_time is None:
-                first_time = time.monotonic()
-                self.stop_signal = signal_number
-                again = "again " if signal_number == signal.SIGINT else ""
-                line = f"Press Ctrl+C {again}to exit without saving."
-                say(f"\nStopping after this step, then saving. {line}", sys.stderr)
-            elif time.monotonic() - first_time > 0.5:
-                say("\nExited without saving.", sys.stderr)
-                os._exit(128 + signal_number)  # at once; sys.exit would end only this thread
-        os.close(reader)
-
-
-# ---- Processes and processors -------------------------------------------------------------------
-
-
-class SingleProcess:
-    """The processes (ranks) that train a run together: here, only one.
-
-    Group in extras/features/ranks.py does the same for those that `mlx.launch` or MPI started, and
-    has `follow` for other ranks than 0. Only rank 0 saves and reports.
-    """
-
-    rank = 0
-    size = 1
-
-    def broadcast_run(self, run):
-        """Sends rank 0's run to the other ranks."""
-
-    def all_mean(self, tree):
-        """The mean of a tree of arrays over all ranks."""
-        return tree
-
-    def all_sum(self, number):
-        """The sum of a number over all ranks."""
-        return number
-
-    def agree(self, stop_signal, is_time_up=False):
-        """A signal that any rank has received, and whether the time is up on any."""
-        return stop_signal, is_time_up
-
-
-def join_ranks(argv):
-    """A context manager: the ranks that mlx.launch or MPI started, or this process alone."""
-    sizes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
-    if "MLX_RANK" in os.environ or sizes != ["1", "1"]:
-        return extra("ranks").Group(argv)
-    return contextlib.nullcontext(SingleProcess())
-
-
-def on_gpu():
-    return mx.default_device() == mx.gpu
-
-
-def use_device(gpu):
-    """Makes the GPU or the CPU the default device; call it before anything is computed.
-
-    It also sets TMPDIR, where MLX keeps kernels, and on a CPU puts a script `g++` first in PATH.
-    Raises UsageError if there is no GPU.
-    """
-    if gpu and not mx.is_available(mx.gpu):
-        # mlx-cpu and mlx-cuda-13 have a library of the same name: the one installed last is used.
-        remedy = "pip uninstall mlx-cpu; pip install --force-reinstall 'mlx[cuda13]' (NVIDIA GPUs)"
-        if sys.platform == "darwin":
-            remedy = "in a Python for arm64, on Apple silicon with macOS 14 or newer"
-        raise UsageError(f"--gpu: MLX sees no GPU; omit --gpu, or install MLX for it: {remedy}")
-    mx.set_default_device(mx.gpu if gpu else mx.cpu)
-    # MLX loads its compiled kernels from the folder for temporary files, where another user could
-    # have put a file of that name.
-    os.environ["TMPDIR"] = str(datasets.make_kernel_dir())
-    if gpu and fast:
-        fast.use_gpu()
-    elif fast:
-        fast.use_cpu()
-    if not gpu and (not fast or sys.platform != "linux"):  # on Linux, fast.use_cpu does it
-        # On ARM, compilers fuse products with sums, but only in some loops of a kernel. Timing
-        # decides which loop computes an element, so its last bit would vary.
-        compile_command = 'PATH=${PATH#*:}; g++ -ffp-contract=off "$@"'
-        datasets.use_compiler(datasets.make_kernel_dir(), compile_command)
-
-
-def bfloat16_products(is_enabled):
-    """A context manager: if is_enabled, a CPU rounds inputs of products to bfloat16, if it can."""
-    if is_enabled and fast:
-        return fast.bfloat16_products()
-    return contextlib.nullcontext()
-
-
-def list_versions(flags, ranks):
-    """The environment of a run: while it and the code stay the same, resume is bit-exact.
-
-    The C++ compiler is left out, as MLX and fast.py keep what it has compiled.
-    """
-    is_gpu = on_gpu()
-    device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
-    blas = fast.describe_blas() if fast else "MLX's own BLAS"
-    dtype = "float32"
-    if is_gpu or (fast and fast.has_bfloat16()):
-        dtype = flags.dtype
-    streams = 1
-    if not is_gpu:
-        cores = fast.count_cores() if fast else os.cpu_count()  # fewer under taskset
-        device += f", {cores} cores"
-    if fast:
-        streams = fast.count_streams(flags.batch_size // ranks.size, flags.context_size)
-    return {
-        "MLX": mx.__version__,
-        "NumPy": np.__version__,
-        "BLAS": blas,
-        "kernels": "fast.py" if fast else "main.py",
-        "dtype": dtype,
-        "device": device,
-        "streams": streams,
-        "ranks": ranks.size,
-    }
-
-
-# ---- Code ---------------------------------------------------------------------------------------
-# A run's record has the SHA1 of the code that trained it, without comments and layout; its folder
-# keeps the files, as they were loaded. Changes in memory, and data that the code reads, go
-# unnoticed.
-
-# {path from this folder: source}, of files seen so far
-LOADED_SOURCES = {"main.py": fast_version.source}
-EDITED_FUNCTIONS = fast_version.edited
-
-
-def read_code(flag_values):
-    """The code that trains a run, {path from this folder: source}; flag_values: {name: value}.
-
-    It comprises main.py and ranks.py; fast.py with its C, lora.py and distil.py if they are used;
-    and your own modules that are loaded by now. What datasets.py makes, the tokens, has a hash of
-    its own.
-    """
-    paths = ["main.py", "extras/features/ranks.py"]
-    if fast:
-        paths += ["extras/features/fast.py", "extras/features/fast.c"]
-    if flag_values.get("lora_rank"):
-        paths += ["extras/features/lora.py"]
-    if flag_values.get("teacher"):
-        paths += ["extras/features/distil.py"]
-    user_paths = map(datasets.user_module_path, [*sys.modules.values()])
-    paths += filter(None, user_paths)
-    for path in paths:
-        if path not in LOADED_SOURCES and (HERE / path).exists():
-            LOADED_SOURCES[path] = (HERE / path).read_text("utf-8", errors="replace")
-    return {path: LOADED_SOURCES[path] for path in sorted({*paths} & {*LOADED_SOURCES})}
-
-
-read_code({})  # before anybody edits the files
-
-
-def hash_sources(code):
-    """A hash of each file of code, see read_code; comments, docstrings and layout do not count."""
-    return {name: datasets.hash_of_code(source) for name, source in code.items()}
-
-
-def sha1_of_code(code):
-    """The SHA1 of code, see hash_sources."""
-    return sha1_of_text(json.dumps(hash_sources(code)))
-
-
-def code_folder(run):
-    """The folder that keeps the code that trains a Run, or that trained a Checkpoint."""
-    return run.folder / f"code-{run.segments[-1].code_sha1[:8]}"
-
-
-def is_plain_folder(folder):
-    """Whether a path, perhaps a stranger's, is a folder of nothing but files and folders."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    inner = folder.rglob("*")
-    return all(not path.is_symlink() and (path.is_file() or path.is_dir()) for path in inner)
-
-
-def save_code(run):
-    """Copies the code that trains a run into its folder. Raises OSError."""
-    folder = code_folder(run)
-    if os.path.lexists(folder) and not is_plain_folder(folder):  # a stranger's
-        return
-    for name, source in run.code.items():
-        path = folder / name
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # In run.folder, as `prune_checkpoints` removes what is left there.
-            with datasets.new_file(run.folder) as file:
-                file.write(source.encode())
-                datasets.publish(file, path)
-    for path in [folder, *folder.rglob("*")]:
-        datasets.sync(path)
-
-
-def code_mismatch_error(checkpoint, inputs):
-    """The UsageError for a command whose code, inputs.code, is not that of the checkpoint."""
-    old = code_folder(checkpoint)
-    paths = []
-    if is_plain_folder(old):
-        paths = filter(Path.is_file, old.rglob("[!.]*"))
-    old_code = {str(path.relative_to(old)): path.read_text("utf-8", "replace") for path in paths}
-    names = sorted(dict(hash_sources(inputs.code).items() ^ hash_sources(old_code).items()))
-    first, *_ = [*(name for name in names if name in old_code and name in inputs.code), "main.py"]
-    return UsageError(
-        f"{checkpoint.folder.name} was trained by other code than this ({', '.join(names)}: "
-        f"{shlex.join(['diff', str(old / first), str(HERE / first)])}): resume with this code by "
-        f"{resume_command(inputs.flags, checkpoint.folder.name)}, or start a new run by its "
-        "original command and --new_model"
-    )
-
-
-# ---- Reports ------------------------------------------------------------------------------------
-
-
-def say(text, file=None):
-    """Prints a line about a run; if that fails (`| head`, a full disk), the run goes on."""
-    file = file or sys.stdout
-    with contextlib.suppress(OSError):
-        tqdm.write(text, file)
-        file.flush()
-
-
-def for_terminal(text):
-    """Untrusted text, also a model's, for stdout: on a terminal, `printable` and without CRs."""
-    if sys.stdout.isatty():
-        return printable(text.replace("\r", ""))
-    return text
-
-
-# How metrics are shown on the screen; others are shown by their names. loss: nats/token, with
-# --teacher mixed with the distillation loss; epoch: passes over the text; peak_mib: MLX's peak
-# memory in this process. For all logged metrics, see report_step and log_metrics.
-METRIC_FORMATS = {
-    "loss": "loss {:.4f}",
-    "learning_rate": "lr {:.2e}",
-    "gradient_norm": "grad {:.2f}",
-    "ms_per_step": "{:,.1f} ms/step",
-    "tokens_per_second": "{:,.0f} tokens/s",
-    "epoch": "epoch {:.2f}",
-    "peak_mib": "peak {:,.0f} MiB",
-}
-
-
-# tqdm's own format without steps per second; with these metrics, it fits into 80 columns.
-BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-BAR_METRICS = ["loss", "learning_rate", "tokens_per_second"]
-
-
-def format_metric(name, value):
-    """A metric for the screen, see METRIC_FORMATS."""
-    return METRIC_FORMATS.get(name, name + " {:.4g}").format(value)
-
-
-class Reporter:
-    """Reports a run's metrics and samples: on the screen, in its folder, and to dashboards."""
-
-    def __init__(self, run):
-        self.run = run
-        self.timed_from = None  # (iteration, seconds) at the last report or after the first step
-        self.failed_files = set()  # names of files that could not be written
-        total = max(run.flags.num_iters, run.iteration)
-        self.bar = datasets.progress_bar(
-            total=total, initial=run.iteration, dynamic_ncols=True, bar_format=BAR_FORMAT
-        )
-        self.log = Log(run)
-        self.dashboards = None
-        if run.flags.report_to:
-            self.dashboards = extra("report").Dashboards(run)
-
-    def close(self):
-        self.bar.close()
-        if self.dashboards:
-            self.dashboards.close()
-
-    def report_step(self, metrics):
-        """Advances the bar; every --steps_per_report steps, shows and logs metrics, {name: number}.
-
-        `loss` is then the mean since the last report, as speeds are; other metrics are those of the
-        last step.
-        """
-        run = self.run
-        if self.timed_from is None:
-            self.timed_from = (run.iteration, run.seconds)
-            self.bar.unpause()  # leaves the first step out of the estimate
-        self.bar.update()
-        if run.iteration % run.flags.steps_per_report:
-            return
-        metrics = metrics | {"loss": run.recent_loss / run.recent_steps}
-        start_iteration, start_seconds = self.timed_from
-        seconds = run.seconds - start_seconds
-        if seconds:  # none after the first step, which is not timed
-            steps = run.iteration - start_iteration
-            num_tokens = steps * run.batches.rows_per_step * run.flags.context_size
-            metrics["ms_per_step"] = 1000 * seconds / steps
-            metrics["tokens_per_second"] = num_tokens / seconds
-        metrics |= {"epoch": run.epochs, "peak_mib": mx.get_peak_memory() / 2**20}
-        self.show(metrics)
-        train_split = run.dataset.train
-        if train_split.num_bytes is not None and run.teacher is None:  # a teacher's is mixed in
-            metrics["bits_per_byte"] = bits_per_byte(metrics["loss"], train_split)
-        self.log_metrics("train", metrics)
-        self.timed_from = (run.iteration, run.seconds)
-
-    def show(self, metrics):
-        """Shows the metrics of the steps up to the current iteration."""
-        if not self.bar.disable:
-            texts = [format_metric(name, metrics[name]) for name in BAR_METRICS if name in metrics]
-            self.bar.set_postfix_str(", ".join(texts))
-            return
-        texts = [format_metric(name, value) for name, value in metrics.items()]
-        texts.append(f"time {tqdm.format_interval(self.run.seconds)}")
-        if "ms_per_step" in metrics:
-            seconds_left = (self.bar.total - self.run.iteration) * metrics["ms_per_step"] / 1000
-            texts.append(f"left {tqdm.format_interval(seconds_left)}")
-        say("  ".join([f"{self.run.iteration:,}/{self.bar.total:,}", *texts]))
-
-    def report_evaluation(self, metrics, seconds):
-        """Shows and logs the metrics of the validation split, see evaluate; it took `seconds`."""
-        run = self.run
-        train_text = ""
-        if run.recent_steps and run.teacher is None:
-            train_text = f"train {run.recent_loss / run.recent_steps:.4f}, "
-        is_best = run.evaluation and run.evaluation == best_evaluation(run.evaluations)
-        mark = " (best)" if is_best else ""
-        text = describe_losses("valid", metrics, run.dataset.valid, run.dataset.tokenizer, mark)
-        elapsed = tqdm.format_interval(run.seconds)
-        times = f"epoch {run.epochs:.2f}, time {elapsed}, evaluated in {seconds:.1f} s"
-        say(f"iteration {run.iteration:,}: {train_text}{text}; {times}")
-        metrics = metrics | {"bits_per_byte": bits_per_byte(metrics["loss"], run.dataset.valid)}
-        self.log_metrics("valid", metrics)
-
-    def log_metrics(self, split, metrics):
-        """Adds metrics, {name: number}, to the log, and sends them to the dashboards."""
-        place = {"iteration": self.run.iteration, "split": split}
-        totals = {"tokens_seen": self.run.tokens_seen, "seconds": self.run.seconds}
-        # `place` comes first, for the order of columns, and last, so that no metric replaces it.
-        row = place | metrics | totals | place
-        with self.writing("log.csv"):
-            self.log.append(row)
-        if self.dashboards:
-            self.dashboards.append(row)
-
-    def report_sample(self, prompt, text):
-        """Shows a sample, and adds it to the run's samples.jsonl."""
-        say(f"sample: {for_terminal(prompt + text)}")
-        row = {"iteration": self.run.iteration, "prompt": prompt, "text": text}
-        with self.writing("samples.jsonl"):
-            path = self.run.folder / "samples.jsonl"
-            with open(path, "a", encoding="utf-8", opener=datasets.open_no_follow) as file:
-                file.write(json.dumps(row) + "\n")
-
-    @contextlib.contextmanager
-    def writing(self, name):
-        """Turns an OSError in this block into one message per file, so that the run goes on."""
-        try:
-            yield
-        except OSError as error:
-            if name not in self.failed_files:
-                say(f"Cannot write {name}; the run goes on. {datasets.one_line(error)}")
-            self.failed_files.add(name)
-
-
-def save_and_sample(run, interrupts, reporter):
-    """Saves a run and samples from it, unless nothing has changed since the last save."""
-    if not run.has_unsaved_changes:
-        return
-    save(run, interrupts)
-    say(f"saved {run.checkpoint_id} at iteration {run.iteration:,}")
-    flags = argparse.Namespace(**vars(run.flags))
-    flags.max_tokens = flags.sample_tokens
-    if flags.max_tokens == 0:
-        return
-    with run.using_average() as model:
-        for prompt in flags.sample_prompt or [""]:
-            if interrupts.stop_signal:
-                break
-            conversation = Conversation(run.dataset.tokenizer, model)
-            warn_about_prompt(conversation, prompt)
-            text = "".join(conversation.reply(prompt, flags, flags.seed, interrupts))
-            if not interrupts.stop_signal:  # else it is cut short
-                reporter.report_sample(prompt, text)
-
-
-class Log:
-    """A run's log.csv: a row has an iteration, a split and metrics.
-
-    It is rewritten when a process adds its first row, without rows after the iteration at which it
-    resumed, and when a new metric needs a column.
-    """
-
-    def __init__(self, run):
-        self.path = run.folder / "log.csv"
-        self.columns = []  # of the file; none until this process rewrites it
-        # Earlier rows are kept up to here: (iteration, whether it is an evaluation). At the same
-        # iteration, an evaluation comes after a training row.
-        self.kept_up_to = (run.iteration, run.evaluation is not None)
-
-    def append(self, row):
-        """Adds a row, {name: value}. Raises OSError."""
-        texts = {}
-        for name, value in row.items():
-            texts[name] = value if isinstance(value, (int, str)) else f"{float(value):.6g}"
-        if not {*row} <= {*self.columns} or not self.path.exists():
-            self.rewrite(texts)
-            return
-        with open(
-            self.path, "a", encoding="utf-8", newline="", opener=datasets.open_no_follow
-        ) as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(texts)
-
-    def rewrite(self, last_row):
-        """Rewrites the file: its rows, then `last_row`, with the columns of both.
-
-        It is replaced as a whole: a kill must not leave a header without rows. An old file in which
-        no row can be read was saved by another program, with semicolons, say: it is renamed.
-        """
-        rows = read_log(self.path)
-        if not rows and os.path.lexists(self.path):
-            self.path.replace(self.path.with_name("log.old.csv"))
-            say("log.csv cannot be read: it was renamed to log.old.csv")
-        columns = list(dict(*rows[:1]) | last_row)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            position = (int(row["iteration"]), row["split"] != "train")
-            if position <= self.kept_up_to:
-                writer.writerow(row)
-        writer.writerow(last_row)
-        with datasets.atomic_write(self.path) as file:
-            file.write(text.getvalue().encode())
-        self.columns = columns
-        self.kept_up_to = (math.inf, True)  # later rows are of this process
-
-
-def read_log(path):
-    """The rows of a run's log, [{column: text}], if it has one. Raises OSError.
-
-    Each line is parsed on its own, so that a damaged one does not affect the others.
-    """
-    rows = []
-    columns = []
-    if os.path.lexists(path):
-        with open(
-            path,
-            encoding="utf-8-sig",  # a spreadsheet may have added a byte-order mark
-            errors="replace",
-            newline="",
-            opener=datasets.open_no_follow,
-        ) as file:
-            for line in file:
-                with contextlib.suppress(csv.Error, ValueError, KeyError):
-                    values = next(csv.reader([line]))
-                    columns = columns or values
-                    row = dict(zip(columns, values, strict=True))
-                    int(row["iteration"])  # also raises ValueError in the header
-                    if row["split"] and line.endswith("\n"):
-                        rows.append(row)
-    return rows
-
-
-def print_start(run, checkpoint):
-    """Prints the start screen: what is trained, on what data, and where its files go.
-
-    checkpoint: the one that is resumed, or None.
-    """
-    flags = run.flags
-    config = run.model.config
-    dataset = run.dataset
-    versions = run.versions
-    lengths = []
-    for name in datasets.SPLITS:
-        split = getattr(dataset, name)
-        if split:
-            lengths.append(f"{len(split.tokens):,} {name}")
-    rows_per_step = run.batches.rows_per_step
-    steps_per_epoch = len(run.batches.perm) // rows_per_step or 1
-    epochs = flags.num_iters * rows_per_step * config.context_size / len(dataset.train.tokens)
-    num_parameters = count_parameters(run.model.parameters())
-    num_trainable = count_parameters(run.model.trainable_parameters())
-    trainable = f", {num_trainable:,} trainable" if num_trainable < num_parameters else ""
-    ranks = f", {versions['ranks']} ranks" if versions["ranks"] > 1 else ""
-    lines = [
-        f"run      {run.folder.name}, from iteration {run.iteration:,} to {flags.num_iters:,}, "
-        f"seed {flags.seed}",
-        f"model    {num_parameters:,} parameters{trainable}: {plural(config.num_blocks, 'block')}, "
-        f"dim {config.dim}, {plural(config.num_heads, 'head')} "
-        f"({plural(config.num_kv_heads, 'key/value head')}), {config.mlp} {config.mlp_dim}, "
-        f"context {config.context_size}",
-        f"data     {dataset.name}: {' / '.join(lengths)} tokens; "
-        f"{datasets.describe_tokenizer(dataset.tokenizer)}; in {dataset.folder}",
-        f"steps    {rows_per_step} x {config.context_size} tokens, {steps_per_epoch:,} per epoch, "
-        f"{epochs:,.2f} epochs in all; {flags.optimizer}, {versions['dtype']}",
-        f"rate     {describe_schedule(flags)}",
-        f"machine  {versions['device']}{ranks}; MLX {versions['MLX']}, "
-        f"matmuls: {versions['BLAS']}, kernels: {versions['kernels']}",
-        f"files    {run.folder.absolute()}",
-    ]
-    if checkpoint:
-        lines += describe_resume(checkpoint, run)
-    say(printable("\n".join([*lines, *start_notices(run)])))
-
-
-def print_evaluation(name, model, dataset, flags, interrupts=None, ranks=None):
-    """Prints the losses of a whole split, unless a signal arrives."""
-    split = getattr(dataset, name)
-    num_tokens = len(split.tokens)
-    start = time.perf_counter()
-    metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
-    if metrics is not None:
-        seconds = time.perf_counter() - start
-        losses = describe_losses(name, metrics, split, dataset.tokenizer)
-        times = f"{seconds:.1f} s, {1000 * seconds / num_tokens:.4f} ms per token"
-        say(f"{losses}, {num_tokens / seconds:,.0f} tokens/s ({times})")
-
-
-def perplexity(loss):
-    """The perplexity of a mean loss in nats."""
-    return math.exp(min(loss, 99))  # exp(710) would overflow
-
-
-def describe_losses(name, metrics, split, tokenizer, mark=""):
-    """A split's loss, per token and in units that do not depend on the tokenizer; other metrics.
-
-    metrics: those of evaluate. mark: a note on the loss, such as " (best)".
-    """
-    loss = metrics["loss"]
-    unit = "word" if tokenizer.kind == "word" else "token"
-    texts = [f"{name} {loss:.4f} nats{mark}", f"perplexity {perplexity(loss):.2f} per {unit}"]
-    if split.num_bytes is not None:  # the split is whole
-        if tokenizer.kind not in ("word", "char", "byte"):
-            # The sum over the split, extrapolated if `loss` is the mean of its first tokens only.
-            total = loss * len(split.tokens)
-            per_word = perplexity(total / max(1, split.num_words))
-            digits = ".2f" if per_word < 1e6 else ".1e"
-            texts.append(f"{per_word:{digits}} per word")
-        texts.append(f"{bits_per_byte(loss, split):.4f} bits per byte")
-        if tokenizer.unk is not None:
-            texts.append(f"{split.num_unk / len(split.tokens):.2%} <unk>")
-    texts += [format_metric(other, metrics[other]) for other in metrics if other != "loss"]
-    return ", ".join(texts)
-
-
-def plural(number, noun):
-    """A number of things: "1 block", "2 blocks"."""
-    if number != 1:
-        noun += "s"
-    return f"{number:,} {noun}"
-
-
-def describe_schedule(flags):
-    """The learning rate at the first step of a run, at the end of warmup, and at the last step."""
-    texts = []
-    for step in sorted({1, min(max(1, flags.lr_warmup), flags.num_iters), flags.num_iters}):
-        texts.append(f"{learning_rate_at(step - 1, flags):.3g} (step {step:,})")
-    return f"{flags.lr_schedule}: {', '.join(texts)}"
-
-
-def count_parameters(tree):
-    """The number of weights in a tree of arrays."""
-    return sum(array.size for _, array in tree_flatten(tree))
-
-
-def start_notices(run):
-    """Yields a line for whatever may surprise the user of a run."""
-    flags = run.flags
-    if EDITED_FUNCTIONS:
-        yield f"edited   {', '.join(EDITED_FUNCTIONS)}: computed by main.py, not by fast.py"
-    tokenizer = run.dataset.tokenizer
-    if tokenizer.bos:
-        yield f"Each text begins with {tokenizer.decode(tokenizer.bos)}, as for the base model."
-    if len(run.batches.perm) < run.batches.rows_per_step:
-        yield "The text has fewer windows than a step has rows: some repeat within each step."
-    if fast and fast.BLAS == fast.REFERENCE_BLAS and not flags.gpu:
-        yield (
-            "Matrix products are slow, and in float32: a fast library for them needs a C compiler "
-            "(apt install g++) and NumPy from PyPI or, on x86-64, pip install onednn-cpu-gomp."
-        )
-    elif flags.dtype != run.versions["dtype"]:
-        yield (
-            "Computing in float32: bfloat16 is not faster here. It would be with --gpu, or on an "
-            "AMD CPU with AVX-512 BF16 or an Intel CPU with AMX, after pip install onednn-cpu-gomp."
-        )
-    is_new = run.checkpoint_id is None
-    if is_new and "config" in flags.explicit and not {"dataset", "text"} & {*flags.explicit}:
-        yield f"The --config names no text, so this is {run.dataset.name}; --text FILE names yours."
-    yield from ineffective_flag_notices(flags)
-
-
-def describe_resume(checkpoint, run):
-    """Yields lines on what has changed in a resumed run since its checkpoint."""
-    flags = run.flags
-    changes = describe_changes(checkpoint.flags, vars(flags), "--")
-    yield f"resumed  with {changes or 'unchanged flags'}"
-    if checkpoint.folder.name != run.folder.name:
-        yield f"This is a branch of {checkpoint.folder.name}, which stays as it is."
-    has_schedule = flags.lr_schedule != "constant" or flags.dropout_final is not None
-    if has_schedule and checkpoint.flags["num_iters"] != flags.num_iters:
-        yield "Schedules of the learning rate and of dropout now end at --num_iters."
-    segment = checkpoint.segments[-1]
-    if segment.code_sha1 != run.segments[-1].code_sha1:
-        yield "The code that trains was edited since the checkpoint."
-    changes = describe_changes(segment.versions, run.versions)
-    if changes:
-        yield f"Environment changed ({changes}): resume may not be bit-exact."
-
-
-def describe_changes(old, new, prefix=""):
-    """Changed values, in words: "--dim 32 -> 64, --seed 1 -> 2"."""
-    changed = [name for name in old if old[name] != new.get(name)]
-    return ", ".join(f"{prefix}{name} {old[name]} -> {new.get(name)}" for name in changed)
-
-
-def describe_end(run, stop_signal):
-    """The last lines of a command: where the run is, and what to type next."""
-    if run.checkpoint_id is None:
-        return f"Stopped at iteration {run.iteration:,}; nothing was saved yet."
-    flags = run.flags
-    resume = resume_command(flags, run.folder.name)
-    trained = f"{plural(run.iteration, 'iteration')} in {tqdm.format_interval(run.seconds)}"
-    if run.evaluations:
-        best = best_evaluation(run.evaluations)
-        trained += f", best: valid {best.loss:.4f} nats at iteration {best.iteration:,}"
-    if stop_signal:
-        return f"{trained}\nStopped at iteration {run.iteration:,}. To resume: {resume}"
-    ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
-    more = ""
-    if run.is_out_of_patience():
-        more = f" --patience {run.evaluations_since_best() + flags.patience}"
-    if run.iteration >= flags.num_iters:
-        ended = f"Run complete ({run.iteration:,}/{flags.num_iters:,})"
-        more += f" --num_iters {2 * run.iteration}"
-    return f"{trained}\n{ended}. To sample: {resume} --inference\nTo train on: {resume}{more}"
-
-
-def divergence_error(run, what, iteration):
-    """The RunError for a run whose `what` is not finite.
-
-    It gives a command that goes back to the newest checkpoint before `iteration`, which is good, as
-    the step after it was finite.
-    """
-    checkpoints = checkpoints_in(run.folder)
-    earlier = [checkpoint for checkpoint in checkpoints if checkpoint.iteration < iteration]
-    remedy = "start over with --new_model"
-    if earlier:
-        remedy = f"go back with {resume_command(run.flags, earlier[0].id[:12])}"
-    return RunError(
-        f"the {what} of iteration {run.iteration:,} is not finite: choose a lower --learning_rate "
-        f"or a stricter --grad_clip (0: none), and {remedy}"
-    )
-
-
-def resume_command(flags, identifier):
-    """The command that resumes a run or a checkpoint, in the same folders."""
-    parts = ["python", "main.py", "--identifier", identifier]
-    for name in ("save_dir", "data_dir"):
-        if name in flags.explicit:
-            parts += [f"--{name}", flags.explicit[name]]
-    if flags.gpu:
-        parts.append("--gpu")
-    return shlex.join(map(str, parts))
-
-
-# ---- Flags --------------------------------------------------------------------------------------
-# The groups `data`, `model`, `init` and `training` identify a run: another value is another run.
-# With --identifier, another value in `training` begins a branch, and one in the others is an error.
-# `session` may change whenever a run is resumed. All of these are saved with a run; `sampling`,
-# `mode` and `command` are not. Where None stands for a value that depends on other flags, the help
-# says so.
-
-
-def split_name(text):
-    """A flag's type: a split, by our name or another program's."""
-    others = {"validation": "valid", "val": "valid", "dev": "valid"}
-    return one_of(datasets.SPLITS)(others.get(text, text))
-
-
-PRESETS = {
-    "tiny": dict(dim=128, num_heads=4, num_blocks=4, context_size=128),
-    "small": dict(dim=256, num_heads=8, num_blocks=6, context_size=256),
-    "medium": dict(dim=512, num_heads=8, num_blocks=12, context_size=512),
-    "large": dict(dim=768, num_heads=12, num_blocks=24, context_size=1024),
-    "gpt2": dict(dim=768, num_heads=12, num_blocks=12, context_size=1024),
-    # Smaller than its name: 152M with GPT-2's vocabulary.
-    "350m": dict(dim=768, num_heads=12, num_blocks=16, context_size=2048),
-}
-
-FLAGS["mode"] = {  # a command has at most one of them
-    "inference": Flag(False, bool, "sample interactively; /reset forgets the text, /quit exits"),
-    "prompt": Flag(None, str, "text to continue"),
-    "evaluate": Flag(None, split_name, "evaluate a checkpoint on train, valid or test"),
-    "list": Flag(False, bool, "list runs and checkpoints"),
-    "new_model": Flag(False, bool, "start a new run even if one could be resumed"),
-}
-
-FLAGS["command"] = {
-    "eval_stride": Flag(
-        None, SIZE, "tokens between windows of --evaluate and --eval_test (default: context_size)"
-    ),
-    "identifier": Flag(
-        None, nonempty, "checkpoint to use: SHA1 prefix, run, RUN@STEP, latest, or best of its run"
-    ),
-    "config": Flag(None, nonempty, "YAML file of flags, or a recipe in extras/recipes"),
-    "preset": Flag(None, one_of(PRESETS), "sets dim, num_heads, num_blocks, context_size"),
-    "max_minutes": Flag(None, NONNEGATIVE, "stop after this much training time of this command"),
-    "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
-} | datasets.TEXT_FLAGS["command"]
-
-FLAGS = {"data": datasets.TEXT_FLAGS["data"]} | FLAGS
-ALL_FLAGS = {name: flag for group in FLAGS.values() for name, flag in group.items()}
-DEFAULTS = {name: flag.default for name, flag in ALL_FLAGS.items()}
-INIT_FLAGS = [*FLAGS["data"], *FLAGS["model"], *FLAGS["init"]]
-IDENTITY_FLAGS = [*INIT_FLAGS, *FLAGS["training"]]
-RECORDED_FLAGS = [*IDENTITY_FLAGS, *FLAGS["session"]]
-# A run's name depends on what these paths contain, not on where they lie.
-PATH_FLAGS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
-
-MAX_YAML_BYTES = 1 << 20  # bytes of a --config, or of a file of cases
-RECIPES = HERE / "extras" / "recipes"  # the files that --config finds by name
-
-
-def make_parser():
-    """An argparse parser of FLAGS that returns only the flags passed, without defaults."""
-    parser = datasets.Parser(
-        usage="python main.py [flags]",
-        description="\n\n".join((__doc__ or "").split("\n\n")[:2]),  # python -OO drops it
-        epilog="Exit status: 0 done, 1 failed, 2 usage error; 128 + its number after a signal.",
-    )
-    for title, flags in FLAGS.items():
-        datasets.add_flags(parser.add_argument_group(title), flags)
-    return parser
-
-
-def arguments_of(values):
-    """{flag: value} as command-line arguments. Raises ValueError for a list within a value."""
-    arguments = []
-    for name, value in values.items():
-        is_list = isinstance(value, list) and DEFAULTS.get(name) == []
-        for element in value if is_list else [value]:
-            if isinstance(element, (list, dict)):  # YAML's aliases could make it a billion words
-                raise ValueError(f"{name} has a list or a mapping instead of a value")
-            if isinstance(element, bool):
-                arguments.append(f"--{name}" if element else f"--no-{name}")
-            elif element is not None:
-                arguments.append(f"--{name}={element}")  # with =: a value may look like a flag
-    return arguments
-
-
-def check_values(values):
-    """Raises an exception (of any type) if a value could not have come from a command line."""
-    for name, value in values.items():
-        if name not in ALL_FLAGS:
-            raise ValueError(f"the code that saved it had --{name:.50}: use that")
-        default, convert, *_ = ALL_FLAGS[name]
-        if value == default and type(value) is type(default):  # 32.0 is equal to 32
-            continue
-        if convert is bool:
-            convert = {"True": True, "False": False}.__getitem__
-        elements = value if default == [] else [value]
-        if elements != [convert(str(element)) for element in elements]:
-            raise ValueError(f"its {name} is of another type")
-
-
-def read_command_line(argv):
-    """The flags set on the command line, by --config or by --preset, {flag: value}.
-
-    Later ones count: the file's preset, the file, the command line's preset, the command line.
-    """
-    command_line_flags = vars(make_parser().parse_args(argv))
-    file_flags = {}
-    if "config" in command_line_flags:
-        file_flags = read_config(command_line_flags["config"])
-        if "text" in command_line_flags or "dataset" in command_line_flags:
-            for name in ("dataset", "text", "valid_text", "test_text"):
-                file_flags.pop(name, None)
-    explicit_flags = {}
-    for given in (file_flags, command_line_flags):
-        explicit_flags |= PRESETS.get(given.get("preset"), {}) | given
-    modes = []
-    for name, value in explicit_flags.items():
-        if name in FLAGS["mode"] and value is not False:
-            modes.append(name)
-    if len(modes) > 1:
-        raise UsageError(f"--{modes[1]}: not allowed with --{modes[0]}: give one of them")
-    return explicit_flags
-
-
-def read_config(name):
-    """The flags in a YAML file or a recipe, as if passed on the command line."""
-    path = Path(datasets.user_path(name))
-    if not path.is_file():
-        path = RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        recipes = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
-        recipes = recipes or f"missing: {RECIPES}"
-        raise UsageError(f"--config {name}: no such file; the recipes are {recipes}")
-    with explain_errors(f"--config {name} must be a YAML file of flags like dim: 8"):
-        parser = make_parser()
-        flag_names = parser.flag_names()
-        values = {}
-        for key, value in (read_yaml(path) or {}).items():
-            section = value if isinstance(value, dict) else {key: value}  # any name for a section
-            for flag, element in section.items():
-                flag_name = str(flag).replace("-", "_")
-                flag_name = flag_names.get(flag_name, flag_name)
-                if flag_name in values:
-                    raise ValueError(f"{flag_name} appears twice, perhaps under two names")
-                values[flag_name] = element
-        arguments = [datasets.utf8(argument) for argument in arguments_of(values)]
-        flags = vars(parser.parse_args(arguments))
-        if "config" in flags:
-            raise ValueError("it names another file")
-        return flags
-
-
-def read_yaml(path, loader="SafeLoader"):
-    """The content of an untrusted YAML file; loader: a class of PyYAML.
-
-    Raises OSError, and ValueError or what PyYAML raises if the file is malformed.
-    """
-    import yaml
-
-    class Loader(getattr(yaml, loader)):
-        def construct_mapping(self, node, deep=False):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for key, count in Counter(keys).items():
-                if count > 1:  # PyYAML would take the last one
-                    raise ValueError(f"{key} appears twice")
-            return super().construct_mapping(node, deep)
-
-    if path.stat().st_size > MAX_YAML_BYTES:
-        raise ValueError(f"it is longer than {MAX_YAML_BYTES:,} bytes")
-    return yaml.load(path.read_text("utf-8"), Loader)
-
-
-def resolve_flags(explicit, recorded=None):
-    """All flags of a command or a run, as a Namespace.
-
-    explicit: those that the command sets, also kept as the attribute `explicit`; recorded: values
-    of the checkpoint that it resumes, or of a new run's models, for flags that it does not set.
-    Others have their defaults; a default of None that depends on other flags is filled in.
-    """
-    if "text" in explicit:
-        explicit = {"dataset": "text"} | explicit  # load_dataset refuses another dataset
-    flags = argparse.Namespace(**DEFAULTS | (recorded or {}) | explicit)
-    flags.explicit = explicit
-    flags.save_dir = Path(flags.save_dir)
-    flags.data_dir = flags.data_dir or explicit.get("save_dir")
-    for name in {"text", "valid_text", "test_text"} & {*explicit}:  # recorded ones are absolute
-        setattr(flags, name, [datasets.absolute(path) for path in explicit[name]])
-    for name in {"init_from", "teacher", "draft"} & {*explicit}:
-        # Others name checkpoints, or models on the hub.
-        if is_model_folder(datasets.user_path(explicit[name])):
-            setattr(flags, name, datasets.absolute(explicit[name]))
-    if flags.tokenizer == "auto":
-        flags.tokenizer = datasets.CORPORA[flags.dataset].tokenizer_kind
-    elif flags.tokenizer == explicit.get("tokenizer") and flags.tokenizer not in datasets.KINDS:
-        flags.tokenizer = datasets.absolute(flags.tokenizer)
-    if flags.num_kv_heads is None:
-        flags.num_kv_heads = flags.num_heads
-    if flags.mlp_dim is None:
-        flags.mlp_dim = 4 * flags.dim
-        _, is_gated = MLPS[flags.mlp]
-        if is_gated:
-            # Three matrices instead of two: 8/3 dim keeps their total size (Shazeer 2020), here
-            # rounded up to a multiple of 64.
-            flags.mlp_dim = 64 * math.ceil(8 * flags.dim / (3 * 64))
-    if flags.lora_rank:
-        if not flags.init_from and not flags.identifier:
-            raise UsageError("--lora_rank trains adapters of a model: name it by --init_from")
-        if flags.lora_alpha is None:
-            flags.lora_alpha = 2 * flags.lora_rank  # LoRA's scale, alpha / rank, is then 2
-    return flags
-
-
-def get_values(namespace, names):
-    """These attributes of an object, {name: value}."""
-    return {name: getattr(namespace, name) for name in names}
-
-
-# {flag: it has no effect without one of these flags}
-NEEDS_ONE_OF = {
-    "min_lr": ["lr_schedule"],
-    "lr_cooldown": ["lr_schedule"],
-    "valid_fraction": ["text"],
-    "text_field": ["text", "test_text"],
-    "lora_alpha": ["lora_rank"],
-    "teacher_weight": ["teacher"],
-    "teacher_temperature": ["teacher"],
-    "draft": ["prompt", "inference"],
-    "max_tokens": ["prompt", "inference"],
-    "quantize": ["prompt", "inference", "evaluate"],
-    "eval_stride": ["evaluate", "eval_test"],
-}
-
-
-def ineffective_flag_notices(flags):
-    """Yields a line for each explicit flag that has no effect without another one."""
-    for name, others in NEEDS_ONE_OF.items():
-        has_effect = any(getattr(flags, other) != DEFAULTS[other] for other in others)
-        if name in flags.explicit and not has_effect:
-            yield f"--{name} has no effect without --{' or --'.join(others)}."
-
-
-# ---- Setting up a run ---------------------------------------------------------------------------
-# Which run a command trains:
-#
-#     no flag in IDENTITY_FLAGS          the newest run, if there is one
-#     flags in IDENTITY_FLAGS            the run of these flags, texts and models
-#     --identifier                       the run that it names; but a branch, if it names an older
-#                                        checkpoint, or a training flag has another value
-#     --new_model, or no such run yet    a new run
-#
-# If other code trained that run:
-#
-#     no flag in IDENTITY_FLAGS          an error
-#     flags in IDENTITY_FLAGS            a new run beside it; an error if it is unfinished
-#     --identifier                       that run, all the same
-#
-# A run's name is a hash of IDENTITY_FLAGS, of the contents of its texts and models, and of the
-# checkpoint that a branch began from. Its folder is NAME or NAME.2, NAME.3, …
-
-
-@contextlib.contextmanager
-def set_up(flags, ranks):
-    """Yields the run that a command trains, ready for `train`, and its Interrupts.
-
-    Its folder is locked until the block ends.
-    """
-    chosen_checkpoint = choose_checkpoint(flags)
-    if chosen_checkpoint:
-        flags = resolve_flags(flags.explicit, chosen_checkpoint.flags)
-        refuse_conflict(flags, chosen_checkpoint.flags, chosen_checkpoint.folder.name)
-    check_early(flags, ranks)
-    inputs = load_inputs(flags, chosen_checkpoint)
-    if chosen_checkpoint and continues_run(flags, chosen_checkpoint):
-        folder = chosen_checkpoint.folder
-        code_sha1 = sha1_of_code(inputs.code)
-        if not flags.identifier and chosen_checkpoint.segments[-1].code_sha1 != code_sha1:
-            raise code_mismatch_error(chosen_checkpoint, inputs)
-    else:
-        if chosen_checkpoint:  # the command begins a branch, or resumes one
-            inputs.parents["branched_from"] = chosen_checkpoint.id
-        folder = find_folder(inputs)
-    with locked_folder(folder):
-        run, checkpoint = open_run(folder, inputs, chosen_checkpoint, ranks)
-        with Interrupts() as interrupts:  # from here on there is something to save
-            print_start(run, checkpoint)
-            if checkpoint:
-                begins_branch = checkpoint.folder != folder
-                if begins_branch:
-                    run.evaluations = [run.evaluation] if run.evaluation else []  # not its parent's
-                has_new_flags = get_values(run.flags, RECORDED_FLAGS) != checkpoint.flags
-                # Saved before the first step, a branch needs its parent no more, and new flags
-                # survive a kill.
-                if begins_branch or (has_new_flags and run.iteration < run.flags.num_iters):
-                    save(run, interrupts)
-            yield run, interrupts
-
-
-def choose_checkpoint(flags):
-    """The checkpoint that --identifier names or, without any flag in IDENTITY_FLAGS, the newest.
-
-    None if the command describes its run by flags, has --new_model, or there is no checkpoint.
-    """
-    if flags.identifier:
-        if flags.new_model:
-            raise UsageError("--identifier resumes a run, --new_model starts one: use only one")
-        checkpoints = list_checkpoints(flags.save_dir, warn=True)
-        return find_checkpoint(flags, checkpoints, flags.identifier)
-    if flags.new_model or {*IDENTITY_FLAGS} & {*flags.explicit}:
-        list_run_folders(flags.save_dir)  # refuses a run's folder, before a text is written there
-        return None
-    return next(iter(list_checkpoints(flags.save_dir, warn=True)), None)
-
-
-def refuse_conflict(flags, values, owner):
-    """Raises UsageError if an explicit flag in INIT_FLAGS differs from `values`, those of `owner`.
-
-    Texts and tokenizer files are compared by content, in reload_data.
-    """
-    for name, value in values.items():
-        flag_value = getattr(flags, name)
-        is_file = name in ("text", "valid_text", "tokenizer")
-        is_file = is_file and str(value) not in datasets.TOKENIZERS
-        if name in INIT_FLAGS and name in flags.explicit and flag_value != value and not is_file:
-            reason = "was made without it" if value is None else f"has {value}"
-            raise UsageError(
-                f"--{name} {flag_value} contradicts {owner}, which {reason}: "
-                f"leave --{name} out, or name another run or model"
-            )
-
-
-def check_early(flags, ranks):
-    """Raises UsageError for what can be refused before anything is downloaded.
-
-    Says if main.py was edited since it was loaded.
-    """
-    if flags.batch_size < ranks.size:
-        raise UsageError(
-            f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
-            "row: give a larger one"
-        )
-    with contextlib.suppress(OSError):
-        if Path(__file__).read_text("utf-8") != LOADED_SOURCES["main.py"]:
-            say("main.py was edited since it was loaded: the edit is not in this run.")
-    if flags.teacher:
-        extra("distil").check()
-    if flags.report_to:
-        extra("report").check(flags.report_to)
-
-
-class Inputs(NamedTuple):
-    """What a run is made of."""
-
-    flags: argparse.Namespace
-    dataset: datasets.Dataset
-    models: dict  # those that it reads at this start, {flag: LoadedModel}
-    parents: dict  # see Checkpoint.parents
-    code: dict  # see read_code
-
-
-def load_inputs(flags, checkpoint=None):
-    """The Inputs of a new run or, with a checkpoint, of the run that saved it."""
-    if checkpoint:
-        models = open_kept_models(flags, checkpoint)
-        dataset = reload_data(flags, checkpoint)
-        parents = dict(checkpoint.parents)
-    else:
-        names = [name for name in PRETRAINED_FLAGS if getattr(flags, name)]
-        models = {name: open_model(flags, name) for name in names}
-        tokenizer = None
-        if models:
-            flags = resolve_flags(flags.explicit, flags_from_pretrained(models, flags))
-            tokenizer = models[names[0]].tokenizer
-        dataset = load_data(flags, tokenizer)
-        parents = {name: loaded.id for name, loaded in models.items()}
-    return Inputs(flags, dataset, models, parents, read_code(vars(flags)))
-
-
-def kept_model_flags(flags):
-    """The PRETRAINED_FLAGS whose models a run keeps in its folder: a teacher, and LoRA's base."""
-    needed = []
-    if flags.teacher:
-        needed.append("teacher")
-    if flags.lora_rank:
-        needed.append("init_from")
-    return needed
-
-
-def open_kept_models(flags, checkpoint):
-    """The models that a checkpoint's run keeps, {flag: LoadedModel}; see kept_model_flags."""
-    names = kept_model_flags(flags)
-    return {name: extra("kept_models").open_kept_model(checkpoint, name) for name in names}
-
-
-MAX_IMPORTED_CONTEXT = 1024  # of a Hugging Face model, unless --context_size is given
-
-
-def flags_from_pretrained(models, flags):
-    """The flags of a new run that its models determine, {flag: value}.
-
-    Each model determines the tokenizer, as all have to predict the same ids; --init_from determines
-    FLAGS["model"], except for the context. Raises UsageError if an explicit flag contradicts a
-    model, or one model the other.
-    """
-    tokenizer, *other_tokenizers = [loaded.tokenizer for loaded in models.values()]
-    for other_tokenizer in other_tokenizers:
-        if other_tokenizer.to_dict() != tokenizer.to_dict():
-            raise UsageError(
-                "--teacher has another tokenizer than --init_from: use a teacher with the same"
-            )
-    values = {"tokenizer": tokenizer.kind, "context_size": flags.context_size}
-    if "init_from" in models:
-        config = models["init_from"].model.config
-        values |= get_values(config, FLAGS["model"])
-        if "context_size" in flags.explicit:
-            values["context_size"] = flags.context_size
-        elif is_hugging_face(flags.init_from):
-            values["context_size"] = min(config.context_size, MAX_IMPORTED_CONTEXT)
-    refuse_conflict(flags, values, "--init_from" if flags.init_from else "--teacher")
-    for name, loaded in models.items():
-        limit = loaded.model.config.context_size  # perhaps that of a sliding window
-        if is_hugging_face(getattr(flags, name)) and values["context_size"] > limit:
-            raise UsageError(f"--{name} reads at most {limit} tokens: give --context_size {limit}")
-    return values
-
-
-def load_data(flags, tokenizer=None):
-    """The dataset of a run; tokenizer: that of a model or a checkpoint, instead of the flags'."""
-    if flags.eval_stride and flags.eval_stride > flags.context_size:
-        raise UsageError(
-            f"--eval_stride {flags.eval_stride} would skip tokens: "
-            f"give at most {flags.context_size}"
-        )
-    arguments = get_values(flags, [*FLAGS["data"], "test_text", "save_dir", "mirror"])
-    arguments["data_dir"] = datasets.make_data_dir(flags.data_dir)
-    if tokenizer:
-        arguments["tokenizer"] = tokenizer
-    dataset = datasets.load_dataset(**arguments)
-    if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
-        raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
-    return dataset
-
-
-def reload_data(flags, checkpoint):
-    """The dataset of a checkpoint's run. Raises UsageError if it has changed.
-
-    If the tokenizer came from a model or a file, it is taken from the run's checkpoints: the
-    original may be gone.
-    """
-    is_from_file = flags.tokenizer not in datasets.TOKENIZERS and "tokenizer" not in flags.explicit
-    tokenizer = None
-    if flags.init_from or flags.teacher or is_from_file:
-        tokenizer = open_newest(checkpoints_in(checkpoint.folder)).tokenizer
-    dataset = load_data(flags, tokenizer)
-    if checkpoint.tokens_sha256 != dataset.sha256:
-        why = " (what --test_text names is left out of --text)" if flags.test_text else ""
-        remedy = "start a new run with --new_model, or from its weights with --init_from"
-        if flags.evaluate:
-            remedy = "to score another text, --evaluate test --test_text FILE"
-        raise UsageError(
-            f"the text or tokenizer of {checkpoint.folder.name} has changed{why}: {remedy}"
-        )
-    return dataset
-
-
-def continues_run(flags, checkpoint):
-    """Whether a command continues its checkpoint's run, instead of beginning a branch.
-
-    True if the checkpoint is its run's newest, and no training flag has another value. One in
-    steps/, computed by RUN@STEP, always begins a branch.
-    """
-    if not checkpoint.folder.parent.samefile(flags.save_dir):
-        return False
-    newest_ids = [newest.id for newest in checkpoints_in(checkpoint.folder)[:1]]
-    has_same_flags = get_values(flags, FLAGS["training"]).items() <= checkpoint.flags.items()
-    return has_same_flags and newest_ids == [checkpoint.id]
-
-
-def find_folder(inputs):
-    """The folder of the run that has these Inputs, which may be a new one.
-
-    Of NAME, NAME.2, …, it is the run that the same code saved last (with --identifier, any code).
-    Without such a run, it is the first that is free: it does not exist, or has no checkpoint.
-    Raises UsageError if other code trained all such runs, and the one saved last is unfinished.
-    """
-    flags = inputs.flags
-    code_sha1 = sha1_of_code(inputs.code)
-    identity = run_identity(vars(flags), inputs.dataset.sha256, inputs.parents)
-    name = run_name(identity)
-    runs = {}  # {folder: its checkpoints, newest first}
-    if not flags.new_model:
-        for folder in list_run_folders(flags.save_dir):
-            if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", folder.name):
-                runs[folder] = checkpoints_in(folder)
-    newest_checkpoints = [checkpoints[0] for checkpoints in runs.values() if checkpoints]
-    other = None  # the newest one by other code
-    for checkpoint in newest_first(newest_checkpoints):
-        if run_identity(checkpoint.flags, checkpoint.tokens_sha256, checkpoint.parents) != identity:
-            say(f"Ignoring {checkpoint.folder.name}: its flags do not match its name.")
-        elif flags.identifier or checkpoint.segments[-1].code_sha1 == code_sha1:
-            return checkpoint.folder
-        else:
-            other = other or checkpoint
-    if other and other.iteration < flags.explicit.get("num_iters", other.flags["num_iters"]):
-        raise code_mismatch_error(other, inputs)
-    folder = flags.save_dir / name
-    for count in itertools.count(2):
-        # In a folder without a checkpoint, the same command was perhaps stopped before it saved.
-        if runs.get(folder) == [] or not os.path.lexists(folder):
-            return folder
-        folder = flags.save_dir / f"{name}.{count}"
-
-
-def run_identity(flag_values, sha256, parents):
-    """What a run's name is made of, {name: value}: texts and models by content, not by path.
-
-    flag_values: {name: value}; sha256: see datasets.Dataset; parents: see Checkpoint.
-    """
-    identity = {name: flag_values[name] for name in IDENTITY_FLAGS if name not in PATH_FLAGS}
-    identity |= sha256 | parents
-    for name in PRETRAINED_FLAGS:
-        # The word counts, not the id: "latest" will soon mean this very run.
-        if str(flag_values[name]).partition("@")[0] in ("latest", "best"):
-            identity[name] = flag_values[name]
-    return identity
-
-
-def run_name(identity):
-    """The name of the run of this identity: <dataset>-<8 hexadecimal digits>.
-
-    Defaults are left out: otherwise, adding a flag to the program would rename all runs.
-    """
-    changed = {name: value for name, value in identity.items() if value != DEFAULTS.get(name)}
-    return f"{identity['dataset']}-{sha1_of_text(json.dumps(changed, sort_keys=True))[:8]}"
-
-
-@contextlib.contextmanager
-def locked_folder(folder):
-    """Holds the lock of a run's folder, which is made if it is missing.
-
-    Raises UsageError if another process holds it. The lock ends with the process, however that
-    ends. If nothing was written there, the folder is deleted.
-    """
-    folder.mkdir(exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            datasets.lock_file(descriptor, wait=False)
-        except BlockingIOError:
-            raise UsageError(
-                f"{folder.name} is being trained by another process: wait for it, or start another "
-                "run with --new_model"
-            ) from None
-        try:
-            yield
-        finally:  # only the holder of the lock may delete it
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
-    finally:
-        os.close(descriptor)
-
-
-def open_run(folder, inputs, chosen_checkpoint, ranks):
-    """The run in a folder, which must be locked, and the checkpoint that it resumes, or None.
-
-    chosen_checkpoint: see choose_checkpoint. If it lies in another folder, a branch begins with it.
-    """
-    checkpoints = checkpoints_in(folder, warn=True)  # under the lock, no other process adds one
-    if not checkpoints and any(folder.glob("[!.]*.safetensors")):
-        raise RunError(f"no checkpoint of {folder.name} can be read: --new_model starts a new run")
-    contents = None
-    if checkpoints or chosen_checkpoint:
-        # If a branch already exists, it is resumed; then --identifier only says where it began.
-        flags = inputs.flags
-        is_named = flags.identifier and (not checkpoints or folder == chosen_checkpoint.folder)
-        contents = open_newest(checkpoints or [chosen_checkpoint], is_named)
-        checkpoint = contents.checkpoint
-        # Flags that the command does not set come from the checkpoint, except those about the test
-        # text, which is already loaded.
-        test_flags = get_values(flags, ["test_text", "eval_test"])
-        flags = resolve_flags(flags.explicit, checkpoint.flags | test_flags)
-        inputs = inputs._replace(flags=flags)
-        if not chosen_checkpoint:  # "latest" may name this run by now: use the models that it keeps
-            models = open_kept_models(flags, checkpoint)
-            inputs = inputs._replace(models=models, parents=checkpoint.parents)
-    run = make_run(folder, inputs, contents, ranks)
-    if not checkpoints:
-        for name in kept_model_flags(run.flags):
-            extra("kept_models").keep_model(folder / name, inputs.models[name].files)
-    return run, contents and contents.checkpoint
-
-
-def make_run(folder, inputs, contents=None, ranks=None):
-    """The run whose state is in `contents`, or a new run if that is None."""
-    ranks = ranks or SingleProcess()
-    flags, dataset, models, parents, code = inputs
-    checkpoint = contents and contents.checkpoint
-    if checkpoint and checkpoint.config.vocab_size < dataset.tokenizer.vocab_size:
-        # MLX does not check indices: it would read and write beyond the embeddings.
-        raise DamagedError(f"{checkpoint} has fewer embeddings than the text has tokens")
-    model = make_model(flags, dataset, checkpoint, models)
-    optimizer = make_optimizer(model, flags)
-    rows_per_step = flags.batch_size * flags.grad_accumulation
-    batches = Batches(dataset.train.tokens, flags.context_size, rows_per_step, flags.seed)
-    teacher = models["teacher"].model if "teacher" in models else None
-    run = Run(
-        folder=folder,
-        flags=flags,
-        dataset=dataset,
-        model=model,
-        optimizer=optimizer,
-        batches=batches,
-        teacher=teacher,
-        parents=parents,
-        segments=[],
-        code=code,
-    )
-    if (HERE / "extras").exists():
-        extra("memory").check_memory(run, ranks)
-    if not contents and "init_from" not in models:
-        init_weights(model, flags.seed)
-    if contents:
-        contents.load_into(run)
-    versions = list_versions(flags, ranks)
-    segment = Segment(run.iteration, flags.num_iters, sha1_of_code(code), versions)
-    if run.segments[-1:] != [segment]:
-        run.segments.append(segment)
-    mx.eval(model.parameters(), optimizer.state)
-    return run
-
-
-def make_model(flags, dataset, checkpoint, models):
-    """The model of a run; only that of --init_from already has its weights."""
-    base = models.get("init_from")
-    if checkpoint and not base:
-        with explain_errors(f"{checkpoint} has no model", *MODEL_ERRORS, raises=DamagedError):
-            return LanguageModel(checkpoint.config)
-    try:
-        if base:
-            # What no flag sets, such as a padded vocabulary, stays.
-            config = dataclasses.replace(base.model.config, context_size=flags.context_size)
-        else:
-            config = Config(dataset.tokenizer.vocab_size, **get_values(flags, FLAGS["model"]))
-    except ValueError as error:  # its message begins with the name of a field
-        raise UsageError(f"--{error}") from None
-    if not base:
-        return LanguageModel(config)
-    base.model.config = config
-    if flags.lora_rank:
-        extra("lora").add_lora(base.model, flags.lora_rank, flags.lora_alpha, flags.seed)
-    return base.model
-
-
-# ---- Commands -----------------------------------------------------------------------------------
-
-
-def open_checkpoint(flags):
-    """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
-
-    Raises UsageError if a flag contradicts it, RunError if it is damaged.
-    """
-    checkpoints = list_checkpoints(flags.save_dir, warn=True)
-    if not checkpoints and not os.path.exists(flags.identifier or ""):
-        raise UsageError(NO_CHECKPOINT.format(flags.save_dir))
-    checkpoint = find_checkpoint(flags, checkpoints, flags.identifier or "latest")
-    values = checkpoint.flags | {"seed": flags.seed}  # here, the samples' seed
-    refuse_conflict(flags, values, checkpoint.folder.name)
-    if flags.identifier:
-        return open_newest([checkpoint], is_named=True)
-    return open_newest(checkpoints_in(checkpoint.folder))
-
-
-def announce(checkpoint):
-    """Says which checkpoint a command uses, and whether other code trained it."""
-    line = f"{checkpoint}, in {checkpoint.folder.parent}"
-    if checkpoint.segments[-1].code_sha1 != sha1_of_code(read_code(checkpoint.flags)):
-        line += ", trained by other code than this"
-    print(line, file=sys.stderr)
-
-
-def evaluate_checkpoint(flags):
-    """Evaluates a split for --evaluate, with the weights of --quantize if that is given."""
-    contents = open_checkpoint(flags)
-    model = contents.load_model()
-    checkpoint = contents.checkpoint
-    flags = resolve_flags(flags.explicit, checkpoint.flags)
-    if flags.evaluate == "test" and flags.test_text:  # the run's own text may be gone
-        flags.dataset = "text"
-        flags.text = flags.valid_text = flags.test_text
-        dataset = load_data(flags, contents.tokenizer)
-    else:
-        dataset = reload_data(flags, checkpoint)
-    if flags.quantize:
-        extra("quantize").quantize(model, flags.quantize, is_packed=False)
-    announce(checkpoint)
-    for line in ineffective_flag_notices(flags):
-        print(line, file=sys.stderr)
-    print_evaluation(flags.evaluate, model, dataset, flags)
+        warning('The prompt is this text itself; for a file\'s: --prompt "$(cat FILE)"')
 
 
 def sample_checkpoint(flags):
@@ -3580,7 +1486,7 @@ def sample_checkpoint(flags):
     if flags.quantize:
         extra("quantize").quantize(model, flags.quantize, is_packed=flags.gpu)
     # Only now: a command that is refused must not have announced a checkpoint.
-    announce(contents.checkpoint)
+    reports.announce(contents.checkpoint)
     new_conversation = partial(Conversation, contents.tokenizer, model, draft)
     if flags.inference:
         converse(new_conversation, flags)
@@ -3595,7 +1501,7 @@ def sample_checkpoint(flags):
     speed = f"{conversation.tokens_per_second:,.1f} tokens/s"  # of the last sample
     if draft:
         speed += conversation.decoder.describe_draft()
-    print(speed, file=sys.stderr)
+    warning(speed)
 
 
 def print_pieces(pieces):
@@ -3651,27 +1557,869 @@ def print_reply(conversation, line, flags):
     signal.signal(signal.SIGINT, handler)
 
 
-def train_run(flags, ranks):
-    """Starts a run or resumes one, and trains it; returns the exit status."""
-    with set_up(flags, ranks) as (run, interrupts):
-        ranks.broadcast_run(run)
-        say("")  # the end of the start screen
-        stop_signal = train(run, interrupts, ranks)
-        say(describe_end(run, stop_signal))
-    for stream in (sys.stdout, sys.stderr):
-        datasets.flush_or_drop(stream)  # a closed pipe must not fail a saved run
-    return 128 + stop_signal if stop_signal else 0  # how shells report the end by a signal
+# ---- Checkpoints --------------------------------------------------------------------------------
+# The state of a run, and the two files that hold it; see support/runs.py for their names and for
+# the record in the second one.
 
 
-def execute(argv):
-    """Executes the command on rank 0; others `follow`. Returns the exit status, None for 0."""
-    with explain_mlx_errors(), join_ranks(argv) as ranks:
+@dataclasses.dataclass(kw_only=True, eq=False)
+class Counters(Progress):
+    """The numbers that each step changes: recorded in every checkpoint, and restored on resume.
+
+    Give a new field a default, as older checkpoints lack it.
+    """
+
+    tokens_seen: int = 0
+    recent_steps: int = 0  # of the current report interval
+    recent_loss: float = 0.0  # the sum of their losses
+
+
+@dataclasses.dataclass(eq=False)
+class Run(Counters):
+    """A training run: its model, its data and its progress."""
+
+    folder: Path  # where it is saved, see find_folder
+    flags: argparse.Namespace
+    dataset: datasets.Dataset
+    model: LanguageModel
+    optimizer: optim.Optimizer
+    batches: Batches
+    teacher: LanguageModel | None
+    parents: dict  # see Checkpoint.parents
+    origin: runs.Origin
+    segments: list  # of type Segment; the last is current
+    code: dict  # see code.read_code
+    average: dict | None = None  # with --average: the averaged weights, a tree; None at first
+
+    has_stepped: bool = False  # in this process
+    checkpoint_id: str | None = None  # of the last checkpoint
+    saved_at: float = 0.0  # see Checkpoint
+    has_unsaved_changes: bool = False  # steps or evaluations since the last save
+
+    def snapshot(self):
+        """All that training changes: numbers, {name: value}, and a tree of arrays.
+
+        A checkpoint saves it, and ranks receive it. To make steps remember more, give Counters a
+        field (a number), or add an array here and in `restore`.
+        """
+        numbers = get_values(self, field_names(Counters))
+        numbers |= get_values(self.batches, ["epoch", "cursor", "offset"])
+        arrays = {
+            "weights": self.model.trainable_parameters(),  # for a LoRA run, only the adapters
+            "optimizer": self.optimizer.state,
+            "perm": mx.array(self.batches.perm),
+        }
+        if self.average:
+            arrays["average"] = self.average
+        return numbers, arrays
+
+    def restore(self, numbers, arrays):
+        """Goes back to a `snapshot`; arrays: its tree flattened, {name: array}.
+
+        It may be untrusted: raises an exception (of any type) if it does not fit.
+        """
+        perm = np.array(arrays.pop("perm"))
+        expected = {"weights": self.model.trainable_parameters(), "optimizer": self.optimizer.state}
+        if any(name.startswith("average.") for name in arrays):
+            expected["average"] = expected["weights"]
+        runs.check_arrays(arrays, expected)
+        tree = tree_unflatten(arrays)  # only now, as a name like "weights.999999999" makes a list
+        self.model.update(tree["weights"])
+        self.optimizer.state = tree["optimizer"]
+        place = {name: numbers.pop(name) for name in ("epoch", "cursor", "offset")}
+        self.batches.seek(**place, perm=perm)
+        vars(self).update(vars(runs.from_untrusted(Counters, numbers)))
+        self.evaluations = [Evaluation(*evaluation) for evaluation in self.evaluations]
+        if self.flags.average:
+            self.average = tree.get("average")
+        elif "average" in tree:  # a branch without --average: the losses were of averages
+            self.evaluations = []
+
+    @property
+    def versions(self):
+        """The current environment, see list_versions."""
+        return self.segments[-1].versions
+
+    @property
+    def epochs(self):
+        """Passes over the training text."""
+        return self.tokens_seen / len(self.dataset.train.tokens)
+
+    def count_step(self, num_tokens, seconds, loss):
+        """Counts a step that has just been taken."""
+        if self.iteration % self.flags.steps_per_report == 0:  # the steps before were reported
+            self.recent_steps = 0
+            self.recent_loss = 0.0
+        self.iteration += 1
+        self.has_unsaved_changes = True
+        self.tokens_seen += num_tokens
+        if self.has_stepped:
+            self.seconds += seconds
+        self.has_stepped = True
+        self.recent_steps += 1
+        self.recent_loss += loss
+
+    def is_evaluation_due(self):
+        """Whether to evaluate now: every `steps_per_eval` iterations, and at the end."""
+        interval = self.flags.steps_per_eval
+        if not interval:
+            return False
+        return self.iteration % interval == 0 or self.iteration == self.flags.num_iters
+
+    def is_save_due(self):
+        """Whether the schedule calls for a save at the current iteration."""
+        return self.iteration % self.flags.steps_per_save == 0 or self.is_evaluation_due()
+
+    def evaluations_since_best(self):
+        """How many evaluations in a row brought no new best, for --patience.
+
+        Only those at multiples of steps_per_eval count, so that an extended run, which has one more
+        at its old end, stops where a run of the new length would.
+        """
+        interval = self.flags.steps_per_eval or math.inf
+        losses = []
+        for evaluation in runs.comparable_evaluations(self.evaluations):
+            if evaluation.iteration % interval == 0:
+                losses.append(evaluation.loss)
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+    def is_out_of_patience(self):
+        """Whether --patience ends the run."""
+        return self.evaluations_since_best() >= (self.flags.patience or math.inf)
+
+    @contextlib.contextmanager
+    def using_average(self):
+        """Yields the model with averaged weights, if any; afterwards, it has its own again."""
+        weights = self.model.trainable_parameters()
+        self.model.update(self.average or weights)
+        try:
+            yield self.model
+        finally:
+            self.model.update(weights)
+
+
+def field_names(cls):
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def save_and_sample(run, interrupts, reporter):
+    """Saves a run and samples from it, unless nothing has changed since the last save."""
+    if not run.has_unsaved_changes:
+        return
+    save(run, interrupts)
+    say(f"saved {run.checkpoint_id} at iteration {run.iteration:,}")
+    flags = argparse.Namespace(**vars(run.flags))
+    flags.max_tokens = flags.sample_tokens
+    if flags.max_tokens == 0:
+        return
+    with run.using_average() as model:
+        for prompt in flags.sample_prompt or [""]:
+            if interrupts.stop_signal:
+                break
+            conversation = Conversation(run.dataset.tokenizer, model)
+            warn_about_prompt(conversation, prompt)
+            text = "".join(conversation.reply(prompt, flags, flags.seed, interrupts))
+            if not interrupts.stop_signal:  # else it is cut short
+                reporter.report_sample(prompt, text)
+
+
+def save(run, interrupts):
+    """Saves the run; retries until the disk accepts it.
+
+    It waits out a full disk or a missing folder: training state is in memory, and the last
+    checkpoint is untouched.
+    """
+    for attempt in itertools.count():
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_checkpoint(run)
+            return
+        except OSError as error:
+            how_often = "again" if interrupts.stop_signal else "twice"
+            pause = min(2**attempt, 60)  # seconds
+            say(
+                f"Saving to {run.folder} failed ({error}); retrying in {pause} s. "
+                f"Press Ctrl+C or send SIGTERM {how_often} to exit without saving."
+            )
+            time.sleep(pause)
+
+
+def write_checkpoint(run):
+    """Tries once to save both files of a checkpoint.
+
+    A checkpoint is never half-written: a file is complete on disk before it gets its name, and a
+    checkpoint counts only once it has its .safetensors, which is named last.
+    """
+    numbers, arrays = run.snapshot()
+    weights = arrays_to_save(arrays.pop("average" if run.average else "weights"))
+    # As an array: MLX reads no long header, and a vocabulary can be long.
+    tokenizer = json.dumps(run.dataset.tokenizer.to_dict()).encode()
+    arrays["tokenizer"] = mx.array(np.frombuffer(tokenizer, np.uint8))
+    state = arrays_to_save(arrays)
+    code.save_code(run)
+    with files.new_file(run.folder) as weights_file:
+        mx.save_safetensors(weights_file, weights, {"format": "mlx"})
+        weights_file.flush()
+        sha1 = files.sha1_of_file(weights_file.name)
+        saved_at = max(time.time(), run.saved_at + 1e-3)  # even if the clock was set back
+        record = {name: numbers.pop(name) for name in field_names(Progress)}
+        record |= {  # with these, the fields of a Checkpoint
+            "counters": numbers,
+            "format_version": runs.FORMAT_VERSION,
+            "run_name": run.folder.name,
+            "flags": get_values(run.flags, FLAGS.names(RECORDED)),
+            "config": dataclasses.asdict(run.model.config),
+            "tokens_sha256": run.dataset.sha256,
+            "parents": run.parents,
+            "origin": vars(run.origin),
+            "segments": [vars(segment) for segment in run.segments],
+            "id": sha1,
+            "state_sha1": runs.sha1_of_arrays(state),
+            "saved_at": saved_at,
+        }
+        record = json.dumps(record)
+        header = {"record": record, "sha1": files.sha1_of_text(record)}
+        with files.atomic_write(run.folder / f"{sha1}.metadata") as metadata_file:
+            mx.save_safetensors(metadata_file, state, header)
+        files.publish(weights_file, run.folder / f"{sha1}.safetensors")
+    files.sync(run.folder)
+    files.sync(run.folder.parent)  # which holds the folder's own name
+    run.checkpoint_id = sha1
+    run.saved_at = saved_at
+    run.has_unsaved_changes = False
+    if on_gpu():
+        mx.clear_cache()  # no step may reuse what the CPU has read, see arrays_to_save
+
+
+def arrays_to_save(tree):
+    """The arrays of a tree, {name: array}, sorted: equal arrays give equal bytes.
+
+    On a GPU, they are copies: reading an array would move it out of NVIDIA's memory for good (MLX
+    issue 3861).
+    """
+    arrays = dict(sorted(tree_flatten(tree)))
+    if on_gpu():
+        arrays = {name: array * 1 for name, array in arrays.items()}
+    return arrays
+
+
+class Contents(NamedTuple):
+    """The verified content of a checkpoint."""
+
+    checkpoint: Checkpoint
+    config: Config
+    tokenizer: object
+    weights: dict  # {name: array} of its .safetensors
+    state: dict  # {name: array} of its .metadata
+
+    def load_model(self):
+        """The model, with a LoRA run's adapters merged into its base.
+
+        Raises DamagedError if the weights are not those of the model.
+        """
+        checkpoint = self.checkpoint
+        weights = self.weights
+        rank = checkpoint.flags["lora_rank"]
+        if rank:  # the file holds only the adapters
+            base = open_kept_model(checkpoint, "init_from").model
+            with explain_errors(f"{checkpoint} does not fit its base", raises=DamagedError):
+                alpha = checkpoint.flags["lora_alpha"]
+                weights = extra("lora").merge(base, weights, rank, alpha)
+        # Other errors, such as a TypeError in an edited layer, are bugs, not damage.
+        problem = f"{checkpoint} does not fit its record"
+        with explain_errors(problem, *MODEL_ERRORS, raises=DamagedError):
+            model = LanguageModel(self.config)
+            runs.check_arrays(weights, model.parameters())
+            model.update(tree_unflatten(weights))
+            mx.eval(model.parameters())
+        return model
+
+    def load_into(self, run):
+        """Puts the saved state into a run. Raises DamagedError if it does not fit."""
+        checkpoint = self.checkpoint
+        problem = f"{checkpoint} does not fit its record: use another one from --list"
+        with explain_errors(problem, raises=DamagedError):
+            # With --average, the .metadata has the trained weights, the .safetensors the average.
+            has_average = any(name.startswith("weights.") for name in self.state)
+            key = "average" if has_average else "weights"
+            weights = {f"{key}.{name}": array for name, array in self.weights.items()}
+            numbers = checkpoint.counters | get_values(checkpoint, field_names(Progress))
+            run.restore(numbers, self.state | weights)
+        run.checkpoint_id = checkpoint.id
+        run.saved_at = checkpoint.saved_at
+        run.origin = checkpoint.origin
+        run.segments = [*checkpoint.segments]
+
+
+# What is raised by making a model with impossible sizes, or by giving it another one's weights.
+MODEL_ERRORS = (ValueError, RuntimeError, MemoryError, OverflowError)
+
+
+def read_contents(checkpoint):
+    """Verifies both files of a Checkpoint and returns the Contents.
+
+    Raises DamagedError if either is not what was saved.
+    """
+    with explain_errors(f"{checkpoint} is damaged", raises=DamagedError):
+        weights, state = runs.read_arrays(checkpoint)
+        tokenizer = datasets.tokenizer_from_dict(json.loads(bytes(state.pop("tokenizer"))))
+        config = config_from_untrusted(checkpoint.config)
+        if tokenizer.vocab_size > config.vocab_size:
+            # MLX does not check indices: it would read beyond the embeddings.
+            raise ValueError("its tokenizer has more ids than its model")
+        if config.num_blocks > len(weights):
+            # Building that many blocks first could exhaust the memory.
+            raise ValueError("its model has more blocks than arrays")
+        return Contents(checkpoint, config, tokenizer, weights, state)
+
+
+def open_newest(candidates, is_named=False):
+    """The Contents of the first undamaged candidate; if `is_named`, a damaged one is an error."""
+    for candidate in candidates:
+        try:
+            return read_contents(candidate)
+        except DamagedError as error:
+            if is_named:
+                raise RunError(f"{error}; use another one from --list") from None
+            say(f"Skipping {error}", sys.stderr)
+    raise RunError("no undamaged checkpoint of this run is left: --new_model starts a new one")
+
+
+def config_from_untrusted(values):
+    """A Config made of an untrusted {field: value}. Raises ValueError or TypeError."""
+    config = runs.from_untrusted(Config, values)
+    for name, value in values.items():
+        if type(value) is int and not 1 <= value <= MAX_INT32:
+            raise ValueError(f"{name} {value} is not from 1 to {MAX_INT32}")
+    if config.mlp not in MLPS:
+        raise ValueError(f"mlp {config.mlp} is not one of {', '.join(MLPS)}")
+    if not {*map(type, config.rope_scaling or [])} <= {int, float}:
+        raise ValueError("rope_scaling is not a list of numbers")
+    return config
+
+
+# ---- Models that a run begins with or learns from -----------------------------------------------
+
+
+FLAGS["init"] |= {
+    "init_from": Flag(
+        None, runs.model_name, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"
+    ),
+    "lora_rank": Flag(None, SIZE, "train only LoRA adapters of this rank, on --init_from"),
+    "lora_alpha": Flag(None, NONNEGATIVE, "adapters are scaled by alpha / rank (default: 2 rank)"),
+    "teacher": Flag(None, runs.model_name, "distill from this model, named as for --init_from"),
+}
+
+FLAGS["training"] |= {
+    "teacher_weight": Flag(0.5, FRACTION, "weight of the distillation loss"),
+    "teacher_temperature": Flag(2.0, number(float, 0.01, 100), "distillation temperature"),
+}
+
+
+class LoadedModel(NamedTuple):
+    """A model that a flag names: the one that a run begins with, its teacher, or a draft."""
+
+    model: LanguageModel
+    tokenizer: object
+    id: str  # of its checkpoint; for a Hugging Face model, a SHA1 over its files
+    files: dict  # those to keep so that it can be opened again, {name: path}
+
+
+def open_model(flags, flag_name):
+    """The LoadedModel that a flag names: a checkpoint, or a Hugging Face folder or model.
+
+    Raises UsageError if there is none, RunError if it is damaged.
+    """
+    name = getattr(flags, flag_name)
+    if runs.is_hugging_face(name):
+        return extra("huggingface").open_by_name(name)
+    checkpoint = find_checkpoint(flags, name, flag_name)
+    with explain_errors(f"--{flag_name}: name another model", DamagedError, raises=RunError):
+        return model_from_checkpoint(checkpoint)
+
+
+def model_from_checkpoint(checkpoint):
+    """Opens a checkpoint as a LoadedModel; with LoRA, `files` include the base's."""
+    contents = read_contents(checkpoint)
+    files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
+    if checkpoint.flags["lora_rank"]:
+        files |= runs.kept_base_files(checkpoint)
+    return LoadedModel(contents.load_model(), contents.tokenizer, checkpoint.id, files)
+
+
+def open_kept_model(checkpoint, flag_name):
+    """The LoadedModel that the run of a checkpoint keeps. Raises DamagedError without it."""
+    folder = checkpoint.folder / flag_name
+    expected_id = checkpoint.parents.get(flag_name)
+    fault = (
+        f"{checkpoint.folder.name} cannot go on without the model in its folder {flag_name}: put "
+        f"that back, or start a new run with --{flag_name} and --new_model"
+    )
+    with explain_errors(fault, raises=DamagedError):
+        if folder.is_symlink():
+            raise OSError("it is a link")
+        metadata = folder / f"{expected_id}.metadata"
+        if metadata.exists():
+            loaded = model_from_checkpoint(runs.read_checkpoint(metadata))
+        else:
+            loaded = extra("huggingface").open_by_name(str(folder))
+        if loaded.id != expected_id:
+            raise ValueError(f"it is {loaded.id[:12]} instead of {expected_id[:12]}")
+    return loaded
+
+
+# ---- Interrupts ---------------------------------------------------------------------------------
+
+
+class Interrupts:
+    """Turns a termination signal into an attribute that loops check: `stop_signal`.
+
+    A second one, half a second later or more, ends the process at once, without saving. A sooner
+    one is a repetition: `timeout` signals the process, then its group; launchers repeat Ctrl+C.
+
+    Python runs handlers only after `mx.eval` returns, so a thread reads the bytes that the
+    interpreter writes to a pipe as soon as a signal arrives.
+    """
+
+    # Ctrl+C, kill, a closed terminal; USR1, USR2 and XCPU: warnings of schedulers before a kill.
+    SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    SIGNALS += [signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+    stop_signal = None  # the number of the first signal
+
+    def __enter__(self):
+        reader, writer = os.pipe()
+        self.thread = threading.Thread(target=self.watch, args=[reader], daemon=True)
+        self.thread.start()
+        os.set_blocking(writer, False)
+        self.previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self.handlers = {}
+        for signal_number in self.SIGNALS:
+            # Signals that the parent ignores (nohup, background jobs of scripts) stay ignored.
+            if signal.getsignal(signal_number) != signal.SIG_IGN:
+                # Does nothing, as the thread acts; but without a handler, Python writes no byte.
+                self.handlers[signal_number] = signal.signal(signal_number, lambda *_: None)
+        return self
+
+    def __exit__(self, *error):
+        os.close(signal.set_wakeup_fd(self.previous_writer))  # ends the thread
+        self.thread.join()  # a notebook's next %run deletes modules that the thread needs
+        for signal_number, handler in self.handlers.items():
+            signal.signal(signal_number, handler)
+
+    def watch(self, reader):
+        """Runs in the thread: the first signal sets `stop_signal`, a later one ends the process."""
+        first_time = None  # when it arrived
+        while byte := os.read(reader, 1):  # b"" once __exit__ has closed the other end
+            [signal_number] = byte
+            if signal_number not in self.SIGNALS:  # a signal with another handler
+                continue
+            if first_time is None:
+                first_time = time.monotonic()
+                self.stop_signal = signal_number
+                again = "again " if signal_number == signal.SIGINT else ""
+                warning(
+                    "\nStopping after this step, then saving. "
+                    f"Press Ctrl+C {again}to exit without saving."
+                )
+            elif time.monotonic() - first_time > 0.5:
+                warning("\nExited without saving.")
+                os._exit(128 + signal_number)  # at once; sys.exit would end only this thread
+        os.close(reader)
+
+
+# ---- Processes and devices ----------------------------------------------------------------------
+
+
+def join_ranks(argv):
+    """A context manager: the ranks that mlx.launch or MPI started, or this process alone."""
+    sizes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
+    if "MLX_RANK" in os.environ or sizes != ["1", "1"]:
+        return extra("ranks").Group(argv)
+    return contextlib.nullcontext(device.SingleProcess())
+
+
+def on_gpu():
+    return mx.default_device() == mx.gpu
+
+
+def use_device(gpu):
+    """Makes the GPU or the CPU the default device; call it before anything is computed."""
+    device.use_device(gpu, fast)
+
+
+def list_versions(flags, ranks):
+    """The environment of a run: while it and the code stay the same, resume is bit-exact."""
+    return device.list_versions(flags, ranks, fast)
+
+
+def bfloat16_products(is_enabled):
+    """A context manager: if is_enabled, a CPU rounds inputs of products to bfloat16, if it can."""
+    if is_enabled and fast:
+        return fast.bfloat16_products()
+    return contextlib.nullcontext()
+
+
+# ---- Flags --------------------------------------------------------------------------------------
+
+
+def split_name(text):
+    """A flag's type: a split, by our name or another program's."""
+    others = {"validation": "valid", "val": "valid", "dev": "valid"}
+    return one_of(datasets.SPLITS)(others.get(text, text))
+
+
+PRESETS = {
+    "tiny": dict(dim=128, num_heads=4, num_blocks=4, context_size=128),
+    "small": dict(dim=256, num_heads=8, num_blocks=6, context_size=256),
+    "medium": dict(dim=512, num_heads=8, num_blocks=12, context_size=512),
+    "large": dict(dim=768, num_heads=12, num_blocks=24, context_size=1024),
+    "gpt2": dict(dim=768, num_heads=12, num_blocks=12, context_size=1024),
+    # Smaller than its name: 152M with GPT-2's vocabulary.
+    "350m": dict(dim=768, num_heads=12, num_blocks=16, context_size=2048),
+}
+
+FLAGS["mode"] = {  # a command has at most one of them
+    "inference": Flag(False, bool, "sample interactively; /reset forgets the text, /quit exits"),
+    "prompt": Flag(None, str, "text to continue"),
+    "evaluate": Flag(None, split_name, "evaluate a checkpoint on train, valid or test"),
+    "list": Flag(False, bool, "list runs and checkpoints"),
+    "new_model": Flag(False, bool, "start a new run even if one could be resumed"),
+}
+
+FLAGS["command"] = {
+    "eval_stride": Flag(
+        None, SIZE, "tokens between windows of --evaluate and --eval_test (default: context_size)"
+    ),
+    "identifier": Flag(
+        None, nonempty, "checkpoint to use: SHA1 prefix, run, RUN@STEP, latest, or best of its run"
+    ),
+    "config": Flag(None, nonempty, "YAML file of flags, or a recipe in extras/recipes"),
+    "preset": Flag(None, one_of(PRESETS), "sets dim, num_heads, num_blocks, context_size"),
+    "max_minutes": Flag(None, NONNEGATIVE, "stop after this much training time of this command"),
+    "gpu": Flag(False, bool, "run on the GPU instead of the CPU"),
+} | datasets.TEXT_FLAGS["command"]
+
+FLAGS["data"] = datasets.TEXT_FLAGS["data"]
+
+
+def read_command_line(arguments):
+    """The flags that a command line sets, {name: value}."""
+    parser = Parser(
+        extra("hints") if has_extra("hints") else None,
+        usage="python main.py [flags]",
+        description="\n\n".join((__doc__ or "").split("\n\n")[:2]),  # python -OO drops it
+        epilog="Exit status: 0 done, 1 failed, 2 usage error; 128 + its number after a signal.",
+    )
+    for title, rows in FLAGS.items():
+        parser.add_flags(rows, title)
+    return parse_command_line(parser, arguments, PRESETS)
+
+
+def resolve_flags(explicit, recorded=None):
+    """All flags of a command or a run, as a Namespace.
+
+    explicit: those that the command sets, also kept as the attribute `explicit`; recorded: values
+    of the checkpoint that it resumes, or of a new run's models, for flags that it does not set.
+    Others have their defaults; a default of None that depends on other flags is filled in.
+    """
+    if "text" in explicit:
+        explicit = {"dataset": "text"} | explicit  # load_dataset refuses another dataset
+    flags = argparse.Namespace(**FLAGS.defaults | (recorded or {}) | explicit)
+    flags.explicit = explicit
+    flags.save_dir = Path(flags.save_dir)
+    flags.data_dir = flags.data_dir or explicit.get("save_dir")
+    for name in {"text", "valid_text", "test_text"} & {*explicit}:  # recorded ones are absolute
+        setattr(flags, name, [files.absolute(path) for path in explicit[name]])
+    for name in {"init_from", "teacher", "draft"} & {*explicit}:
+        # Others name checkpoints, or models on the hub.
+        if runs.is_model_folder(files.user_path(explicit[name])):
+            setattr(flags, name, files.absolute(explicit[name]))
+    if flags.tokenizer == "auto":
+        flags.tokenizer = datasets.CORPORA[flags.dataset].tokenizer_kind
+    elif flags.tokenizer == explicit.get("tokenizer") and flags.tokenizer not in datasets.KINDS:
+        flags.tokenizer = files.absolute(flags.tokenizer)
+    if flags.num_kv_heads is None:
+        flags.num_kv_heads = flags.num_heads
+    if flags.mlp_dim is None:
+        flags.mlp_dim = 4 * flags.dim
+        _, is_gated = MLPS[flags.mlp]
+        if is_gated:
+            # Three matrices instead of two: 8/3 dim keeps their total size (Shazeer 2020), here
+            # rounded up to a multiple of 64.
+            flags.mlp_dim = 64 * math.ceil(8 * flags.dim / (3 * 64))
+    if flags.lora_rank:
+        if not flags.init_from and not flags.identifier:
+            raise UsageError("--lora_rank trains adapters of a model: name it by --init_from")
+        if flags.lora_alpha is None:
+            flags.lora_alpha = 2 * flags.lora_rank  # LoRA's scale, alpha / rank, is then 2
+    return flags
+
+
+# ---- What a run is made of ----------------------------------------------------------------------
+
+
+class Inputs(NamedTuple):
+    """What a run is made of."""
+
+    flags: argparse.Namespace
+    dataset: datasets.Dataset
+    models: dict  # those that it reads at this start, {flag: LoadedModel}
+    parents: dict  # see Checkpoint.parents
+    code: dict  # see code.read_code
+
+
+def load_inputs(flags, checkpoint=None):
+    """The Inputs of a new run or, with a checkpoint, of the run that saved it."""
+    if checkpoint:
+        models = open_kept_models(flags, checkpoint)
+        dataset = reload_data(flags, checkpoint)
+        parents = dict(checkpoint.parents)
+    else:
+        names = [name for name in ("init_from", "teacher") if getattr(flags, name)]
+        models = {name: open_model(flags, name) for name in names}
+        tokenizer = None
+        if models:
+            flags = resolve_flags(flags.explicit, runs.flags_from_pretrained(models, flags))
+            tokenizer = models[names[0]].tokenizer
+        dataset = load_data(flags, tokenizer)
+        parents = {name: loaded.id for name, loaded in models.items()}
+    sources = code.read_code(vars(flags), dataset.reads_rows)
+    return Inputs(flags, dataset, models, parents, sources)
+
+
+def open_kept_models(flags, checkpoint):
+    """The models that a checkpoint's run keeps, {flag: LoadedModel}; see kept_model_flags."""
+    return {name: open_kept_model(checkpoint, name) for name in runs.kept_model_flags(flags)}
+
+
+def load_data(flags, tokenizer=None):
+    """The dataset of a run; tokenizer: that of a model or a checkpoint, instead of the flags'."""
+    if flags.eval_stride and flags.eval_stride > flags.context_size:
+        raise UsageError(
+            f"--eval_stride {flags.eval_stride} would skip tokens: "
+            f"give at most {flags.context_size}"
+        )
+    arguments = get_values(flags, [*FLAGS["data"], "test_text", "save_dir", "mirror"])
+    arguments["data_dir"] = files.make_data_dir(flags.data_dir)
+    if tokenizer:
+        arguments["tokenizer"] = tokenizer
+    dataset = datasets.load_dataset(**arguments)
+    if (flags.evaluate == "test" or flags.eval_test) and not dataset.test:
+        raise UsageError(f"{dataset.name} has no test split: name files for it with --test_text")
+    return dataset
+
+
+def reload_data(flags, checkpoint):
+    """The dataset of a checkpoint's run. Raises UsageError if it has changed.
+
+    If the tokenizer came from a model or a file, it is taken from the run's checkpoints: the
+    original may be gone.
+    """
+    is_from_file = flags.tokenizer not in datasets.TOKENIZERS and "tokenizer" not in flags.explicit
+    tokenizer = None
+    if flags.init_from or flags.teacher or is_from_file:
+        tokenizer = open_newest(runs.checkpoints_in(checkpoint.folder)).tokenizer
+    dataset = load_data(flags, tokenizer)
+    if checkpoint.tokens_sha256 != dataset.sha256:
+        why = " (what --test_text names is left out of --text)" if flags.test_text else ""
+        remedy = "start a new run with --new_model, or from its weights with --init_from"
+        if flags.evaluate:
+            remedy = "to score another text, --evaluate test --test_text FILE"
+        raise UsageError(
+            f"the text or tokenizer of {checkpoint.folder.name} has changed{why}: {remedy}"
+        )
+    return dataset
+
+
+def make_model(flags, dataset, contents, models):
+    """The model of a run; only that of --init_from already has its weights."""
+    base = models.get("init_from")
+    if contents and not base:
+        problem = f"{contents.checkpoint} has no model"
+        with explain_errors(problem, *MODEL_ERRORS, raises=DamagedError):
+            return LanguageModel(contents.config)
+    try:
+        if base:
+            # What no flag sets, such as a padded vocabulary, stays.
+            config = dataclasses.replace(base.model.config, context_size=flags.context_size)
+        else:
+            config = Config(dataset.tokenizer.vocab_size, **get_values(flags, FLAGS["model"]))
+    except ValueError as error:  # its message begins with the name of a field
+        raise UsageError(f"--{error}") from None
+    if not base:
+        return LanguageModel(config)
+    base.model.config = config
+    if flags.lora_rank:
+        extra("lora").add_lora(base.model, flags.lora_rank, flags.lora_alpha, flags.seed)
+    return base.model
+
+
+def make_run(folder, inputs, contents=None, ranks=None):
+    """The run whose state is in `contents`, or a new run if that is None."""
+    ranks = ranks or device.SingleProcess()
+    flags, dataset, models, parents, sources = inputs
+    if contents and contents.config.vocab_size < dataset.tokenizer.vocab_size:
+        # MLX does not check indices: it would read and write beyond the embeddings.
+        raise DamagedError(f"{contents.checkpoint} has fewer embeddings than the text has tokens")
+    model = make_model(flags, dataset, contents, models)
+    optimizer = make_optimizer(model, flags)
+    rows_per_step = flags.batch_size * flags.grad_accumulation
+    batches = Batches(dataset.train.tokens, flags.context_size, rows_per_step, flags.seed)
+    run = Run(
+        folder=folder,
+        flags=flags,
+        dataset=dataset,
+        model=model,
+        optimizer=optimizer,
+        batches=batches,
+        teacher=models["teacher"].model if "teacher" in models else None,
+        parents=parents,
+        origin=runs.Origin(machine.count_cores(), flags.config, datasets.HELD_OUT, EVAL_WINDOWS),
+        segments=[],
+        code=sources,
+    )
+    if has_extra("memory"):
+        extra("memory").check_memory(run, ranks)
+    if contents:
+        contents.load_into(run)
+        if contents.checkpoint.folder != folder:  # a branch: these are its parent's
+            run.evaluations = [run.evaluation] if run.evaluation else []
+    elif "init_from" not in models:
+        init_weights(model, flags.seed)
+    hashes = code.hash_sources(sources)
+    versions = list_versions(flags, ranks) | {"support": code.hash_of_package(hashes)}
+    segment = runs.Segment(run.iteration, flags.num_iters, hashes, versions)
+    if run.segments[-1:] != [segment]:
+        run.segments.append(segment)
+    mx.eval(model.parameters(), optimizer.state)
+    return run
+
+
+# ---- Commands -----------------------------------------------------------------------------------
+
+
+def find_checkpoint(flags, name, flag_name="identifier"):
+    """The Checkpoint that a flag names; RUN@STEP is computed again, if need be."""
+    checkpoints = runs.list_checkpoints(flags.save_dir, warn=True)
+    if "@" in Path(name).name:
+        return extra("steps").checkpoint_at(flags, checkpoints, name)
+    return runs.find_checkpoint(flags.save_dir, checkpoints, name, flag_name)
+
+
+def open_checkpoint(flags):
+    """The Contents of the checkpoint that a command uses: that of --identifier, or the newest.
+
+    Raises UsageError if a flag contradicts it, RunError if it is damaged.
+    """
+    if not runs.list_checkpoints(flags.save_dir) and not os.path.exists(flags.identifier or ""):
+        raise UsageError(runs.NO_CHECKPOINT.format(flags.save_dir))
+    checkpoint = find_checkpoint(flags, flags.identifier or "latest")
+    values = checkpoint.flags | {"seed": flags.seed}  # here, the samples' seed
+    runs.refuse_conflict(flags, values, checkpoint.folder.name)
+    if flags.identifier:
+        return open_newest([checkpoint], is_named=True)
+    return open_newest(runs.checkpoints_in(checkpoint.folder))
+
+
+def evaluate_checkpoint(flags):
+    """Evaluates a split for --evaluate, with the weights of --quantize if that is given."""
+    contents = open_checkpoint(flags)
+    model = contents.load_model()
+    checkpoint = contents.checkpoint
+    flags = resolve_flags(flags.explicit, checkpoint.flags)
+    if flags.evaluate == "test" and flags.test_text:  # the run's own text may be gone
+        flags.dataset = "text"
+        flags.text = flags.valid_text = flags.test_text
+        dataset = load_data(flags, contents.tokenizer)
+    else:
+        dataset = reload_data(flags, checkpoint)
+    if flags.quantize:
+        extra("quantize").quantize(model, flags.quantize, is_packed=False)
+    reports.announce(checkpoint)
+    for line in ineffective_flag_notices(flags):
+        warning(line)
+    print_evaluation(flags.evaluate, model, dataset, flags)
+
+
+def choose_origin(flags):
+    """The Checkpoint that a command goes on from: that of --identifier or, by default, the newest.
+
+    None if the command describes its run by flags, has --new_model, or there is no checkpoint.
+    """
+    if flags.identifier:
+        if flags.new_model:
+            raise UsageError("--identifier resumes a run, --new_model starts one: use only one")
+        return find_checkpoint(flags, flags.identifier)
+    if flags.new_model or {*FLAGS.names(IDENTITY)} & {*flags.explicit}:
+        # Refuses the folder of a run, before a text is written there.
+        runs.list_run_folders(flags.save_dir)
+        return None
+    return next(iter(runs.list_checkpoints(flags.save_dir, warn=True)), None)
+
+
+def check_early(flags, ranks):
+    """Raises UsageError for what can be refused before anything is downloaded."""
+    if flags.batch_size < ranks.size:
+        raise UsageError(
+            f"--batch_size {flags.batch_size} leaves some of the {ranks.size} ranks without a "
+            "row: give a larger one"
+        )
+    if flags.teacher:
+        extra("distil").check()
+    if flags.report_to:
+        extra("report").check(flags.report_to)
+
+
+def open_run(folder, inputs, origin, ranks):
+    """The run in a locked folder, and the checkpoint from which it goes on, or None.
+
+    That is the newest one in the folder; without any, `origin`, with which a branch begins.
+    """
+    flags = inputs.flags
+    # Under the lock, no other process adds one.
+    checkpoints = runs.checkpoints_in(folder, warn=True)
+    if not checkpoints and any(folder.glob("[!.]*.safetensors")):
+        raise RunError(f"no checkpoint of {folder.name} can be read: --new_model starts a new run")
+    contents = None
+    if checkpoints or origin:
+        # If a branch already exists, it is resumed; then --identifier only says where it began.
+        is_named = flags.identifier and (not checkpoints or folder == origin.folder)
+        contents = open_newest(checkpoints or [origin], is_named)
+        checkpoint = contents.checkpoint
+        # Flags that the command does not set come from the checkpoint, except those about the test
+        # text, which is already loaded.
+        test_flags = get_values(flags, ["test_text", "eval_test"])
+        flags = resolve_flags(flags.explicit, checkpoint.flags | test_flags)
+        inputs = inputs._replace(flags=flags)
+        if not origin:  # "latest" may name this run by now: use the models that it keeps
+            models = open_kept_models(flags, checkpoint)
+            inputs = inputs._replace(models=models, parents=checkpoint.parents)
+    run = make_run(folder, inputs, contents, ranks)
+    if not checkpoints:
+        for name in runs.kept_model_flags(run.flags):
+            runs.keep_model(folder / name, inputs.models[name].files)
+    return run, contents and contents.checkpoint
+
+
+def is_changed(run, checkpoint):
+    """Whether a run has begun as a branch of this checkpoint, or with new flags before its end."""
+    if checkpoint.folder != run.folder:
+        return True
+    has_new_flags = get_values(run.flags, FLAGS.names(RECORDED)) != checkpoint.flags
+    return has_new_flags and run.iteration < run.flags.num_iters
+
+
+@command("main.py")
+def main(arguments):
+    """Does what the arguments say, by default those of the process; returns the exit status.
+
+    It is 0 on success, 1 on failure, 2 on a usage error, or 128 + the signal that ended it.
+    """
+    with join_ranks(arguments) as ranks:
         if ranks.rank > 0:
             return ranks.follow()
-        flags = resolve_flags(read_command_line(argv))
-        path = str(flags.save_dir.absolute())
-        if datasets.utf8(path) != path:
-            raise UsageError(f"--save_dir {path}: MLX reads only names in UTF-8; rename it")
+        flags = resolve_flags(read_command_line(arguments))
+        files.check_save_dir(flags.save_dir)
         use_device(flags.gpu)
         if flags.list:
             return extra("list").list_runs(flags.save_dir)
@@ -3679,57 +2427,38 @@ def execute(argv):
             return evaluate_checkpoint(flags)
         if flags.inference or flags.prompt is not None:
             return sample_checkpoint(flags)
-        datasets.make_save_dir(flags.save_dir)
-        return train_run(flags, ranks)
+        files.make_save_dir(flags.save_dir)
+
+        # Which run: a checkpoint gives its flags; its flags, texts and models give its folder.
+        origin = choose_origin(flags)
+        if origin:
+            flags = resolve_flags(flags.explicit, origin.flags)
+            runs.refuse_conflict(flags, origin.flags, origin.folder.name)
+        check_early(flags, ranks)
+        inputs = load_inputs(flags, origin)
+        folder, note = runs.find_folder(inputs, origin)
+        with runs.locked_folder(folder):
+            run, checkpoint = open_run(folder, inputs, origin, ranks)
+            with Interrupts() as interrupts:  # from here on there is something to save
+                schedule = describe_schedule(run.flags)
+                reports.print_start(run, checkpoint, schedule, fast_version.edited, note)
+                # Saved before its first step, a branch needs its parent no more, and new flags
+                # survive a kill.
+                if checkpoint and is_changed(run, checkpoint):
+                    save(run, interrupts)
+                ranks.broadcast_run(run)
+                say("")  # the end of the start screen
+                stop_signal = train(run, interrupts, ranks)
+                say(reports.describe_end(run, stop_signal, note))
+    for stream in (sys.stdout, sys.stderr):
+        flush_or_drop(stream)  # a closed pipe must not fail a saved run
+    return 128 + stop_signal if stop_signal else 0  # how shells report the end by a signal
 
 
-# {a pattern in a RuntimeError of MLX that the user can fix: what to say}. The first match counts.
-MLX_ERRORS = {
-    r"Resource limit \(\d+\)": (
-        "more arrays at once than Metal allows: give fewer --num_blocks, or --grad_checkpoint"
-    ),
-    "(?i)malloc|out of memory|insufficient memory": (
-        "out of memory: give a smaller --batch_size or --context_size"
-    ),
-    r"((cu|nvrtc)\w*\(.*\)|execution) failed|Cache thrashing": (
-        "the GPU has failed: rerun the command to resume from the last checkpoint; if it fails "
-        "again, give a smaller --batch_size"
-    ),
-    "start new thread|Resource temporarily unavailable": (
-        "no thread can be started: raise the limit of processes, ulimit -u"
-    ),
-    "xcrun|xcode-select": (
-        "MLX cannot compile for the CPU of this Mac: xcode-select --install, or add --gpu"
-    ),
-    r"^\[Compile|^filesystem error|^Could not load C\+\+|(load compiled .*|no) kernel": (
-        "MLX cannot compile, or what it has compiled is damaged: rerun the command (if it was a "
-        "signal), set XDG_CACHE_HOME to a folder of yours with free space, where programs may run, "
-        "or delete ~/.cache/transformer-lm/code-*"
-    ),
-}
-
-
-@contextlib.contextmanager
-def explain_mlx_errors():
-    """Raises RunError where MLX fails in this block for a reason that the user can fix."""
-    try:
-        yield
-    except RuntimeError as error:
-        reason = datasets.one_line(error)
-        for pattern, line in MLX_ERRORS.items():
-            if re.search(pattern, reason):
-                # A compiler's message is at its end.
-                raise RunError(f"{line} ({reason[-200:]})") from None
-        raise  # a bug in this program
-
-
-def main(argv=None):
-    """Runs the program; returns the exit status.
-
-    It is 0 on success, 1 on failure, 2 on a usage error, or 128 + the signal that ended it.
-    """
-    return datasets.run_command("main.py", execute, sys.argv[1:] if argv is None else argv)
-
+code.read_code({}, False)  # before anybody edits the files
 
 if __name__ == "__main__":
-    datasets.run_program("main.py", execute)
+    try:
+        run_program(main)
+    finally:
+        code.forget_user_modules()

@@ -18,7 +18,7 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 TUTORIAL = DOCS / "tutorial.md"
 NOTEBOOK = DOCS / "tutorial.ipynb"
-FLAGS = DOCS / "flags.md"
+TABLES = DOCS / "flags.md"
 BEGIN = """\
 from IPython.display import Image, display
 
@@ -106,7 +106,7 @@ def fill_tables():
     sys.path.insert(0, str(ROOT))
     import main
 
-    page = FLAGS.read_text("utf-8")
+    page = TABLES.read_text("utf-8")
     for group, rows in main.FLAGS.items():
         lines = ["| flag | default | |", "|---|---|---|"]
         for name, row in rows.items():
@@ -121,7 +121,7 @@ def fill_tables():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
         sys.exit(run_notebook(sys.argv[2]))
-    made = {NOTEBOOK: make_notebook(), FLAGS: fill_tables()}
+    made = {NOTEBOOK: make_notebook(), TABLES: fill_tables()}
     stale = [path.name for path in made if path.read_text("utf-8") != made[path]]
     if sys.argv[1:] == ["--check"]:
         sys.exit(f"python docs/pages.py: {', '.join(stale)}" if stale else 0)

@@ -8,14 +8,15 @@ Dimension letters are those of main.py: D model, H query heads, L positions, d h
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import make_parser, read_flags, start
+from extras.common import make_parser, read_flags, start
 
 import mlx.core as mx
 import numpy as np
 
-from datasets import explain_errors
+from main import attend, encode_prompt, open_checkpoint
+from support.cli import explain_errors
+from support.reports import announce
 from extras.plot import make_figure, save_figure
-from main import announce, attend, encode_prompt, open_checkpoint
 
 
 def main(arguments):

@@ -7,16 +7,18 @@ sampling flags, completion and tokens. Rerun the same command to resume.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import make_parser, read_flags, start
+from extras.common import make_parser, read_flags, start
 
 import os
 
-from datasets import Flag, UsageError, end_of_text, explain_errors, path_name
+from datasets import end_of_text
+from main import Conversation, Detokenizer, encode_prompt, open_checkpoint, warn_about_prompt
+from support.cli import UsageError, explain_errors
+from support.flags import FLAGS, Flag, get_values, path_name
+from support.reports import announce
+from extras.features.prompt_files import append_lines, json_line, read_prompt_lines
 from extras.features.decode import BatchDecoder
 from extras.features.quantize import quantize
-from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
-from main import FLAGS, Conversation, Detokenizer, announce, encode_prompt, get_values
-from main import open_checkpoint, warn_about_prompt
 
 BATCH_SIZE = 16
 # The flags that, besides the seed, determine a completion.

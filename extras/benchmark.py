@@ -10,7 +10,7 @@ first token of a continuation and for each later one. It saves nothing.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import start
+from extras.common import start
 
 import json
 import re
@@ -19,12 +19,13 @@ import timeit
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from datasets import UsageError
+from main import Decoder, fast, load_inputs, make_run, make_step, open_checkpoint
+from main import read_command_line, resolve_flags, train_step, use_device
+from support.cli import UsageError
+from support.flags import FLAGS, ineffective_flag_notices
+from support.reports import count_parameters
 from extras.features.memory import memory_of_step
 from extras.features.steps import rebuild_run
-from main import FLAGS, Decoder, count_parameters, fast, ineffective_flag_notices, load_inputs
-from main import make_run, make_step, open_checkpoint, read_command_line, resolve_flags, train_step
-from main import use_device
 
 # The parts of a model, and a pattern in the names of their parameters.
 PARTS = {

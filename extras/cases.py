@@ -10,7 +10,7 @@ A case passes if each expected token is among the --top_k most likely ones at it
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import IDENTIFIERS, make_parser, read_flags, select_checkpoints, start
+from extras.common import IDENTIFIERS, make_parser, read_flags, select_checkpoints, start
 
 import json
 import math
@@ -21,8 +21,10 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from datasets import SIZE, Flag, RunError, UsageError, encode_after, explain_errors, path_name, utf8
-from main import encode_prompt, read_yaml
+from datasets import encode_after
+from main import encode_prompt, read_contents
+from support.cli import RunError, UsageError, explain_errors, utf8
+from support.flags import SIZE, Flag, path_name, read_yaml
 
 
 def main(arguments):
@@ -44,7 +46,7 @@ def main(arguments):
     results = []
     for checkpoint in select_checkpoints(flags):
         try:
-            contents = checkpoint.open()
+            contents = read_contents(checkpoint)
             model = contents.load_model()
         except RunError as error:
             if flags.identifier:

@@ -12,7 +12,7 @@ also from GROQ_API_KEY.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import make_parser, read_flags, start
+from extras.common import make_parser, read_flags, start
 
 import json
 import os
@@ -23,10 +23,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from datasets import Flag, RunError, UsageError, atomic_write, explain_errors, nonempty, number
-from datasets import one_line, path_name, utf8
-from extras.common.prompt_files import append_lines, json_line, read_prompt_lines
 from main import load_data
+from support.cli import RunError, UsageError, explain_errors, one_line, utf8
+from support.files import atomic_write
+from support.flags import Flag, nonempty, number, path_name
+from extras.features.prompt_files import append_lines, json_line, read_prompt_lines
 
 TIMEOUT = 120  # seconds to wait for the server's next byte
 # A server; the key that some put before its name comes from the environment.

@@ -8,12 +8,14 @@
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import make_parser, read_flags, start
+from extras.common import make_parser, read_flags, start
 
 import sys
 
-from datasets import extra, path_name
-from main import EDITED_FUNCTIONS, announce, open_checkpoint
+from main import fast_version, open_checkpoint
+from support.cli import extra
+from support.flags import path_name
+from support.reports import announce
 
 
 def main(arguments):
@@ -31,8 +33,8 @@ def main(arguments):
     kind = write(model, contents.tokenizer, flags.path, flags.quantize)
     print(f"{kind} and its tokenizer are in {flags.path}", file=sys.stderr)
     announce(contents.checkpoint)
-    if EDITED_FUNCTIONS:
-        edited = ", ".join(EDITED_FUNCTIONS)
+    if fast_version.edited:
+        edited = ", ".join(fast_version.edited)
         print(f"Other programs know nothing of your edit of {edited}.", file=sys.stderr)
 
 

@@ -8,7 +8,7 @@ dropout; gradients are those that the optimizer has got: averaged, and clipped.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import flags_of_run, make_parser, read_flags, start
+from extras.common import flags_of_run, make_parser, read_flags, start
 
 import copy
 from types import SimpleNamespace
@@ -17,9 +17,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from datasets import COUNT, Flag, UsageError
+from main import find_checkpoint, make_step, token_metrics, train_step
+from support.cli import UsageError
+from support.flags import COUNT, Flag
 from extras.features.steps import rewind
-from main import find_checkpoint, list_checkpoints, make_step, token_metrics, train_step
 
 
 def main(arguments):
@@ -30,10 +31,9 @@ def main(arguments):
     flags = read_flags(parser, arguments)
     if flags.step.endswith("@0"):
         raise UsageError(f"{flags.step} is the state before the first step: name a later one")
-    checkpoints = list_checkpoints(flags.save_dir)
-    after = find_checkpoint(flags, checkpoints, flags.step)
+    after = find_checkpoint(flags, flags.step)
     name, _, _ = after.folder.name.partition("@")
-    before = find_checkpoint(flags, checkpoints, f"{name}@{after.iteration - 1}")
+    before = find_checkpoint(flags, f"{name}@{after.iteration - 1}")
     what = f"{after.folder.name}, step {after.iteration:,},"
     run = rewind(what, flags_of_run(flags, before), before, after)
     inputs, targets = copy.copy(run.batches).next()
@@ -71,7 +71,7 @@ def losses_of(model, inputs, targets, batch_size):
     losses = []
     for begin in range(0, len(inputs), batch_size):
         rows = slice(begin, begin + batch_size)
-        metrics = token_metrics(model, model.model(inputs[rows]), targets[rows])
+        metrics = token_metrics(model, inputs[rows], targets[rows])
         losses.append(np.array(metrics["loss"]))
     return np.concatenate(losses)
 

@@ -10,8 +10,8 @@ if there is none.
 """
 
 # First: it chooses the BLAS before MLX takes one.
-from extras.common.program import IDENTIFIERS, flags_of_run, make_parser, read_flags
-from extras.common.program import select_checkpoints, start
+from extras.common import IDENTIFIERS, flags_of_run, make_parser, read_flags
+from extras.common import select_checkpoints, start
 
 import os
 import sys
@@ -21,9 +21,12 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import Flag, UsageError, explain_errors, user_path
+from main import reload_data
+from support.cli import UsageError, explain_errors
+from support.files import user_path
+from support.flags import Flag
+from support.reports import read_log
 from extras.features.list import distinguishing_flags
-from main import read_log, reload_data
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
 STYLES = {"train": {"alpha": 0.4}, "valid": {"marker": "o", "markersize": 4}}

@@ -5,34 +5,34 @@ Whoever rewords one of them enters the new wording here.
 
 # ---- Top ----------------------------------------------------------------------------------------
 
-IMPORT = "import mlx.core as mx\n"
-TOP = 'FLAGS = {\n    "model": {'
+IMPORT = "import datasets\n"
+TOP = 'FLAGS["model"] = {'
 MODEL_SECTION = "# ---- Model ---"
 ADAMW = "def make_adamw("
-PLURAL = "def plural("
 RECENT_LOSS = "    recent_loss: float = 0.0  # the sum of their losses\n"
 COUNT_LOSS = '    run.count_step(inputs.size, time.perf_counter() - start, metrics["loss"])\n'
 PRESETS = "PRESETS = {"
+INTERRUPTS = "class Interrupts:"
 
 # ---- Model --------------------------------------------------------------------------------------
 
-LINEAR = "def linear_product(x, weight):\n"
-PRODUCT = "    return x @ weight.T\n"
-RMS_NORM = "mx.fast.rms_norm(x, weight, eps)\n"
 ATTEND = "    scale = queries.shape[-1] ** -0.5\n    return mx.fast"
 MASK = "mask=mask)"
 QK_NORM = "        if config.qk_norm:\n"
 JOINED = "    joined = attended"
 PROJECT_OUT = "return self.o_proj(joined)"
+ROTATE = "def rotate(x, frequencies, offset):\n"
 RELU2 = "mx.square(nn.relu(x))\n"
 RELU2_ENTRY = '"relu2": (relu2,'
-DOWN_PROJECTION = "        self.down_proj = Linear(config.mlp_dim, config.dim)\n"
+MLP = "class MLP(nn.Module):"
+DOWN_PROJECTION = "        self.down_proj = nn.Linear(config.mlp_dim, config.dim, bias=False)\n"
 PROJECT_DOWN = "        return self.down_proj(inner)\n"
 EMBEDDINGS = "        self.embed_tokens = "
 EMBED = "        hidden = dropout(self.embed(tokens), dropout_masks, mask_index=0)\n"
-NORM = "        self.norm = RMSNorm(config.dim, config.norm_eps)\n"
+NORM = "        self.norm = nn.RMSNorm(config.dim, config.norm_eps)\n"
 FINAL_NORM = "        return self.norm(hidden)\n"
-HEAD = "Linear(config.dim, config.vocab_size)"
+HEAD = "nn.Linear(config.dim, config.vocab_size, bias=False)"
+CALL = "        return self.logits(hidden)\n"
 LOGITS = "        return output_layer(hidden).astype(mx.float32)\n"
 NORMAL_INIT = "rng.standard_normal(shape"
 EMBEDDINGS_SCALE = "* 5 / model.config.dim"
@@ -59,7 +59,7 @@ STEP = "    metrics = step_fn(dropout_rate, inputs, targets, row_keys)\n"
 IS_DONE = "is_time_up or run.iteration >="
 DIVERGENCE = """\
             if not math.isfinite(metrics["loss"] + metrics["gradient_norm"]):
-                raise divergence_error(run, "loss or gradient", run.iteration - 1)
+                raise reports.divergence_error(run, "loss or gradient", run.iteration - 1)
 """
 METRICS = '{"loss": nn.losses.cross_entropy(logits, targets)}'
 BEGIN_EVALUATION = "    totals = Counter()"

@@ -63,7 +63,9 @@ def machine(gpu):
     import main
 
     main.use_device(gpu)
-    versions = main.list_versions(main.resolve_flags({"gpu": gpu}), main.SingleProcess())
+    from support.device import SingleProcess
+
+    versions = main.list_versions(main.resolve_flags({"gpu": gpu}), SingleProcess())
     for package in ("torch", "transformers"):
         if is_installed(package):
             versions[package] = importlib.metadata.version(package)
@@ -262,7 +264,7 @@ def main_steps(folder, kind, dtype, line):
 
 def train(flags, warmup=20):
     """Trainings of the same model, from the same weights on the same batches, by turns."""
-    from main import arguments_of
+    from support.flags import arguments_of
 
     has_torch = is_installed("torch")
     if not has_torch:

@@ -48,6 +48,8 @@ import main  # noqa: E402
 import mlx.core as mx  # noqa: E402
 from forkserver import default_signals  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
+from support.flags import FLAGS  # noqa: E402
+from support.runs import checkpoints_in, newest_first  # noqa: E402
 
 mx.set_default_device(mx.cpu)  # a Mac's is its GPU
 
@@ -153,7 +155,7 @@ def run_in_fork(server, path, arguments, input, cwd, env):
 
 def is_edited_alone(path):
     """Whether a file is a copy of main.py, edited or not, with all others beside it as they are."""
-    files = [*ROOT.glob("extras/**/*.py"), *ROOT.glob("extras/*/*.c")]
+    files = [*ROOT.glob("support/*.py"), *ROOT.glob("extras/**/*.py"), *ROOT.glob("extras/*/*.c")]
     names = ["datasets.py", *(str(each.relative_to(ROOT)) for each in files)]
     same, _, _ = filecmp.cmpfiles(ROOT, path.parent, names, shallow=False)
     return path.name == "main.py" and same == names
@@ -204,7 +206,8 @@ def run_extra(name, *arguments, **options):
 
 def copy_program(folder, edits=None):
     """Copies the program into a new folder, with {old: new} in main.py; returns main.py's path."""
-    shutil.copytree(ROOT / "extras", folder / "extras")
+    for package in ("support", "extras"):
+        shutil.copytree(ROOT / package, folder / package)
     for program in (MAIN, DATASETS):
         shutil.copy(program, folder)
     for old, new in (edits or {}).items():
@@ -276,8 +279,8 @@ def saved(save_dir, run="*"):
     """The checkpoints of one or all runs in a folder, the one saved last first."""
     found = []
     for folder in Path(save_dir).glob(run):
-        found += main.checkpoints_in(folder)
-    return main.newest_first(found)
+        found += checkpoints_in(folder)
+    return newest_first(found)
 
 
 def newest(save_dir):
@@ -335,7 +338,7 @@ def line(text, tmp_path):
 
 def flags(**values):
     """What functions that take flags read: these values, and the defaults of all others."""
-    return Namespace(**main.DEFAULTS | values, explicit=values)
+    return Namespace(**FLAGS.defaults | values, explicit=values)
 
 
 def documents_of(split):

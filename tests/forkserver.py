@@ -45,14 +45,14 @@ class Program:
         self.path = Path(path).resolve()
         sys.path[0] = str(self.path.parent)
         typed, sys.argv = sys.argv, [str(self.path)]  # what is imported is a program's
-        program = importlib.import_module(self.path.stem)  # first: it chooses a BLAS
+        importlib.import_module(self.path.stem)  # first: it chooses a BLAS
         sys.argv = typed
         import numpy.random  # noqa: F401 (which the programs import when they need it)
 
         generate_kernels()
-        datasets = sys.modules["datasets"]
-        for source in [datasets.SOURCE, *getattr(program, "LOADED_SOURCES", {}).values()]:
-            datasets.hash_of_code(source)  # which keeps it
+        code = sys.modules["support.code"]
+        for source in code.LOADED_SOURCES.values():
+            code.hash_of_code(source)  # which keeps it
         del sys.modules[self.path.stem]  # a fork has its own, which is __main__
         self.code = compile(self.path.read_bytes(), str(self.path), "exec")
         gc.freeze()  # else each fork's first collection copies what it shares with this process
@@ -97,6 +97,8 @@ class Program:
         self.path = Path(path)
         self.code = None
         sys.path[0] = str(self.path.parent)
+        for name in ("cli", "code", "flags"):
+            sys.modules[f"support.{name}"].HERE = self.path.parent
         if "extras" in sys.modules:
             sys.modules["extras"].__path__[:] = [str(self.path.parent / "extras")]
 

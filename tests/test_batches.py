@@ -3,7 +3,7 @@
 import main
 import numpy as np
 import pytest
-from datasets import UsageError
+from support.cli import UsageError
 
 
 def make_batches(length, context_size=8, batch_size=4):

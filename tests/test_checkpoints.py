@@ -69,7 +69,7 @@ def test_name_is_the_sha1_of_the_bytes_and_content_is_whole(three):
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     assert header.pop("__metadata__") == {"format": "mlx"}, "what varies between equal runs"
-    parameters = arrays(checkpoint.open().load_model())
+    parameters = arrays(main.read_contents(checkpoint).load_model())
     assert list(header) == sorted(parameters)
     for name, value in parameters.items():
         begins, ends = header[name]["data_offsets"]
@@ -80,7 +80,9 @@ def test_name_is_the_sha1_of_the_bytes_and_content_is_whole(three):
 
 def test_no_pickle_no_eval():
     """Nothing in a file can make the program run it."""
-    paths = [ROOT / "main.py", ROOT / "datasets.py", *sorted(ROOT.glob("extras/**/*.py"))]
+    paths = [
+        path for name in ("*.py", "support/*.py", "extras/**/*.py") for path in ROOT.glob(name)
+    ]
     assert len(paths) > 8
     source = "".join(path.read_text() for path in paths)
     source = source.replace("mx.eval(", "").replace("_exec(", "").replace("noexec(", "")
@@ -132,7 +134,7 @@ def test_vanished_folder_is_made_again(line, folder):
     wait_for(process, "20/100,000 ")
     folder.rename(folder.with_name("gone"))
     interrupt(process)
-    newest(folder).open()
+    main.read_contents(newest(folder))
 
 
 # ---- Damage -------------------------------------------------------------------------------------
@@ -194,7 +196,7 @@ def test_a_flag_of_another_type(flag, value, line, folder):
 @pytest.mark.parametrize("part", ["weights", "state"])
 def test_a_name_of_an_array_takes_no_memory(part, folder):
     """A list with that index would take 100 MB."""
-    contents = newest(folder).open()
+    contents = main.read_contents(newest(folder))
     array = {"weights.model.layers.1000000.x": mx.array([1.0])}
     forged = contents._replace(**{part: getattr(contents, part) | array})
     flags = main.resolve_flags({"save_dir": folder.parent}, contents.checkpoint.flags)
@@ -235,7 +237,7 @@ def test_damaged_newest_is_named_and_passed_over(line, folder):
     assert last.id[:12] in out
     assert before.id[:12] in out
     assert ids(folder)[0] == last.id
-    newest(folder).open()
+    main.read_contents(newest(folder))
 
 
 # ---- Pruning ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import shutil
 import anchors
 import pytest
 from conftest import ROOT, begin, copy_program, run, saved
-from datasets import hash_of_code
+from support.code import hash_of_code
 
 # What a notebook does in its cells. The arguments of the process: a folder, then those of main.py.
 NOTEBOOK = """
@@ -62,8 +62,8 @@ def test_a_strangers_folder_of_code_stays_as_it_is(line, tmp_path):
     os.mkfifo(code)
     run(*line, "--num_iters", 4)
     edited = [copy_program(tmp_path / "copy", {anchors.MOMENTUM: "momentum=0.8"})]
-    _, err = run(*line, "--num_iters", 5, program=edited, status=2)
-    assert "was trained by other code than this" in err
+    _, _, said = begin(*line, "--num_iters", 5, program=edited)
+    assert f"{name}, at iteration 4 of 4, was trained by other code (main.py: diff " in said
 
 
 def test_an_edit_is_trained_once_it_is_loaded(line, tmp_path):
@@ -152,9 +152,9 @@ def test_each_anchor_stands_once(name):
     assert (ROOT / "main.py").read_text().count(vars(anchors)[name]) == 1
 
 
-@pytest.mark.parametrize("place", [anchors.TOP, anchors.PLURAL, anchors.PRESETS])
+@pytest.mark.parametrize("place", [anchors.TOP, anchors.INTERRUPTS, anchors.PRESETS])
 def test_code_counts_wherever_it_stands(place, line, tmp_path):
-    """At the top, among reports, among flags. An optimizer's: test_runs.py."""
+    """At the top, among flags, among signals. An optimizer's: test_runs.py."""
     names = []
     for factor in (1, 2):
         edits = {place: f"# ---- Sampling ----\n\nFACTOR = {factor}\n\n\n{place}"}

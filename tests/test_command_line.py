@@ -12,8 +12,8 @@ import pytest
 from conftest import CACHES, ROOT, TINY, begin, newest, run, run_folder, saved
 from conftest import start, wait_for
 
-import main
 from extras.features.hints import ALIASES, NOT_HERE
+from support.flags import FLAGS
 
 
 # ---- Values -------------------------------------------------------------------------------------
@@ -24,9 +24,9 @@ def test_help(tmp_path):
     assert err == "" and "n_embd" not in out
     assert "list all flags\n\noptions:\n" in out, "and nothing of how the code is read"
     for name in ("learning_rate", "dim", "mlp"):
-        assert f" (default: {main.DEFAULTS[name]}) " in " ".join(out.split())
+        assert f" (default: {FLAGS.defaults[name]}) " in " ".join(out.split())
     assert not list(tmp_path.iterdir())
-    for title in main.FLAGS:
+    for title in FLAGS:
         assert f"\n{title}:\n" in out
 
 
@@ -35,7 +35,7 @@ def given_in(folder, *line):
     run(*line, "--save_dir", folder, "--num_iters", 1, "--new_model")
     given = {}
     for name, value in newest(folder).flags.items():
-        is_default = not value or value == main.DEFAULTS[name]
+        is_default = not value or value == FLAGS.defaults[name]
         if not is_default and name not in ("num_iters", "text", "dataset", "sample_tokens"):
             given[name] = value
     return given
@@ -102,6 +102,12 @@ def test_a_file_of_flags(content, beside, line, text, tmp_path):
     assert found == given_in(tmp_path / "lm", *small, *shlex.split(line))
 
 
+ANOTHER_DEFAULT = """
+data = main.FLAGS["data"]
+data["dataset"] = data["dataset"]._replace(default="python")
+"""
+
+
 def test_a_file_that_names_no_text_says_so(text, tmp_path):
     path = tmp_path / "own.yaml"
     path.write_text("num_iters: 2\n")
@@ -110,7 +116,7 @@ def test_a_file_that_names_no_text_says_so(text, tmp_path):
     assert "names no text" not in out
     assert "names no text" not in begin(*config, "--identifier", name)[2]
     # Python's library instead of Penn Treebank, which would have to be downloaded.
-    program = ["-c", "import main; main.DEFAULTS['dataset'] = 'python'; exit(main.main())"]
+    program = ["-c", f"import main\n{ANOTHER_DEFAULT}exit(main.main())"]
     out, _ = run(*TINY, *config, program=program, cwd=ROOT)
     assert "The --config names no text, so this is python; --text FILE names yours." in out
 
@@ -216,8 +222,8 @@ def test_other_programs_know_them_too(program, wrong, hint):
 
 def test_each_hint_can_be_found():
     """By names as flags have them here: with `_`, and without the "no" of what is switched off."""
-    assert {*ALIASES} <= {*main.ALL_FLAGS}
-    ours = {*main.ALL_FLAGS, *" ".join(ALIASES.values()).split()} - {"checkpoint"}
+    assert {*ALIASES} <= {*FLAGS.rows}
+    ours = {*FLAGS.rows, *" ".join(ALIASES.values()).split()} - {"checkpoint"}
     theirs = " ".join(NOT_HERE).split()
     assert len(theirs) == len({*theirs} - ours)
     assert all(re.fullmatch("(?!no_)[a-z0-9_]+", name) for name in theirs)

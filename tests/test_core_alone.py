@@ -1,4 +1,4 @@
-"""main.py and datasets.py alone in a folder: they train, are stopped, resume exactly and sample."""
+"""The core alone in a folder: it trains, is stopped, resumes exactly and samples."""
 
 import os
 import re
@@ -7,14 +7,14 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, ids, interrupt, log_rows, run, run_folder, start, wait_for
+from conftest import ROOT, TINY, ids, interrupt, log_rows, run, start, wait_for
 
 # Refuses, as if they were not installed, all packages but the four that the core needs and those
 # that `requests` brings along.
 GUARD = """
 import sys
 
-CORE = {"main", "datasets", "mlx", "numpy", "requests", "tqdm"}
+CORE = {"main", "datasets", "support", "mlx", "numpy", "requests", "tqdm"}
 OF_REQUESTS = {"urllib3", "idna", "certifi", "charset_normalizer", "chardet"}
 
 
@@ -32,8 +32,9 @@ sys.meta_path.insert(0, Guard())
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """How `run` and `start` start the two files, copied into a folder of their own."""
+    """How `run` and `start` start the core, copied into a folder of its own."""
     folder = tmp_path_factory.mktemp("alone")
+    shutil.copytree(ROOT / "support", folder / "support")
     for name in ("main.py", "datasets.py"):
         shutil.copy(ROOT / name, folder)
     return {"program": [folder / "main.py"], "cwd": folder, "env": {"PYTHONPATH": ""}}
@@ -143,17 +144,15 @@ def test_a_python_that_does_not_look_beside_the_program(tmp_path):
 
 
 def test_a_run_moves_between_the_core_and_the_whole(alone, text, tmp_path):
-    """fast.py is other code, so that the run has to be named."""
+    """fast.py is other code: without flags, the run goes on, and says so."""
     line = ["--text", text, *TINY, "--save_dir", tmp_path]
     run(*line, "--num_iters", 3, **alone)
-    name = run_folder(tmp_path).name
-    _, err = run(*line, "--num_iters", 6, status=2)
+    line = ["--save_dir", tmp_path]
+    out, _ = run(*line, "--num_iters", 6, program=["-B", ROOT / "main.py"])
     others = "extras/features/fast.c, extras/features/fast.py, extras/features/ranks.py"
-    assert f"main.py: {name} was trained by other code than this ({others}: diff " in err
-    [compared] = re.findall(r": diff (\S+) (\S+)\): ", err)
+    assert f"Code changed since iteration 3 ({others}: diff " in out
+    [compared] = re.findall(r": diff (\S+) (\S+)\)\.\n", out)
     assert all(map(os.path.exists, compared))
-    line = ["--identifier", name, "--save_dir", tmp_path]
-    out, _ = run(*line, "--num_iters", 6)
     assert "kernels main.py -> fast.py" in out
     assert "resume may not be bit-exact" in out
     assert "from iteration 3 to 6" in out
@@ -195,9 +194,9 @@ def test_a_missing_package_is_named(line, package, guarded, text, tmp_path):
 
 
 def test_the_folder_is_left_as_it_was(alone):
-    """Running writes nothing beside the two files but what Python caches."""
+    """Running writes nothing beside these files but what Python caches."""
     names = {path.name for path in alone["cwd"].iterdir()} - {"__pycache__"}
-    assert names == {"main.py", "datasets.py"}
+    assert names == {"main.py", "datasets.py", "support"}
 
 
 def test_beside_another_package_named_datasets(alone, tmp_path):

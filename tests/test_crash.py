@@ -29,7 +29,7 @@ def test_strangers():
 
 def test_a_missing_fsync_is_found(tmp_path):
     main_path = copy_program(tmp_path / "copy")
-    for path in (main_path, main_path.with_name("datasets.py")):
-        path.write_text(path.read_text().replace("os.fsync(", "os.fstat("))
+    path = main_path.parent / "support/files.py"
+    path.write_text(path.read_text().replace("os.fsync(", "os.fstat("))
     options = ["--scenario", "begin", "--every", 50, "--first", "--checkout", main_path.parent]
     play("inject_faults.py", *options, failures=1)

@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets import SPLITS, TOKENIZERS, ByteTokenizer, CharTokenizer, PackageTokenizer
-from datasets import UsageError, WordTokenizer, encode_after, load_dataset, new_file
-from datasets import tokenizer_from_dict
+from datasets import WordTokenizer, encode_after, load_dataset, tokenizer_from_dict
+from support.cli import UsageError
+from support.files import new_file
 
 # Line 1 ends at its \n only: \x0c, \x85, \u2028 and CR separate words but end no line. Line 2 is
 # blank.
@@ -681,12 +682,14 @@ if "RAM disk" in sys.argv[1]:
     shutil.disk_usage = lambda path: types.SimpleNamespace(total=size)
     tempfile.TemporaryFile = lambda dir: io.BytesIO()
     os.mkdir = lambda *_: None
-import datasets
+from support import machine
+from support.files import make_data_dir
+from support.machine import make_kernel_dir
 if sys.argv[1] == "another CPU":
-    datasets.cpu_info = lambda: "flags\t\t: fpu sse2"
-print(datasets.make_kernel_dir())
-assert datasets.make_kernel_dir() == datasets.make_kernel_dir()
-print(datasets.make_data_dir())
+    machine.cpu_info = lambda: "flags\t\t: fpu sse2"
+print(make_kernel_dir())
+assert make_kernel_dir() == make_kernel_dir()
+print(make_data_dir())
 """
 
 

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import sys
 import sysconfig
 import time
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import DATASETS, documents_of, load_module, serving, start
+from conftest import DATASETS, ROOT, documents_of, load_module, serving, start
 
 from datasets import PackageTokenizer, load_dataset
 
@@ -28,6 +29,7 @@ class Copy:
     def __init__(self, folder):
         self.path = folder / "datasets.py"
         self.path.write_bytes(Path(DATASETS).read_bytes())
+        shutil.copytree(ROOT / "support", folder / "support")
         self.mirror = folder / "mirror"
         self.data_dir = folder / "data"
 
@@ -87,7 +89,7 @@ def test_ptb(ptb):
 
 
 def test_an_edited_program_encodes_anew(ptb):
-    """All of datasets.py counts, but for comments; what another version encoded stays.
+    """All of datasets.py counts, but comments; what another version encoded stays.
 
     A process that runs meanwhile goes on with the code that it has loaded.
     """
@@ -100,6 +102,8 @@ def test_an_edited_program_encodes_anew(ptb):
     running = load_module(ptb.path)
     ids, first, written = load()
     ptb.edit("# Most frequent first", "# By frequency")
+    with open(ptb.path.parent / "support/files.py", "a") as file:
+        file.write("FACTOR = 2\n")
     assert load() == (ids, first, written)
     ptb.edit('" <eos> "', '" <eos> <eos> "')
     assert running.load_dataset("ptb", ptb.data_dir).folder == first

@@ -33,8 +33,8 @@ def score_without_fast(tmp_path, program):
 
 
 @pytest.mark.parametrize("name, old, new", [
-    ("LanguageModel", anchors.HEAD, anchors.HEAD.replace(")", ", bias=True)")),
-    ("linear_product", anchors.PRODUCT, anchors.PRODUCT.replace("\n", " / 2\n")),
+    ("LanguageModel", anchors.HEAD, anchors.HEAD.replace("False", "True")),
+    ("LanguageModel", anchors.CALL, anchors.CALL.replace("\n", " / 2\n")),
 ])  # fmt: skip
 def test_an_edited_output_layer_is_trained_and_scored(name, old, new, line, tmp_path):
     """Parts of the model are edited, not `logits` itself: fast.py does not know them either."""
@@ -73,8 +73,8 @@ def test_a_number_that_steps_remember_is_a_field_of_progress(line, tmp_path):
         for end in legs:
             run(*line[:-2], *folder, "--num_iters", end, "--steps_per_eval", 0, **program)
         records = map(read_record, folder[1].glob("*/*.metadata"))
-        ends.append(max(records, key=itemgetter("iteration"))["smoothed"])
-        _, err = run("--list", *folder)
+        ends.append(max(records, key=itemgetter("iteration"))["counters"]["smoothed"])
+        _, err = run(*folder, "--num_iters", 9, status=1)
         assert "the code that saved it had smoothed: use that" in err
     assert ends[0] == ends[1] > 0
 
@@ -162,7 +162,7 @@ def test_a_run_of_any_length_has_a_score(steps, line, tmp_path):
         out, _ = run(*line, "--num_iters", steps, "--eval_tokens", limit, "--new_model")
         assert f"\niteration {steps}: " in out
         checkpoint = newest(tmp_path / "lm")
-        model = checkpoint.open().load_model()
+        model = main.read_contents(checkpoint).load_model()
         expected = main.evaluate(model, text[: count + 1], 4)["loss"]
         bits = pytest.approx(expected / math.log(2) * len(text) / dataset.valid.num_bytes)
         assert checkpoint.evaluation == (steps, pytest.approx(expected, rel=1e-5), count, bits)

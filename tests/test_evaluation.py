@@ -28,8 +28,7 @@ def test_gradient_equals_finite_differences(mlp):
     dropout_masks = main.DropoutMasks(mx.array(0.3), keys, 8, model.config.dim)
 
     def loss():
-        hidden = model.model(tokens, dropout_masks=dropout_masks)  # [B, L, D]
-        return main.training_loss(model, hidden, targets, 0.5)
+        return main.training_loss(model, tokens, targets, 0.5, dropout_masks)
 
     _, gradients = nn.value_and_grad(model, loss)()
     weights = arrays(model)

@@ -6,6 +6,8 @@ from conftest import TEXT, TINY, arrays, assert_equal, begin, ids, run, run_fold
 
 from datasets import PackageTokenizer
 
+import main
+
 
 def test_all_weights_from_another_model(base, text, tmp_path):
     """Full fine-tuning begins with the base's weights, on other text.
@@ -19,8 +21,8 @@ def test_all_weights_from_another_model(base, text, tmp_path):
     name, _, _ = begin(*line, "--num_iters", 1)
     new_checkpoint, old_checkpoint = saved(folder)
     assert not (new_checkpoint.folder / "init_from").exists()
-    new = new_checkpoint.open().load_model()
-    old = old_checkpoint.open().load_model()
+    new = main.read_contents(new_checkpoint).load_model()
+    old = main.read_contents(old_checkpoint).load_model()
     assert new.config.context_size == 16
     assert new.config.mlp == "swiglu"
     assert_equal(arrays(new), arrays(old), atol=1e-6)

@@ -91,7 +91,7 @@ def train_by_hand(checkpoint, tokens, loss_of):
     [B, L] and logits [B, L, V].
     """
     flags = Namespace(**checkpoint.flags)
-    model = main.LanguageModel(checkpoint.config)
+    model = main.LanguageModel(main.Config(**checkpoint.config))
     main.init_weights(model, flags.seed)
     rows = flags.batch_size * flags.grad_accumulation
     batches = main.Batches(tokens, flags.context_size, rows, flags.seed)
@@ -146,7 +146,7 @@ def assert_written_out(checkpoint, tokens, loss_of=cross_entropy):
     metrics = [[row["loss"], row["gradient_norm"]] for row in rows]
     expected, weights = train_by_hand(checkpoint, tokens, loss_of)
     np.testing.assert_allclose(metrics, expected, rtol=2e-4)
-    reached = arrays(checkpoint.open().load_model())
+    reached = arrays(main.read_contents(checkpoint).load_model())
     for name, weight in weights.items():
         # Where a gradient is as good as 0, rounding decides its sign, and so AdamW's step.
         error = np.linalg.norm(reached[name] - weight) / np.linalg.norm(weight)
@@ -185,7 +185,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32(text, tmp_path):
         folder = tmp_path / dtype
         on_gpu(*line, "--dtype", dtype, "--save_dir", folder)
         losses += [row["loss"] for row in log_rows(folder, "train")]
-        contents = newest(folder).open()
+        contents = main.read_contents(newest(folder))
         for name, array in contents.state.items():
             if name.endswith("embed_tokens.weight.m"):  # AdamW's mean: a tenth of it at first
                 gradients.append(np.array(array)[ord("a")])

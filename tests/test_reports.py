@@ -10,7 +10,7 @@ import pytest
 from conftest import copy_program, ids, log_rows, newest, rows_of, run, run_folder, saved
 from test_prompts import Terminal
 
-import main
+from support.reports import Log
 
 
 # ---- Logs ---------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def line(line):
 
 def test_a_log_that_was_deleted_begins_with_its_columns(tmp_path):
     run_here = Namespace(folder=tmp_path, iteration=0, evaluation=None)
-    log = main.Log(run_here)
+    log = Log(run_here)
     for iteration in (1, 2):
         log.append({"iteration": iteration, "split": "train", "loss": 0.5})
         (tmp_path / "log.csv").unlink()

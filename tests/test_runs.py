@@ -8,7 +8,6 @@ import shlex
 import shutil
 import signal
 
-import anchors
 import pytest
 from conftest import TINY, begin, copy_program, ids, interrupt, newest, run, run_folders, saved
 from conftest import start, wait_for, write_text
@@ -206,51 +205,108 @@ def test_a_command_that_is_running_is_refused_before_its_first_save(line, folder
 # ---- Code ---------------------------------------------------------------------------------------
 
 
-# Of a function that shapes each run; the first edit changes no number.
-SECTION = {anchors.ADAMW: "# ---- My own ----\n\n\ndef make_adamw("}
-EDITS = [
-    {},
-    {'"""MLX\'s AdamW (Loshchilov & Hutter 2019)."""': '"""AdamW."""  # or Muon', **SECTION},
-    {anchors.BETAS: "betas = [flags.beta1, 0.98]", **SECTION},
-]
+REWORDED = {'"""MLX\'s AdamW (Loshchilov & Hutter 2019)."""': '"""AdamW."""  # or Muon'}
+MESSAGE = "Press Ctrl+C or send SIGTERM"
+EDITED = {MESSAGE: "Type Ctrl+C or send SIGTERM"}  # a message counts as all else does
+# Two steps of a longer run: the first is not timed.
+LEG = ["--num_iters", 9, "--max_minutes", 1e-9]
+# A second of this clock is a microsecond.
+QUICK_CLOCK = "import time\nclock = time.perf_counter\ntime.perf_counter = lambda: 1e6 * clock()\n"
 
 
-def test_an_edit_of_a_function_is_another_experiment(line, folder, tmp_path):
-    """A finished run lets a new one begin; an unfinished one ends the command, with two ways on."""
-    paths = []
-    for number, edits in enumerate(EDITS):
-        paths.append(copy_program(tmp_path / f"copy{number}", edits))
-    plain, reworded, edited = [{"program": [path]} for path in paths]
-    with open(tmp_path / "copy2/extras/features/fast.py", "a") as file:
-        file.write("# A comment is no edit.\n")
-    leg = [*line, "--num_iters", 9, "--max_minutes", 1e-9]  # two steps: the first is not timed
-    name, _, _ = begin(*leg, **plain)
-    assert begin(*leg, **reworded)[:2] == (name, 2)
+@pytest.fixture
+def programs(tmp_path):
+    """The plain program, one with another comment, and one with another message: for `begin`."""
+    paths = [copy_program(tmp_path / name, edits) for name, edits in (
+        ("plain", {}), ("reworded", REWORDED), ("edited", EDITED)
+    )]  # fmt: skip
+    return [{"program": ["-B", path]} for path in paths]
 
-    _, err = run(*leg, status=2, **edited)
-    [kept] = folder.glob(f"{name}/code-*/main.py")
-    assert kept.read_text() == paths[0].read_text()
-    differs = f"was trained by other code than this (main.py: diff {kept} {paths[2]}): "
-    assert f"main.py: {name} {differs}" in err
-    assert err.endswith(", or start a new run by its original command and --new_model\n")
-    assert begin(*leg, "--new_model", **edited)[:2] == (f"{name}.2", 0)
-    assert begin(*leg, **reworded)[:2] == (name, 4)
-    [command] = re.findall(r"by python main\.py (.*), or start", err)
-    resumed, iteration, out = begin(*shlex.split(command), "--max_minutes", 1e-9, **edited)
-    assert (resumed, iteration) == (name, 6)
-    assert "The code that trains was edited since the checkpoint" in out
+
+def changed(folder, name, program, kept=0):
+    """What is said of main.py where it differs from the code that a run keeps."""
+    codes = sorted(folder.glob(f"{name}/code-*/main.py"), key=lambda path: path.stat().st_mtime)
+    return f"(main.py: diff {codes[kept]} {program['program'][1]})"
+
+
+def test_without_flags_a_run_goes_on_with_edited_code(line, folder, programs):
+    """Which is said once, and recorded; a comment is no edit."""
+    plain, reworded, edited = programs
+    name, _, _ = begin(*line, *LEG, **plain)
+    bare = ["--save_dir", folder, "--max_minutes", 1e-9]
+    resumed, iteration, said = begin(*bare, **reworded)
+    assert (resumed, iteration) == (name, 2)
+    assert "Code changed" not in said
+    for more in ([], ["--identifier", name]):
+        resumed, iteration, said = begin(*bare, *more, **edited)
+        assert resumed == name
+        what = f"Code changed since iteration 4 {changed(folder, name, edited)}.\n"
+        assert said.count(what) == (not more)
     first, second = newest(folder).segments
-    assert (first.iteration, second.iteration) == (0, 6)
-    assert first.code_sha1 != second.code_sha1
+    assert (first.iteration, second.iteration) == (0, 4)
+    differing = [path for path in first.code if first.code[path] != second.code[path]]
+    assert differing == ["main.py"]
+    _, _, said = begin(*bare, *more, **plain)
+    assert f"Code changed since iteration 8 {changed(folder, name, plain, 1)}.\n" in said
+
+
+def test_with_flags_edited_code_begins_a_run_beside_it(line, folder, programs):
+    """It says at the start and at the end where the other is, and how to continue that."""
+    plain, reworded, edited = programs
+    name, _, _ = begin(*line, *LEG, **plain)
+    assert begin(*line, *LEG, **reworded)[:2] == (name, 2)
+    other, iteration, said = begin(*line, *LEG, **edited)
+    assert (other, iteration) == (f"{name}.2", 0)
+    resume = f"python main.py --identifier {name} --save_dir {folder}"
+    beside = (
+        f"{name}, at iteration 4 of 9, was trained by other code {changed(folder, name, edited)}"
+    )
+    note = f"{beside}; to continue it with this code: {resume}\n"
+    assert said.count(note) == 2
+    assert said.endswith(note)
+    resumed, iteration, said = begin(*line, *LEG, **edited)
+    assert (resumed, iteration, note in said) == (other, 2, False)
+    assert begin(*line, *LEG, **plain)[:2] == (name, 4), "each code goes on with its own run"
+
+
+def test_ten_minutes_of_training_are_not_left_behind_untold(line, folder, programs, tmp_path):
+    """Unless the run is complete: such a command is refused, with both ways on."""
+    plain, _, edited = programs
+    (tmp_path / "sitecustomize.py").write_text(QUICK_CLOCK)
+    slow = {"env": {"PYTHONPATH": str(tmp_path)}}
+    name, _, _ = begin(*line, *LEG, **plain, **slow)
+    [minutes] = [checkpoint.seconds / 60 for checkpoint in saved(folder)]
+    assert minutes > 10
+    _, err = run(*line, *LEG, status=2, **edited)
+    reached = (
+        f"the code was edited since {name} reached iteration 2 of 9, after {minutes:.0f} minutes"
+    )
+    assert f"main.py: {reached} of training {changed(folder, name, edited)}: continue it " in err
+    [command] = re.findall(r"with this code by python main\.py (.*), or add --new_model", err)
+    resumed, iteration, _ = begin(*shlex.split(command), "--max_minutes", 1e-9, **edited)
+    assert (resumed, iteration) == (name, 2)
+    assert begin(*line, *LEG, "--new_model", **plain)[:2] == (f"{name}.2", 0)
 
     finished = [*line, "--seed", 7]
-    name, _, _ = begin(*finished, **edited)
-    longer = [*finished, "--num_iters", 3]
-    _, err = run(*longer, status=2, **plain)
-    assert f"main.py: {name} was trained by other code" in err
+    name, _, _ = begin(*finished, **edited, **slow)
+    run(*finished, "--num_iters", 3, status=2, **plain)
     assert begin(*finished, **plain)[:2] == (f"{name}.2", 0)
-    assert begin(*longer, **edited)[:2] == (name, 2)
-    assert begin(*longer, **reworded)[:2] == (f"{name}.2", 2)
+
+
+def test_the_package_beside_main_is_part_of_the_environment(line, folder, programs):
+    """A message that is reworded there makes no other run, but is recorded."""
+    plain, reworded, _ = programs
+    name, _, _ = begin(*line, *LEG, **plain)
+    path = reworded["program"][1].parent / "support/reports.py"
+    source = path.read_text()
+    assert source.count("To sample: ") == 1
+    path.write_text(source.replace("To sample: ", "Sample: "))
+    resumed, iteration, said = begin(*line, *LEG, **reworded)
+    assert (resumed, iteration) == (name, 2)
+    environments = [segment.versions["support"] for segment in newest(folder).segments]
+    before, after = environments
+    assert f"Environment changed (support {before} -> {after}): resume may not be bit-exact" in said
+    assert "Code changed" not in said
 
 
 # ---- --identifier, branches ---------------------------------------------------------------------
@@ -414,6 +470,17 @@ def test_command_of_a_run_that_was_stopped(odd_line, tmp_path):
     out, _ = interrupt(process, signal.SIGTERM)
     stopped = newest(tmp_path / ODD_FOLDER)
     last = out.splitlines()[-1]
-    assert last.startswith(f"Stopped at iteration {stopped.iteration}. ")
-    name, iteration, _ = begin(*typed("To resume: ", last))
+    assert last.startswith(f"Stopped at iteration {stopped.iteration}. To resume: python main.py ")
+    name, iteration, _ = begin(*typed("To resume: ", last), "--max_minutes", 1e-9)
     assert (name, iteration) == (stopped.folder.name, stopped.iteration)
+
+
+def test_the_command_that_was_stopped_resumes_itself(odd_line, tmp_path):
+    process = start(*odd_line, "--num_iters", 120)
+    wait_for(process, "20/120 ")
+    out, _ = interrupt(process)
+    stopped = newest(tmp_path / ODD_FOLDER)
+    way = "To resume: the same command or, after an edit: "
+    for command in (odd_line, typed(way, out.splitlines()[-1])):
+        name, iteration, _ = begin(*command, "--num_iters", 120, "--max_minutes", 1e-9)
+        assert name == stopped.folder.name and iteration >= stopped.iteration

@@ -142,7 +142,7 @@ def test_scores_of_parts_of_the_text(line, text, tmp_path):
     Of a part of the text, the number of bytes is not known.
     """
     run(*line, "--train_tokens", 500, "--num_iters", 3)
-    model = newest(tmp_path).open().load_model()
+    model = main.read_contents(newest(tmp_path)).load_model()
     dataset = load_dataset("text", tmp_path, [text])
     scored = {"train": dataset.train.tokens[:500], "valid": dataset.valid.tokens}
     for split, tokens in scored.items():
@@ -245,10 +245,10 @@ def test_average_is_what_is_scored_saved_and_sampled(line, tmp_path):
 
     average = None
     for i, checkpoint in enumerate(reversed(saved(tmp_path / "plain"))):  # oldest first
-        weights = checkpoint.open().weights
+        weights = main.read_contents(checkpoint).weights
         average = main.update_average(average, weights, i, 0.25)
     averaged = newest(tmp_path)
-    contents = averaged.open()
+    contents = main.read_contents(averaged)
     assert_equal(arrays(contents.load_model()), average, rtol=0, atol=1e-6)
     raw = {name: contents.state[f"weights.{name}"] for name in weights}
     assert_equal(raw, weights, rtol=0, atol=0)

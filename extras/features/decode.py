@@ -10,8 +10,8 @@ are tied up to rounding: the random numbers depend only on the seed and the posi
 import mlx.core as mx
 import numpy as np
 
-from datasets import UsageError
 from main import Decoder, KVCache, open_model, process_logits, sample_token
+from support.cli import UsageError
 
 
 def open_draft(flags, contents):
@@ -22,7 +22,7 @@ def open_draft(flags, contents):
     checkpoint = contents.checkpoint
     draft, tokenizer, *_ = open_model(flags, "draft")
     is_same_tokenizer = tokenizer.to_dict() == contents.tokenizer.to_dict()
-    is_same_size = draft.config.vocab_size == checkpoint.config.vocab_size  # one may be padded
+    is_same_size = draft.config.vocab_size == contents.config.vocab_size  # one may be padded
     if not (is_same_tokenizer and is_same_size):
         raise UsageError(
             f"--draft {flags.draft} has a different tokenizer than {checkpoint.id[:12]}: use one "

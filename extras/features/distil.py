@@ -10,33 +10,34 @@ is required: the logits of the two models never exist as a whole.
 
 import mlx.core as mx
 
-from datasets import UsageError
+from main import fast, fast_version
+from support.cli import UsageError
 from extras.features.fast import chunked_loss_and_gradients, cross_entropy_of_chunk, exp
 from extras.features.fast import row_sums, stored_gradients
-from main import EDITED_FUNCTIONS, LOGITS_CODE, fast
 
 
 def check():
     """Raises UsageError if main.py has other logits than the chunks here, or may have."""
     if fast is None:  # then main.py does not look for edits
         raise UsageError("--teacher needs extras/features/fast.py: unset DISABLE_FAST")
-    for name in {code.__name__ for code in LOGITS_CODE} & {*EDITED_FUNCTIONS}:
+    if "LanguageModel" in fast_version.edited:
         raise UsageError(
             "--teacher: distil.py in extras/ computes logits as main.py had them: undo the edit of "
-            f"{name}"
+            "LanguageModel"
         )
 
 
 def make_loss(teacher, flags):
-    """A function like main.py's training_loss that also takes the input tokens [B, L]."""
+    """A function like main.py's training_loss."""
     teacher_weight = mx.array(flags.teacher_weight)
     temperature = mx.array(flags.teacher_temperature)
 
-    def loss(model, hidden, targets, scale, tokens):
+    def loss(model, inputs, targets, scale, dropout_masks=None):
+        hidden = model.model(inputs, dropout_masks=dropout_masks).flatten(0, 1)  # [N, D]
         head = model.output_matrix.astype(hidden.dtype)
-        teacher_hidden = teacher.model(tokens).flatten(0, 1)  # [N, D'], without dropout
+        teacher_hidden = teacher.model(inputs).flatten(0, 1)  # [N, D'], without dropout
         return distilled_loss_and_gradients(
-            hidden.flatten(0, 1),
+            hidden,
             head,
             targets.flatten(),
             mx.array(scale),

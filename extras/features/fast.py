@@ -3,10 +3,7 @@
 main.py imports this file before MLX and then uses these functions in place of its own plain ones
 of the same names:
 
-    linear_product    products with a layer's matrix, whose gradient is stored like the matrix
-    rms_norm          RMSNorm, in fewer operations
     rotate            RoPE, in fewer operations
-    embed             embeddings, with deterministic gradients on a GPU
     attend            causal attention, with a softmax that uses the vector units
     relu2             squared ReLU, with a gradient that uses them
     checkpoint_block  gradient checkpointing, block by block
@@ -17,14 +14,17 @@ of the same names:
     clip_grad_norm    gradient clipping on all cores
     parallelize       an optimizer that distributes its work over the cores
 
+It also makes three of MLX's own layers faster: nn.Linear, with a gradient that is stored like the
+matrix; nn.RMSNorm, in fewer operations; nn.Embedding, with repeatable gradients on a GPU.
+
 fast.c, which it compiles, passes MLX's matrix products on to a fast BLAS.
 
 They match the plain functions up to rounding; tests/extras/test_fast.py compares them. A plain
-function is replaced while its hash is that in PLAIN_HASHES; once edited, it runs itself. Loss and
-metrics also stand for what computes logits, main.py's LOGITS_CODE, and parallelize for Muon. On a
-GPU, all but embed, rms_norm, loss, metrics and AdamW's update are MLX's. Without this file, or with
-DISABLE_FAST in the environment, main.py does the same, but up to 30 times as slowly on a CPU; only
---teacher, bfloat16 on a CPU and runs that repeat on a GPU need it.
+function is replaced while its hash, and those of all that it stands for, are the ones in
+PLAIN_HASHES; once edited, it runs itself. On a GPU, all but nn.Embedding, nn.RMSNorm, loss, metrics
+and AdamW's update are MLX's. Without this file, or with DISABLE_FAST in the environment, main.py
+does the same, but up to 30 times as slowly on a CPU; only --teacher, bfloat16 on a CPU and runs
+that repeat on a GPU need it.
 
 Shapes: B rows of a batch, L positions, D model dimension, H query heads, K key and value heads, d
 head dimension, V vocabulary, N any number.
@@ -53,35 +53,70 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 
-from datasets import UsageError, atomic_write, cpu_info, hash_of_data, hold_lock, make_kernel_dir
-from datasets import use_compiler
-from extras.common.limits import count_cores
+from support.cli import UsageError
+from support.code import LOADED_SOURCES, hash_of_code
+from support.files import atomic_write, hash_of_data, hold_lock
+from support.machine import REFERENCE_BLAS, count_cores, cpu_info, make_kernel_dir, use_compiler
 
 # hash_of_code of main.py's plain versions. Where a test finds that one has changed, compare it with
 # the fast one, then enter the new hash.
 PLAIN_HASHES = {
-    "linear_product": "9b9baf3e6e0cab64e99fdf0352d573908bd0f1db68589626cfa65dd20c87eee1",
-    "rms_norm": "bb525adb914ad7e3cbb3f0bec8564c25734f93814102f2ae9daeaa5d275583b9",
     "rotate": "1fb880b53c2b9083019d24ae287c91d5023415b0d2742cfcca929f75be8edf0c",
-    "embed": "bf3c4db017b015a11cade43df326cd3c2fea7ea1823af0edc3f31c4c0d054575",
     "attend": "3db8e0ebf9095ee74f9bb8a443834c2a2c4f24d8f9a10c1139c2fbe7a87ac895",
     "relu2": "f20b5f618b46fe3f27dffeb8574128a74ab530958d9d2d9261ef107f6797e903",
     "checkpoint_block": "6f062f86dd0f89a76181da54a6f8c6b822cbaec3cca451f0ecb7ab0a058ca74b",
-    "Linear": "9ac3e77dda5b83003da82d9c083998253026def289de2d7cbd3c3b16293ec464",
-    "Embedding": "fd9cade784f9931b192e419aa37b537d45f135b0816bd5840f4b3eb101f7860d",
-    "LanguageModel": "14cbb526dad3df06603b3328cb3ca20a52cd93c0a755d66c17341e11e13f09ce",
-    "training_loss": "44bf382c1e0634217dbec41c185768a15026600dbb0f0ffbf2ce301b062bb096",
-    "token_metrics": "48da6d80c4bb1173052efbe5335bfc55643c403d6cbd6788fe9cdab3870f9040",
+    "LanguageModel": "58ef908f6330460c05b5dd7fe49409460ef9071e60ebadbe75ad0dafcdf767b0",
+    "training_loss": "fe94e8e68ae6523e457f4e08d8784f3c3ef9c343ea9ca9aa43d0a54542e69727",
+    "token_metrics": "7fd42002885d6be279be16e3f04bb7d81dd7b6f0221881e6738b772457c6e160",
     "sum_over_shards": "c1c958baf78c81fdd29b5d875b6e001a39add730bf8470a9a79e92badf4c1b8d",
     "clip_grad_norm": "0c8fde6feb41b8a56564a6e7994890144d22fb6a1bd1f702258ce1c2d5ae46d8",
     "Muon": "592dd79087cc7b99efdf1c04643fe59e1ea0d40337a72354b509ec5105c0db81",
     "parallelize": "5bcf5213bf4e69b0781cd138d94fb27781514de467dc06a752b28abca81688a8",
 }
+# {a function here: what else it stands for}
+STANDS_FOR = {
+    "training_loss": ["LanguageModel"],
+    "token_metrics": ["LanguageModel"],
+    "parallelize": ["Muon"],
+}
+REPLACED = {}  # {name: main.py's function}
+
+
+def source_of_definition(name, source):
+    """The source of a function or class, without decorators; "" if it is not there."""
+    lines = rf"^(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # to the next statement
+    found = re.search(lines, source, flags=re.MULTILINE)
+    return found[0] if found else ""
+
+
+class FastVersions:
+    """A decorator that replaces a function of main.py with its faster namesake in this file.
+
+    Both agree up to rounding. The function itself runs once it, or what else the fast one stands
+    for, was edited; the start screen says so.
+    """
+
+    def __init__(self):
+        self.edited = []  # names of functions and classes that were edited
+
+    def __call__(self, function):
+        names = [function.__name__, *STANDS_FOR.get(function.__name__, [])]
+        for name in names:
+            source = source_of_definition(name, LOADED_SOURCES["main.py"])
+            if hash_of_code(source) != PLAIN_HASHES[name] and name not in self.edited:
+                self.edited.append(name)
+        # extras.versus compares an edited function with its original in plain MLX, as the fast
+        # version would round differently.
+        plain_names = self.edited + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
+        if {*names} & {*plain_names}:
+            return function
+        REPLACED[function.__name__] = function
+        return globals()[function.__name__]
+
 
 # ---- BLAS ---------------------------------------------------------------------------------------
 # The library for matrix products, which must be loaded before MLX.
 
-REFERENCE_BLAS = "reference BLAS"  # bundled with MLX's Linux wheel
 forwarder = None  # fast.c, compiled
 
 # The instruction sets that oneDNN uses, by its numbers for them.
@@ -278,17 +313,20 @@ def describe_blas():
     return ", ".join(parts)
 
 
-# ---- Linear layers ------------------------------------------------------------------------------
-def linear_product(x, weight):
-    """main.py's `linear_product`, with a gradient w.r.t. `weight` [O, I] that is stored by rows.
+# ---- MLX's layers -------------------------------------------------------------------------------
+def linear(layer, x):
+    """nn.Linear, with a gradient w.r.t. its weight [O, I] that is stored by rows; x: [..., I].
 
     MLX's own is a transposed view, which clip_grad_norm copies element by element and AdamW reads
     with a stride: at dim 1024, they took a fifth of a step. In decoding, MLX's own costs less.
     """
-    if on_gpu() or x.shape[-2] == 1:
-        return x @ weight.T
-    positions = x.flatten(0, -2)  # [N, I]
-    return product_of_positions(positions, weight).reshape(*x.shape[:-1], len(weight))
+    weight = layer.weight
+    if on_gpu() or x.ndim < 2 or x.shape[-2] == 1:
+        product = x @ weight.T
+    else:
+        positions = x.flatten(0, -2)  # [N, I]
+        product = product_of_positions(positions, weight).reshape(*x.shape[:-1], len(weight))
+    return product + layer.bias if "bias" in layer else product
 
 
 @mx.custom_function
@@ -299,23 +337,23 @@ def product_of_positions(x, weight):
 @product_of_positions.vjp
 def product_gradients(inputs, gradient, output):
     x, weight = inputs
-    return gradient @ weight, gradient.T @ x
+    return (gradient @ weight).astype(x.dtype), gradient.T @ x
 
 
-# ---- RMSNorm and RoPE ---------------------------------------------------------------------------
-def rms_norm(x, weight, eps):
-    """main.py's `rms_norm`, with a gradient of few operations.
+def rms_norm(layer, x):
+    """nn.RMSNorm of x [..., D], with a gradient of few operations.
 
     On a GPU, x is normed without the weight, which is multiplied in float32: MLX's kernel with a
     weight adds up its gradient in bfloat16, 1 to 2 % off. For some sizes, CUDA's does not wait
     between rows (read in MLX 0.32.1), so sums might vary.
     """
+    weight = layer.weight
     if on_gpu():
-        normed = mx.fast.rms_norm(x, None, eps)
+        normed = mx.fast.rms_norm(x, None, layer.eps)
         return (normed * weight.astype(mx.float32)).astype(x.dtype)
-    if x.shape[-2] == 1:
-        return norm_of_one(x, weight, eps)
-    normed, _ = normalize(x.flatten(0, -2), weight, eps)
+    if x.ndim < 2 or x.shape[-2] == 1:
+        return norm_of_one(x, weight, layer.eps)
+    normed, _ = normalize(x.flatten(0, -2), weight, layer.eps)
     return normed.reshape(x.shape)
 
 
@@ -345,6 +383,53 @@ def normalize_gradients(inputs, gradients, outputs):
     return d_x, d_weight, None
 
 
+def embedding(layer, tokens):
+    """nn.Embedding; on a GPU, its gradient is the same each time.
+
+    There MLX adds up the rows of a token in an order that varies, so that no run would repeat.
+    """
+    if on_gpu():
+        return gather_rows(layer.weight, tokens)
+    return layer.weight[tokens]
+
+
+@mx.custom_function
+def gather_rows(table, tokens):
+    return table[tokens]
+
+
+@gather_rows.vjp
+def gather_rows_gradients(inputs, gradient, output):
+    table, tokens = inputs
+    sums = sum_by_id(gradient.flatten(0, -2), tokens.flatten(), len(table))
+    return sums, mx.zeros_like(tokens)
+
+
+def sum_by_id(rows, ids, count):
+    """The sums [count, D] of the rows [N, D] that have the same id; ids: [N].
+
+    The rows are sorted by id. Each sum is then a product of ones and a segment of the rows. There
+    are as many segments, S, as there can be different ids; some may be empty.
+    """
+    N = len(ids)
+    order = mx.argsort(ids)
+    ids = ids[order]
+    is_new = mx.concatenate([mx.array([True]), ids[1:] != ids[:-1]])
+    starts = mx.sort(mx.where(is_new, mx.arange(N), N))[: min(N, count)]  # [S]
+    ends = mx.concatenate([starts[1:], mx.array([N])])
+    segments = mx.stack([starts, ends], axis=1).astype(mx.uint32)
+    sums = mx.segmented_mm(mx.ones((1, N)), rows[order], segments).squeeze(1)  # [S, D]
+    table = mx.zeros((count + 1, rows.shape[1]))
+    table[mx.where(starts < N, ids[mx.minimum(starts, N - 1)], count)] = sums
+    return table[:count]  # without the row for empty segments
+
+
+nn.Linear.__call__ = linear
+nn.RMSNorm.__call__ = rms_norm
+nn.Embedding.__call__ = embedding
+
+
+# ---- RoPE ---------------------------------------------------------------------------------------
 def rotate(x, frequencies, offset):
     """main.py's `rotate`; the sines and cosines are constants of a compiled graph.
 
@@ -398,48 +483,6 @@ def rotation_matrix(offset, frequencies):
     cosines = np.diag(np.cos(angles))
     sines = np.diag(np.sin(angles))
     return mx.array(np.block([[cosines, sines], [-sines, cosines]]).astype(np.float32))
-
-
-# ---- Embeddings ---------------------------------------------------------------------------------
-def embed(table, tokens):
-    """main.py's `embed`; on a GPU, its gradient is the same each time.
-
-    There MLX adds up the rows of a token in an order that varies, so that no run would repeat.
-    """
-    if on_gpu():
-        return gather_rows(table, tokens)
-    return table[tokens]
-
-
-@mx.custom_function
-def gather_rows(table, tokens):
-    return table[tokens]
-
-
-@gather_rows.vjp
-def gather_rows_gradients(inputs, gradient, output):
-    table, tokens = inputs
-    sums = sum_by_id(gradient.flatten(0, -2), tokens.flatten(), len(table))
-    return sums, mx.zeros_like(tokens)
-
-
-def sum_by_id(rows, ids, count):
-    """The sums [count, D] of the rows [N, D] that have the same id; ids: [N].
-
-    The rows are sorted by id. Each sum is then a product of ones and a segment of the rows. There
-    are as many segments, S, as there can be different ids; some may be empty.
-    """
-    N = len(ids)
-    order = mx.argsort(ids)
-    ids = ids[order]
-    is_new = mx.concatenate([mx.array([True]), ids[1:] != ids[:-1]])
-    starts = mx.sort(mx.where(is_new, mx.arange(N), N))[: min(N, count)]  # [S]
-    ends = mx.concatenate([starts[1:], mx.array([N])])
-    segments = mx.stack([starts, ends], axis=1).astype(mx.uint32)
-    sums = mx.segmented_mm(mx.ones((1, N)), rows[order], segments).squeeze(1)  # [S, D]
-    table = mx.zeros((count + 1, rows.shape[1]))
-    table[mx.where(starts < N, ids[mx.minimum(starts, N - 1)], count)] = sums
-    return table[:count]  # without the row for empty segments
 
 
 # ---- Attention ----------------------------------------------------------------------------------
@@ -566,31 +609,41 @@ def tied_gradients(inputs, gradients, outputs):
 
 
 # ---- Cross-entropy ------------------------------------------------------------------------------
-def training_loss(model, hidden, targets, scale):
+def training_loss(model, inputs, targets, scale, dropout_masks=None):
     """The cross-entropies in nats, times `scale`, summed: main.py's `training_loss`.
 
-    hidden: [B, L, D]; targets: [B, L]. The gradients w.r.t. `hidden` and the head are computed
+    inputs, targets: [B, L]. The gradients w.r.t. the hidden states and the head are computed
     together with the loss, in chunks of rows (as in Liger Kernel, Hsu et al. 2024): this takes half
     the time of computing one after the other, and the logits [B * L, V] never exist as a whole.
     """
-    flat_hidden = hidden.flatten(0, 1)
+    if not has_plain_head(model):
+        return REPLACED["training_loss"](model, inputs, targets, scale, dropout_masks)
+    hidden = model.model(inputs, dropout_masks=dropout_masks).flatten(0, 1)  # [B * L, D]
     head = model.output_matrix.astype(hidden.dtype)
-    return cross_entropy_and_gradients(flat_hidden, head, targets.flatten(), mx.array(scale))[0]
+    return cross_entropy_and_gradients(hidden, head, targets.flatten(), mx.array(scale))[0]
 
 
-def token_metrics(model, hidden, targets):
+def token_metrics(model, inputs, targets):
     """The cross-entropy of each position in nats, {"loss": [B, L]}: main.py's `token_metrics`."""
-    flat_hidden = hidden.flatten(0, 1)
+    if not has_plain_head(model):
+        return REPLACED["token_metrics"](model, inputs, targets)
+    hidden = model.model(inputs).flatten(0, 1)  # [B * L, D]
     head = model.output_matrix.astype(hidden.dtype)
     losses = []
-    for rows in chunks(len(flat_hidden), len(head)):
-        inputs = flat_hidden[rows]
+    for rows in chunks(len(hidden), len(head)):
+        hidden_rows = hidden[rows]
         if losses:
-            inputs = wait_for(losses[-1:], inputs)
-        logits = (head @ inputs.T).astype(mx.float32)
+            hidden_rows = wait_for(losses[-1:], hidden_rows)
+        logits = (head @ hidden_rows.T).astype(mx.float32)
         nats, _, _ = cross_entropy_of_chunk(logits, targets.flatten()[rows], scale=1)
         losses.append(nats)
     return {"loss": mx.concatenate(losses).reshape(targets.shape)}
+
+
+def has_plain_head(model):
+    """Whether the logits are products with `output_matrix`: not if the layer is one of your own."""
+    layer = model.lm_head if model.config.untie else model.model.embed_tokens
+    return type(layer) in (nn.Linear, nn.Embedding) and "bias" not in layer
 
 
 def chunks(num_positions, vocab_size):

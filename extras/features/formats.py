@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 
-from datasets import UsageError, explain_errors, one_line, utf8
+from support.cli import UsageError, explain_errors, one_line, utf8
 
 MAX_BYTES = 1 << 24  # of a row, as JSON or as a text
 BATCH_ROWS = 16  # rows of a Parquet file that are in memory at once

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 from mlx.utils import tree_flatten
 
-from datasets import UsageError, atomic_write, end_of_text, explain_errors, utf8
-from extras.features.huggingface import CHAT_TEMPLATE, find_model_type, package_of
+from datasets import end_of_text
 from main import rope_frequencies
+from support.cli import UsageError, explain_errors, utf8
+from support.files import atomic_write
+from extras.features.huggingface import CHAT_TEMPLATE, find_model_type, package_of
 
 # What llama.cpp calls the fields of our Config.
 SETTINGS = {

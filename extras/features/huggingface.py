@@ -23,11 +23,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from datasets import LFS, PackageTokenizer, UsageError, atomic_write, end_of_text, explain_errors
-from datasets import extra, one_line, read_whole
+from datasets import LFS, PackageTokenizer, end_of_text, read_whole
+from main import LanguageModel, LoadedModel, config_from_untrusted
+from support.cli import UsageError, explain_errors, extra, one_line
+from support.files import atomic_write, sha1_of_file, sha1_of_text
+from support.runs import load_arrays
 from extras.features.memory import describe_shortage
-from main import Config, LanguageModel, LoadedModel, from_untrusted, load_arrays, sha1_of_file
-from main import sha1_of_text
 
 # Their `model_type`, and what is not plain in our Config. An export is of the first that fits.
 MODEL_TYPES = {
@@ -234,7 +235,7 @@ def read_config(folder):
             raise UsageError(f"it has RoPE of type llama3 without all of {THEIR_ROPE_SCALING}")
         if min(fields["rope_scaling"]) <= 0:
             raise UsageError(f"it has RoPE with {fields['rope_scaling']}, not all above 0")
-    return from_untrusted(Config, fields)
+    return config_from_untrusted(fields)
 
 
 def read_tokenizer(folder, vocab_size):

@@ -3,9 +3,9 @@
 import math
 import shlex
 
-from datasets import printable, utf8
-from main import IDENTITY_FLAGS, NO_CHECKPOINT, Evaluation, arguments_of
-from main import best_checkpoint, list_checkpoints
+from support.cli import printable, utf8
+from support.flags import FLAGS, IDENTITY, arguments_of
+from support.runs import NO_CHECKPOINT, Evaluation, best_checkpoint, list_checkpoints
 
 
 def list_runs(save_dir):
@@ -25,7 +25,7 @@ def list_runs(save_dir):
     flags_by_run = distinguishing_flags(checkpoints)
     tokenizers = set()
     for newest, *_ in runs.values():
-        tokenizers.add((newest.flags["tokenizer"], newest.config.vocab_size))
+        tokenizers.add((newest.flags["tokenizer"], str(newest.config.get("vocab_size"))))
     in_bits = len(tokenizers) > 1
 
     def sort_key(checkpoint):
@@ -54,7 +54,7 @@ def distinguishing_flags(checkpoints):
     """
     newest = {checkpoint.folder.name: checkpoint for checkpoint in reversed(checkpoints)}
     names = []
-    for name in IDENTITY_FLAGS:
+    for name in FLAGS.names(IDENTITY):
         if len({str(checkpoint.flags[name]) for checkpoint in newest.values()}) > 1:
             names.append(name)
     texts = {}

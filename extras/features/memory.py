@@ -5,9 +5,11 @@ import math
 
 import mlx.core as mx
 
-from datasets import UsageError
-from extras.common.limits import limit_of_memory
-from main import arguments_of, count_parameters, fast, on_gpu, say
+from main import fast, on_gpu
+from support.cli import UsageError, say
+from support.flags import arguments_of
+from support.machine import limit_of_memory
+from support.reports import count_parameters
 
 
 def memory_of_step(run, flags, num_ranks=1):

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from datasets import explain_errors
+from support.cli import explain_errors
 
 
 def quantize(model, bits, is_packed):

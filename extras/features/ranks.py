@@ -29,8 +29,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 import main
-from datasets import SPLITS, Dataset, RunError, Split, UsageError, explain_errors, one_line
-from datasets import tokenizer_from_dict
+from datasets import SPLITS, Dataset, Split, tokenizer_from_dict
+from support.cli import HERE, RunError, UsageError, explain_errors, one_line
 
 ALONE_MESSAGE = (
     "cannot join the other ranks: start two or more with mlx.launch or Open MPI's mpirun, or unset "
@@ -66,8 +66,8 @@ class Group(contextlib.AbstractContextManager):
         A stale copy on one machine would train something else without an error.
         """
         sha256 = hashlib.sha256(f"{argv} {mx.__version__}".encode())
-        for pattern in ("*.py", "extras/**/*.py", "extras/**/*.c"):
-            for path in sorted(main.HERE.glob(pattern)):
+        for pattern in ("*.py", "support/*.py", "extras/**/*.py", "extras/**/*.c"):
+            for path in sorted(HERE.glob(pattern)):
                 sha256.update(path.read_bytes())
         digests = self.all_gather(list(sha256.digest()))  # [ranks, 32]
         others = np.flatnonzero((digests != digests[0]).any(axis=1))

@@ -12,8 +12,9 @@ import contextlib
 import importlib
 import os
 
-from datasets import UsageError, explain_errors, one_line
-from main import RECORDED_FLAGS, arguments_of, get_values, say, sha1_of_text
+from support.cli import UsageError, explain_errors, one_line, say
+from support.files import sha1_of_text
+from support.flags import FLAGS, RECORDED, arguments_of, get_values
 
 
 class TensorBoard:
@@ -32,7 +33,7 @@ class TensorBoard:
             # It reads a run's files by name: this comes after the second in which each was begun.
             filename_suffix=f".{run.iteration:012d}",
         )
-        arguments = arguments_of(get_values(run.flags, RECORDED_FLAGS))
+        arguments = arguments_of(get_values(run.flags, FLAGS.names(RECORDED)))
         self.writer.add_text("flags", " ".join(arguments), begin)
 
     def show(self, iteration, metrics):
@@ -58,7 +59,7 @@ class WandB:
             name=run.folder.name,
             id=f"{run.folder.name}-{folder_sha1}",
             resume="allow",
-            config=get_values(run.flags, RECORDED_FLAGS),
+            config=get_values(run.flags, FLAGS.names(RECORDED)),
             allow_val_change=True,  # flags may change when a run is resumed
             dir=os.environ.get("WANDB_DIR", run.folder.parent),
             settings=wandb.Settings(

@@ -7,11 +7,15 @@ own if the same steps, taken further, end in the SHA1 of the run's next checkpoi
 import re
 import shutil
 
-from datasets import UsageError, hold_lock, progress_bar, sync
-from extras.common.program import flags_of_run
-from main import SingleProcess, checkpoints_in, describe_changes, kept_model_flags, list_versions
-from main import load_inputs, make_run, make_step, open_newest, read_code, sha1_of_code, train_step
+from main import list_versions, load_inputs, make_run, make_step, open_newest, train_step
 from main import write_checkpoint
+from support.cli import UsageError, progress_bar
+from support.code import hash_sources, what_counts
+from support.device import SingleProcess
+from support.files import hold_lock, sync
+from support.reports import code_of, describe_changes
+from support.runs import checkpoints_in, kept_model_flags
+from extras.common import flags_of_run
 
 
 def checkpoint_at(flags, checkpoints, identifier):
@@ -119,9 +123,11 @@ def rewind(what, flags, earlier, later):
     # Not always the last one: a run that is resumed with other flags is saved before a step.
     *_, segment = [part for part in later.segments if part.iteration <= iteration]
     flags.num_iters = segment.num_iters  # schedules end there
-    if segment.code_sha1 != sha1_of_code(read_code(vars(flags))):
+    if what_counts(segment.code) != what_counts(hash_sources(code_of(later))):
         raise UsageError(f"{what} was computed by other code than this")
-    changes = describe_changes(segment.versions, list_versions(flags, SingleProcess()))
+    versions = list_versions(flags, SingleProcess())
+    # Not the hash of support/: that the step is the run's is proved by its SHA1.
+    changes = describe_changes({name: segment.versions.get(name) for name in versions}, versions)
     if changes:
         raise UsageError(f"{what} was computed with other versions: {changes}")
     return rebuild_run(flags, earlier, later)

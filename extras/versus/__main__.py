@@ -23,7 +23,6 @@ CANNOT_TELL = 125  # `git bisect run` then skips the commit
 SAME_STEPS = 20  # of each run of --same; five of them are warm-up
 
 try:  # nothing imports main.py here: the current one may be broken
-    from datasets import Parser, RunError, UsageError, number, one_line, run_program
     from extras.versus import ledger
     from extras.versus.judge import DEFAULT_TOKENS, DIVERGED
     from extras.versus.runs import Comparison, tune
@@ -32,6 +31,8 @@ try:  # nothing imports main.py here: the current one may be broken
     from extras.versus.sides import SideError, copied_sides, is_flags
     from extras.versus.verdict import PAIRS_HEADER, SIDES, describe_numbers, describe_pair
     from extras.versus.verdict import describe_verdict, list_side_differences
+    from support.cli import RunError, UsageError, command, one_line, run_program
+    from support.flags import Parser, number
 except Exception as error:
     print(f"extras.versus: cannot run with these files: {error!r}", file=sys.stderr)
     sys.exit(CANNOT_TELL)
@@ -252,4 +253,4 @@ def print_start(comparison):
 
 
 if __name__ == "__main__":
-    run_program("extras.versus", main)
+    run_program(command("extras.versus")(main))

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets import UsageError, tokenizer_from_dict
+from datasets import tokenizer_from_dict
+from support.cli import UsageError
 from extras.versus.sides import SideError, Worker
 
 DEFAULT_TOKENS = 128_000  # that are scored of a text

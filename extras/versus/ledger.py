@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from datasets import RunError, UsageError, explain_errors, open_no_follow
+from support.cli import RunError, UsageError, explain_errors
+from support.files import open_no_follow
 from extras.versus.sequential import SCREEN_BOUNDS
 
 NAME = "comparisons.jsonl"

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import Parser, UsageError, explain_errors, printable, run_program
+from support.cli import UsageError, command, explain_errors, printable, run_program
+from support.flags import Parser
 from extras.versus.sequential import RunScore, add_test_options, bounds_of, decide
 from extras.versus.sequential import paired_differences, summarize
 from extras.versus.verdict import PAIRS_HEADER, SIDES
@@ -180,4 +181,4 @@ def print_verdict(seeds, before, after, options, best, condition):
 
 
 if __name__ == "__main__":
-    run_program("extras.versus.losses", main)
+    run_program(command("extras.versus.losses")(main))

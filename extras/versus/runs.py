@@ -17,9 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets import RunError, UsageError, explain_errors, hash_of_data, hash_of_file, lock_file
-from datasets import hint_table, open_no_follow
-from extras.common.limits import count_cores
+from support.cli import RunError, UsageError, explain_errors
+from support.files import hash_of_data, hash_of_file, lock_file, open_no_follow
+from extras.features.hints import ALIASES
+from support.machine import count_cores
 from extras.versus import ledger
 from extras.versus.judge import DIVERGED, Judge, read_texts
 from extras.versus.sequential import RunScore
@@ -235,10 +236,8 @@ class Comparison:
 
 def recorded_evaluation(record, valid):
     """How many tokens a run has scored at its end, and their loss."""
-    evaluations = record.get("evaluations", record.get("scores"))  # its name in older commits
-    _, loss, *count = evaluations[-1] if evaluations else (0, math.inf)
-    # Older commits did not record the count.
-    return count[0] if count else min(OWN_TOKENS, len(valid.tokens) - 1), loss
+    _, loss, count, _ = record["evaluations"][-1] if record["evaluations"] else (0, math.inf, 0, 0)
+    return count, loss
 
 
 def tune(options, common, copies):
@@ -248,7 +247,7 @@ def tune(options, common, copies):
     """
     flag, _, listed = options.tune.partition("=")
     flag = flag.replace("-", "_")
-    for name, aliases in hint_table("ALIASES").items():
+    for name, aliases in ALIASES.items():
         if flag in aliases.split():
             flag = name
     with explain_errors(f"--tune {options.tune}: the values are no numbers"):
@@ -306,7 +305,8 @@ def read_record(path):
     """The record of a checkpoint, from its .metadata. Raises OSError."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return json.loads(header["__metadata__"]["record"])
+    record = json.loads(header["__metadata__"]["record"])
+    return record | record.get("counters", {})  # which commits up to 96d0b4a lack
 
 
 def newest_record(folder, seed):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets import number
+from support.flags import number
 
 # {pairs after which a race looks: the critical |t| there}. A group-sequential test like Pocock's
 # (1977), for t, with levels of 1.2 to 1.9 % at each look. In all, 5 % of edits without effect are

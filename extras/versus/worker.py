@@ -3,8 +3,8 @@
     python worker.py FOLDER describe FLAGS       what these flags mean, and what a run of them needs
     python worker.py FOLDER serve METADATA GPU   logits of a checkpoint, for the tokens on stdin
 
-FOLDER has the side's files, perhaps of an older commit. Answers go to stdout; what the side's own
-code prints goes to stderr.
+FOLDER has the side's files, perhaps of an older commit, from 96d0b4a on. Answers go to stdout; what
+the side's own code prints goes to stderr.
 """
 
 import json
@@ -12,7 +12,6 @@ import os
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
 
 PROJECT = Path(__file__).parents[2]
 FOLDER = Path(sys.argv[1])
@@ -23,29 +22,25 @@ os.dup2(2, 1)
 import main
 import mlx.core as mx
 import numpy as np
-from datasets import RunError, UsageError
 from mlx.utils import tree_flatten
 
-# {a name in main.py today: its name in older commits}
-OLD_NAMES = {
-    "resolve_flags": "settle",
-    "load_inputs": "begin",
-    "RECORDED_FLAGS": "SAVED",
-    "PATH_FLAGS": "PATHS",
-    "EDITED_FUNCTIONS": "EDITED",
-    "is_hugging_face": "is_foreign",
-    "explicit": "given",  # of flags
-    "parents": "origins",  # of a run
-}
+UsageError = main.UsageError
+RunError = main.RunError
+if hasattr(main, "RECORDED_FLAGS"):  # 96d0b4a has all of this in main.py
+    EDITED_FUNCTIONS = main.EDITED_FUNCTIONS
+    PATH_FLAGS = main.PATH_FLAGS
+    RECORDED_FLAGS = main.RECORDED_FLAGS
+    arguments_of = main.arguments_of
+    is_hugging_face = main.is_hugging_face
+    read_checkpoint = main.read_checkpoint
+    read_contents = main.Checkpoint.open
+else:
+    from main import read_contents
+    from support.flags import FLAGS, RECORDED, arguments_of
+    from support.runs import PATH_FLAGS, is_hugging_face, read_checkpoint
 
-
-def todays_names(names):
-    """{name: value} of this or an older commit, as attributes with today's names."""
-    renamed = {new: names[old] for new, old in OLD_NAMES.items() if old in names}
-    return Namespace(**renamed | names)
-
-
-MAIN = todays_names(vars(main))
+    EDITED_FUNCTIONS = main.fast_version.edited
+    RECORDED_FLAGS = FLAGS.names(RECORDED)
 
 
 def describe(*words):
@@ -53,30 +48,31 @@ def describe(*words):
 
     The tokens of the texts on which a side is scored go to files beside FOLDER.
     """
-    flags = MAIN.resolve_flags(MAIN.read_command_line([*map(in_copy, words)]))
-    MAIN.use_device(flags.gpu)
-    inputs = load_inputs(flags)
-    flags, dataset, models = inputs.flags, inputs.dataset, inputs.models
-    run = make_run(inputs)
+    flags = main.resolve_flags(main.read_command_line([*map(in_copy, words)]))
+    main.use_device(flags.gpu)
+    inputs = main.load_inputs(flags)
+    flags = inputs.flags
+    run = main.make_run(flags.save_dir, inputs)
     check_seed(run, inputs)
     # A step compiles what the first run would have to.
-    MAIN.train_step(run, MAIN.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
+    main.train_step(run, main.make_step(run.model, run.optimizer, flags, teacher=run.teacher))
     values = {}
-    for name in todays_names(vars(flags)).explicit:
+    for name in flags.explicit:
         if name in ("identifier", "inference", "prompt", "evaluate", "list"):
             raise UsageError(f"--{name} has no effect on a comparison: leave it out")
         # Only the judge gets the test text.
-        if name in {*MAIN.RECORDED_FLAGS, "gpu"} - {"test_text", "eval_test"}:
+        if name in {*RECORDED_FLAGS, "gpu"} - {"test_text", "eval_test"}:
             values[name] = getattr(flags, name)
     files = {}
-    for name, source in models.items():
-        if not MAIN.is_hugging_face(getattr(flags, name)):
+    for name, source in inputs.models.items():
+        if not is_hugging_face(getattr(flags, name)):
             values[name] = source.id  # runs find the model by its id, wherever it is
             for file, path in source.files.items():
                 files[f"{name}/{file}"] = str(path.resolve())
     # Not the paths, as hashes stand for their content; nor what does not decide how a run ends.
-    names = {*MAIN.RECORDED_FLAGS} - {*MAIN.PATH_FLAGS, "test_text", "seed"}
+    names = {*RECORDED_FLAGS} - {*PATH_FLAGS, "test_text", "seed"}
     identity = {name: getattr(flags, name) for name in sorted(names)}
+    dataset = inputs.dataset
     for name in ("valid", "test"):
         split = getattr(dataset, name)
         if split:  # a copy, as preparing the other side may rewrite the files that it maps
@@ -84,10 +80,10 @@ def describe(*words):
     data_dir = dataset.folder.absolute().parents[1]
     answer(
         {
-            "words": [*MAIN.arguments_of(values), f"--data_dir={data_dir}"],
+            "words": [*arguments_of(values), f"--data_dir={data_dir}"],
             "flags": vars(flags),
-            "identity": identity | todays_names(vars(run)).parents,
-            "edited_functions": MAIN.EDITED_FUNCTIONS,
+            "identity": identity | run.parents,
+            "edited_functions": EDITED_FUNCTIONS,
             "files": files,
             "versions": run.versions,
             "num_parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
@@ -109,35 +105,12 @@ def in_copy(word):
     return word
 
 
-class OldInputs(NamedTuple):
-    """What main.Inputs replaced."""
-
-    models: dict
-    flags: Namespace
-    dataset: object
-
-
-def load_inputs(flags):
-    """The inputs of a new run, of this or an older commit."""
-    inputs = MAIN.load_inputs(flags)
-    return inputs if type(inputs) is not tuple else OldInputs(*inputs)
-
-
-def make_run(inputs):
-    """A new run, of this or an older commit."""
-    folder = inputs.flags.save_dir
-    if type(inputs) is not OldInputs:
-        return MAIN.make_run(folder, inputs)
-    models, flags, dataset = inputs
-    return MAIN.make_run(folder, flags, None, models, dataset, MAIN.SingleProcess())
-
-
 def check_seed(run, inputs):
     """Raises RunError unless another seed gives other first weights and batches than this run's."""
     flags = Namespace(**vars(inputs.flags) | {"seed": inputs.flags.seed + 1})
-    other = make_run(inputs._replace(flags=flags, models={}))
+    other = main.make_run(flags.save_dir, inputs._replace(flags=flags, models={}))
     drawn = {"order of batches": [side.batches.next() for side in (run, other)]}
-    if not todays_names(vars(run)).parents:  # else, the first weights are a model's
+    if not run.parents:  # else, the first weights are a model's
         models = (run.model, other.model)
         weights = [dict(tree_flatten(model.trainable_parameters())).values() for model in models]
         drawn["first weights"] = weights
@@ -151,8 +124,8 @@ def serve(metadata, gpu):
 
     Logits are [B, L, V] float32.
     """
-    MAIN.use_device(gpu == "True")
-    model = MAIN.read_checkpoint(Path(metadata)).open().load_model()
+    main.use_device(gpu == "True")
+    model = read_contents(read_checkpoint(Path(metadata))).load_model()
     model.train(False)  # for layers with two modes
     for line in sys.stdin:
         logits = np.array(model(mx.array(json.loads(line))).astype(mx.float32))

@@ -5,6 +5,7 @@ import numpy as np
 from conftest import TINY, newest, run
 from test_model import reference
 
+import main
 from extras import attention
 
 
@@ -23,7 +24,7 @@ def test_attention(text, figures, tmp_path):
     labels = [label.get_text() for label in axes[0].get_xticklabels()]
     assert labels == ["a", "\N{OPEN BOX}", "$", "x"]
     heads = []
-    reference(newest(folder).open().load_model(), np.array([[*b"a $x"]]), heads=heads)
+    reference(main.read_contents(newest(folder)).load_model(), np.array([[*b"a $x"]]), heads=heads)
     for axis, [expected] in zip(axes, heads, strict=True):
         np.testing.assert_allclose(axis.images[0].get_array(), expected, atol=1e-5)
     numbers = np.load(tmp_path / "x.npz")

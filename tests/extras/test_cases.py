@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, begin, ids, newest, run_extra, saved
 
+import main
+
 EXAMPLE = ROOT / "tests" / "cases.yaml"
 CASES = [
     ("the quick", " brown"),
@@ -33,7 +35,7 @@ def test_cases(trained, tmp_path):
     line = [path, "--save_dir", trained, "--identifier", checkpoint.id]
     out, _ = run_extra("cases", *line, "--output", tmp_path / "out.json")
     results = json.loads((tmp_path / "out.json").read_text())
-    contents = checkpoint.open()
+    contents = main.read_contents(checkpoint)
     model = contents.load_model()
     tokenizer = contents.tokenizer
     for (prompt, expected), result in zip(CASES, results, strict=True):

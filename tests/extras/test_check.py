@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 from conftest import ROOT, TINY, run
 
-from datasets import UsageError
+from support.cli import UsageError
 from extras import check
 
 # What each Python does first: with --gpu it pretends one.

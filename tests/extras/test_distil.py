@@ -10,6 +10,7 @@ from datasets import load_dataset
 from test_fast import assert_near, normal
 from test_optimizer import SCHEDULE, assert_written_out
 
+import main
 from extras.features.distil import distilled_loss_and_gradients
 
 
@@ -62,7 +63,7 @@ def test_gradients_of_distillation(rows, ours, theirs):
 
 def test_steps_are_those_written_out(base, text, tmp_path):
     folder, id = base
-    teacher = newest(folder).open().load_model()
+    teacher = main.read_contents(newest(folder)).load_model()
     options = "--dim 32 --teacher_weight 0.3 --teacher_temperature 1.7".split()
     run("--text", text, *TINY, *SCHEDULE, *options, "--teacher", id, "--save_dir", folder)
     tokens = load_dataset("text", tmp_path, [text]).train.tokens

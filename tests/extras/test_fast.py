@@ -11,23 +11,50 @@ from functools import partial
 import anchors
 import main
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, copy_program, load_module, log_rows, run, start, write_script
 from mlx.utils import tree_flatten
 
-from datasets import hash_of_code, source_of_definition
+from extras.features.fast import source_of_definition
+from support.code import LOADED_SOURCES, hash_of_code
 from extras.features import fast
 
 
 @pytest.fixture(scope="session")
-def plain(tmp_path_factory):
-    """main.py once more, from a folder without extras: a module with its own plain functions."""
-    folder = tmp_path_factory.mktemp("plain")
-    shutil.copy(ROOT / "main.py", folder)
-    module = load_module(folder / "main.py")
+def plain():
+    """main.py once more, without fast.py: a module with its own plain functions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISABLE_FAST", "1")
+        module = load_module(ROOT / "main.py")
     assert module.fast is None and main.fast is fast
     return module
+
+
+def plain_layer(name):
+    """A layer's plain function of its weight and its input."""
+    functions = {
+        "linear": lambda weight, x: x @ weight.T,
+        "rms_norm": lambda weight, x: mx.fast.rms_norm(x, weight, 0.1),
+        "embedding": lambda weight, tokens: weight[tokens],
+    }
+    return functions[name]
+
+
+def quick_layer(name):
+    """The same by MLX's own layer, as fast.py has changed it."""
+    layers = {
+        "linear": nn.Linear(1, 1, bias=False),
+        "rms_norm": nn.RMSNorm(1, 0.1),
+        "embedding": nn.Embedding(1, 1),
+    }
+
+    def call(weight, x):
+        layers[name].weight = weight
+        return layers[name](x)
+
+    return call
 
 
 def normal(seed, *shape, deviation=1.0):
@@ -54,8 +81,8 @@ def assert_near(found, expected, tolerance):
 @pytest.mark.upkeep
 @pytest.mark.parametrize("name", fast.PLAIN_HASHES)
 def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
-    digest = hash_of_code(source_of_definition(name, main.fast_version.source))
-    assert name not in main.EDITED_FUNCTIONS, (
+    digest = hash_of_code(source_of_definition(name, LOADED_SOURCES["main.py"]))
+    assert name not in main.fast_version.edited, (
         f"{name} in main.py has changed, so that main.py no longer uses the quick one: compare it "
         f"with {name} in fast.py, change that accordingly, and then enter "
         f'"{name}": "{digest}" in PLAIN_HASHES'
@@ -128,19 +155,20 @@ def branch(request, monkeypatch):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name, inputs, tolerance", [
     ("relu2", [normal(0, 50, 31)], 1e-6),
-    ("linear_product", [normal(0, 3, 50, 31), normal(1, 40, 31)], 1e-6),
-    ("linear_product", [normal(0, 3, 1, 31), normal(1, 40, 31)], 1e-6),
-    ("rms_norm", [normal(0, 3, 1, 40, deviation=3), normal(1, 40), 0.1], 2e-6),
-    ("rms_norm", [normal(0, 3, 13, 40, deviation=3), normal(1, 40), 0.1], 2e-6),
+    ("linear", [normal(1, 40, 31), normal(0, 3, 50, 31)], 1e-6),
+    ("linear", [normal(1, 40, 31), normal(0, 3, 1, 31)], 1e-6),
+    ("linear", [normal(1, 40, 31), normal(0, 31)], 1e-6),
+    ("rms_norm", [normal(1, 40), normal(0, 3, 1, 40, deviation=3)], 2e-6),
+    ("rms_norm", [normal(1, 40), normal(0, 3, 13, 40, deviation=3)], 2e-6),
     ("rotate", [normal(0, 3, 4, 1, 6), FREQUENCIES, 7], 2e-6),
     ("rotate", [normal(0, 3, 4, 13, 6), FREQUENCIES, 7], 2e-6),
     ("attend", heads(4, 4, 1), 2e-5),
     ("attend", heads(4, 1, 13), 2e-5),
     ("attend", heads(4, 2, 64, deviation=6), 2e-5),
     # Of one id, of seven, and of a thousand, of which a text lacks most.
-    ("embed", [normal(0, 1, 6), mx.array([[0] * 100] * 2)], 1e-6),
-    ("embed", [normal(0, 7, 6), mx.array([[6, 0, 6, 3], [3, 6, 0, 6]])], 1e-6),
-    ("embed", [normal(0, 1000, 6), mx.array([[*range(50), 999, 5, 5]] * 2)], 1e-6),
+    ("embedding", [normal(0, 1, 6), mx.array([[0] * 100] * 2)], 1e-6),
+    ("embedding", [normal(0, 7, 6), mx.array([[6, 0, 6, 3], [3, 6, 0, 6]])], 1e-6),
+    ("embedding", [normal(0, 1000, 6), mx.array([[*range(50), 999, 5, 5]] * 2)], 1e-6),
 ])  # fmt: skip
 def test_values_and_gradients(name, inputs, tolerance, compiled, plain):
     arrays = []
@@ -148,10 +176,16 @@ def test_values_and_gradients(name, inputs, tolerance, compiled, plain):
         if isinstance(value, mx.array) and value.dtype == mx.float32:
             arrays.append(value)
     constants = inputs[len(arrays) :]
-    factors = normal(9, *getattr(plain, name)(*inputs).shape)
+
+    def function_of(program):
+        if hasattr(program, name):
+            return getattr(program, name)
+        return plain_layer(name) if program is plain else quick_layer(name)
+
+    factors = normal(9, *function_of(plain)(*inputs).shape)
 
     def weighted(program, *arrays):
-        output = getattr(program, name)(*arrays, *constants)
+        output = function_of(program)(*arrays, *constants)
         return (output * factors).sum(), output
 
     results = []
@@ -168,7 +202,7 @@ def test_a_norm_in_bfloat16():
     )]  # fmt: skip
 
     def weighted(weight, dtype):
-        normed = main.rms_norm(x.astype(dtype), weight.astype(dtype), 1e-5)
+        normed = quick_layer("rms_norm")(weight.astype(dtype), x.astype(dtype))
         return (normed.astype(mx.float32) * factors.astype(mx.float32)).sum()
 
     gradients = [mx.grad(weighted)(weight, dtype) for dtype in (mx.bfloat16, mx.float32)]
@@ -188,22 +222,40 @@ def test_the_loss_its_gradients_and_the_score(B, L, V, dtype, tolerance, untie, 
     head = normal(1, V, 8, deviation=3)  # sharp distributions, targets far down
 
     def loss(program, hidden, head):
-        return 0.5 * program.training_loss(with_head(head, program, untie), hidden, targets, 0.02)
+        model = model_of(hidden, head, program, untie)
+        return 0.5 * program.training_loss(model, targets, targets, 0.02)
 
     results = by_both(loss, [hidden, head], compiled, plain)
     assert_near(*results, tolerance)
     for program, (value, _) in zip((main, plain), results):
-        scores = program.token_metrics(with_head(head, program, untie), hidden, targets)
+        model = model_of(hidden, head, program, untie)
+        scores = program.token_metrics(model, targets, targets)
         assert [*scores] == ["loss"] and scores["loss"].shape == (B, L)
         sum_of_scores = scores["loss"].sum().item() * 0.01
         assert sum_of_scores == pytest.approx(value.item(), rel=max(tolerance, 1e-5))
 
 
-def with_head(head, program, untie):
-    """A model with this output layer [V, 8]."""
-    config = program.Config(len(head), 8, 1, 8, 2, 2, "relu2", 8, untie=untie)
+class FinalStates(nn.Module):
+    """In the place of a Transformer: final hidden states [B, L, D], whatever it reads."""
+
+    def __init__(self, hidden, head):
+        super().__init__()
+        self.hidden = hidden
+        self.embed_tokens = nn.Embedding(1, 1)
+        self.embed_tokens.weight = head
+
+    def __call__(self, tokens, caches=None, dropout_masks=None):
+        return self.hidden
+
+
+def model_of(hidden, head, program=main, untie=False):
+    """A model with these final hidden states, and this output layer [V, D]."""
+    dim = head.shape[1]
+    config = program.Config(len(head), 8, 1, dim, 2, 2, "relu2", 8, untie=untie)
     model = program.LanguageModel(config)
-    (model.lm_head if untie else model.model.embed_tokens).weight = head
+    model.model = FinalStates(hidden, head)
+    if untie:
+        model.lm_head.weight = head
     return model
 
 
@@ -218,15 +270,13 @@ def test_the_memory_of_a_large_vocabulary(monkeypatch):
     starts = range(0, 32 * 48, 128)
     monkeypatch.setattr(fast, "chunks", lambda *sizes: [slice(i, i + 128) for i in starts])
     vocab_size, dim = 20_000, 32
-    model = main.LanguageModel(main.Config(vocab_size, 48, 1, dim, 2, 2, "relu2", 8))
     head = mx.random.normal((vocab_size, dim))
     hidden = mx.random.normal((32, 48, dim))
     targets = mx.random.randint(0, vocab_size, (32, 48))
     mx.eval(head, hidden, targets)
 
     def loss(hidden, head):
-        model.model.embed_tokens.weight = head
-        return main.training_loss(model, hidden, targets, 1 / targets.size)
+        return main.training_loss(model_of(hidden, head), targets, targets, 1 / targets.size)
 
     step = mx.compile(mx.value_and_grad(loss, argnums=(0, 1)))
     before = mx.get_active_memory() - head.nbytes

@@ -8,7 +8,8 @@ import tracemalloc
 import pytest
 from conftest import TINY, documents_of, run, run_extra
 
-from datasets import UsageError, load_dataset
+from datasets import load_dataset
+from support.cli import UsageError
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")

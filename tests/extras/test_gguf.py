@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 from conftest import run_extra
-from datasets import ByteTokenizer, PackageTokenizer, UsageError, WordTokenizer
+from datasets import ByteTokenizer, PackageTokenizer, WordTokenizer
+from support.cli import UsageError
 from mlx.utils import tree_flatten
 from test_huggingface import STRETCHED, make_llama
 from tokenizers import Tokenizer, decoders

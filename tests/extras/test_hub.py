@@ -133,4 +133,4 @@ def test_a_long_context_is_not_trained_unasked(given, expected, line, tmp_path):
     export_model(make_llama(context_size=2000), ByteTokenizer(), tmp_path / "hf", None)
     line += ["--init_from", tmp_path / "hf", "--num_iters=1", "--batch_size=1", *given]
     run(*line, "--save_dir", tmp_path / "lm")
-    assert newest(tmp_path / "lm").config.context_size == expected
+    assert newest(tmp_path / "lm").config["context_size"] == expected

@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY, begin, make_model, run, run_extra
-from datasets import ByteTokenizer, CharTokenizer, PackageTokenizer, UsageError, WordTokenizer
-from datasets import end_of_text
+from datasets import ByteTokenizer, CharTokenizer, PackageTokenizer, WordTokenizer, end_of_text
+from support.cli import UsageError
 from mlx.utils import tree_flatten
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, copy_program, newest, run
 
-from datasets import RunError, load_dataset
+import main
+from datasets import load_dataset
+from support.cli import RunError
 from extras.versus import judge
 from extras.versus.judge import Text, choose_spans
 
@@ -20,7 +22,7 @@ WIDTH = 100
 def side_of(checkpoint, folder=ROOT):
     """What Judge reads of a Side, for a run of the main.py in a folder."""
     config = checkpoint.config
-    shape = {"vocab_size": config.vocab_size, "context_size": config.context_size}
+    shape = {"vocab_size": config["vocab_size"], "context_size": config["context_size"]}
     return Namespace(name="mine", folder=folder, flags={"gpu": False}, **shape)
 
 
@@ -56,7 +58,7 @@ def test_scores_are_those_of_main(kind, edits, base, text, tmp_path):
     program = copy_program(tmp_path / "copy", edits) if edits else ROOT / "main.py"
     run(*line, "--num_iters=12", "--eval_tokens=0", "--sample_tokens=4", program=[program])
     checkpoint = newest(folder)
-    tokenizer = checkpoint.open().tokenizer
+    tokenizer = main.read_contents(checkpoint).tokenizer
     tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens
     side = side_of(checkpoint, program.parent)
     count = len(tokens) - 1

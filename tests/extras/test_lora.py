@@ -28,7 +28,7 @@ def assert_adapters_on(base, checkpoint, scale):
         expected[f"{layer}.weight"] += scale * b @ a
         matrices.append(b)
     assert not adapters, "nothing else is saved"
-    found = arrays(checkpoint.open().load_model())
+    found = arrays(main.read_contents(checkpoint).load_model())
     assert_equal(found, expected, rtol=1e-5, atol=1e-6)
     return matrices
 
@@ -36,7 +36,7 @@ def assert_adapters_on(base, checkpoint, scale):
 def assert_scored_as_merged(checkpoint, text):
     """Its last score, of base and adapters as they were trained, is that of the merged weights."""
     tokens = load_dataset("text", text.parent, [text]).valid.tokens
-    nats = main.evaluate(checkpoint.open().load_model(), tokens, 4)["loss"]
+    nats = main.evaluate(main.read_contents(checkpoint).load_model(), tokens, 4)["loss"]
     assert checkpoint.evaluation.loss == pytest.approx(nats, abs=1e-5)
 
 
@@ -44,10 +44,16 @@ LORA = "--lora_rank 2 --dropout 0.1 --average 0.3 --learning_rate 0.03 --lr_warm
 LORA += "--steps_per_eval 4 --eval_tokens 0 --sample_tokens 8 --num_iters".split()
 
 
+CALL = "    def __call__(self, x):\n        return 0.9 * super().__call__(x)\n"
+
+
 def test_an_edited_product_counts_under_the_adapters(base, text, tmp_path):
     """As much as once they are merged: as they begin as nothing, both scores are the base's."""
     folder, id = base
-    edits = {anchors.PRODUCT: "    return 0.9 * (x @ weight.T)\n"}
+    edits = {
+        anchors.MLP: f"class Scaled(nn.Linear):\n{CALL}\n\n{anchors.MLP}",
+        anchors.DOWN_PROJECTION: anchors.DOWN_PROJECTION.replace("nn.Linear", "Scaled"),
+    }
     program = [copy_program(tmp_path / "copy", edits)]
     line = ["--text", text, "--init_from", id, "--save_dir", folder]
     run(*line, *LORA, 3, "--learning_rate=0", program=program)
@@ -62,7 +68,7 @@ def test_lora_run(base, text, tmp_path):
     Interrupted, and without its base, it ends with the same checkpoint.
     """
     folder, id = base
-    model = newest(folder).open().load_model()
+    model = main.read_contents(newest(folder)).load_model()
     line = ["--text", text, "--init_from", id[:10], *LORA]
     shutil.copytree(folder, tmp_path / "whole")
     run(*line, 12, "--save_dir", tmp_path / "whole")
@@ -78,7 +84,7 @@ def test_lora_run(base, text, tmp_path):
 
     run_extra("export", tmp_path / "hf", "--identifier", last.id, "--save_dir", folder)
     again, *_ = import_model(tmp_path / "hf")
-    merged = last.open().load_model()
+    merged = main.read_contents(last).load_model()
     np.testing.assert_array_equal(logits_of(again, [1, 2, 3]), logits_of(merged, [1, 2, 3]))
 
 
@@ -111,6 +117,6 @@ def test_a_base_with_more_rows_than_ids(tmp_path, text):
     shutil.rmtree(hf)
     assert begin("--num_iters=4", *runs)[:2] == (name, 2)
     last = newest(tmp_path / "lm")
-    assert last.config.vocab_size == 281
+    assert last.config["vocab_size"] == 281
     assert_adapters_on(base, last, 1.5)
     assert_scored_as_merged(last, text)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from datasets import UsageError
+from support.cli import UsageError
 from extras.versus import losses
 
 CONDITIONS = "if both sides are tuned."

@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from conftest import TEXT, TINY, copy_program, edit, newest, run, saved, start
 
-from datasets import RunError, UsageError, load_dataset
+from datasets import load_dataset
+from support.cli import RunError, UsageError
 from extras.versus import __main__ as versus
 from extras.versus import runs, sides
 from extras.versus.judge import DIVERGED, Text
@@ -87,7 +88,7 @@ def losses(project, result):
     found = []
     for side in result["comparison"].split():
         by_seed = {each.flags["seed"]: each for each in checkpoints(project, side)}
-        models = [by_seed[seed].open().load_model() for seed in result["seeds"]]
+        models = [main.read_contents(by_seed[seed]).load_model() for seed in result["seeds"]]
         found.append([main.evaluate(model, tokens, 4)["loss"] for model in models])
     return np.array(found)
 
@@ -298,15 +299,15 @@ def test_edit_without_effect_is_proved(project):
 
     What a side prints is no answer.
     """
-    edit(project, anchors.LINEAR, "def linear_product(x, weight):  # a note\n")
+    edit(project, anchors.ROTATE, "def rotate(x, frequencies, offset):  # a note\n")
     out, _ = compare(project, "HEAD --pairs 2")
     assert out.endswith("\nNothing that counts differs between the sides, so nothing is trained.\n")
     assert not [*project.glob("runs/versus/*/text-*")], "nothing is trained"
     edit(project, anchors.TOP, f"print('{{}}')\n\n{anchors.TOP}")
-    norm = anchors.RMS_NORM
-    edit(project, f"    return {norm}", f"    normed = {norm}    return normed\n")
+    square = anchors.RELU2
+    edit(project, f"    return {square}", f"    squared = {square}    return squared\n")
     out, _ = compare(project, "HEAD --pairs 2")
-    assert "\nedited   rms_norm: both sides run main.py's version" in out
+    assert "\nedited   relu2: both sides run main.py's version" in out
     assert f"\n{NO_EFFECT.rstrip('.')}" in out  # perhaps with the ratio of two noisy times
     assert len([*project.glob("runs/versus/*/text-*/*.safetensors")]) == 4, "both are computed"
 
@@ -320,7 +321,7 @@ def test_keep(project):
     *_, verdict, answer = out.splitlines()
     assert "Cannot tell: your files: it sees the future: the prediction at position 0" in verdict
     assert answer == "Drop."
-    edit(project, anchors.PRODUCT, "    return x weight\n")
+    edit(project, anchors.RELU2, "x x\n")
     out, _ = compare(project, f"HEAD {gate}", status=1)
     assert out.startswith("your files cannot run: SyntaxError: invalid syntax")
     compare(project, f"HEAD~1 {gate}", status=2)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from anchors import ATTEND, BATCHES, COSINE, DIVERGENCE, DOWN_PROJECTION, EMBED, FINAL_NORM, IMPORT
 from anchors import IS_DONE, JOINED, LOADED, LOGITS, MASK, METRICS, MOMENTUM, NEWTON_SCHULZ, NORM
-from anchors import PRODUCT, PROJECT_DOWN, RATE, RELU2_ENTRY, STEP, TRAINING_LOSS, VOCAB_SIZE
+from anchors import PROJECT_DOWN, RATE, RELU2_ENTRY, STEP, TRAINING_LOSS, VOCAB_SIZE
 from anchors import WARMED_UP, WARMUP
 from conftest import copy_program
 
@@ -125,8 +125,8 @@ TWO_EXPERTS = """\
         return scores.max(axis=-1, keepdims=True) * chosen
 """
 MORE_PROJECTIONS = """\
-        self.other_proj = Linear(config.mlp_dim, config.dim)
-        self.router = Linear(config.dim, 2)
+        self.other_proj = nn.Linear(config.mlp_dim, config.dim, bias=False)
+        self.router = nn.Linear(config.dim, 2, bias=False)
 """
 
 # ---- The edits ----------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ TRIES = [
 ]  # fmt: skip
 
 SOURCES = [
-    Edit("a new file of data", "^Hurt", [factor("json.loads((HERE / 'a.json').read_text())")],
+    Edit("a new file of data", "^Hurt", [factor("json.loads(Path('a.json').read_text())")],
          files={"a.json": "0.1"}),
     Edit("a package in a subfolder", "^Hurt", [
         (IMPORT, f"from mine.deeper import rates\n{IMPORT}"), factor("rates.FACTOR")], files={
@@ -251,9 +251,9 @@ HONEST = [
         ("twice the rate", EFFECT, TWICE),
         ("a mixture of two experts", EFFECT, (DOWN_PROJECTION, DOWN_PROJECTION + MORE_PROJECTIONS),
          (PROJECT_DOWN, TWO_EXPERTS)),
-        ("bfloat16 products", EFFECT, (PRODUCT,
-         "    x = x.astype(mx.bfloat16)\n"
-         "    return (x @ weight.T.astype(mx.bfloat16)).astype(mx.float32)\n")),
+        ("bfloat16 products", EFFECT, (PROJECT_DOWN,
+         "        matrix = self.down_proj.weight.astype(mx.bfloat16)\n"
+         "        return (inner.astype(mx.bfloat16) @ matrix.T).astype(mx.float32)\n")),
         ("smaller embeddings at first", EFFECT, ("seed) * 5 / model", "seed) * 2 / model")),
         ("a linear schedule", EFFECT, (COSINE, '"cosine": linear_schedule')),
         ("GELU", EFFECT, (RELU2_ENTRY, '"relu2": (nn.gelu,')),

@@ -8,7 +8,9 @@ Each has a few flags of its own beside some of main.py's, which mean the same he
 import fnmatch
 
 import main
-from datasets import Flag, Parser, UsageError, add_flags, nonempty, run_program
+from support.cli import command, extra, run_program
+from support.flags import FLAGS, Flag, Parser, get_values, nonempty
+from support.runs import list_checkpoints
 
 # A flag that takes several names, for select_checkpoints.
 IDENTIFIERS = Flag(
@@ -22,8 +24,9 @@ def make_parser(name, doc, *flags, **program_flags):
     doc: the docstring that --help shows; flags: the names of those flags of main.py that it takes;
     program_flags: flags of its own, {name: Flag}.
     """
-    parser = Parser(prog=f"python -m extras.{name}", description=doc)
-    add_flags(parser, {flag: main.ALL_FLAGS[flag] for flag in ("save_dir", *flags)} | program_flags)
+    parser = Parser(extra("hints"), prog=f"python -m extras.{name}", description=doc)
+    rows = FLAGS.rows
+    parser.add_flags({flag: rows[flag] for flag in ("save_dir", *flags)} | program_flags)
     parser.set_defaults(**{flag: row.default for flag, row in program_flags.items()})
     return parser
 
@@ -41,7 +44,7 @@ def read_flags(parser, arguments):
 def flags_of_run(flags, checkpoint):
     """The flags of a checkpoint's run; its text lies where the command's `flags` say."""
     names = {"save_dir", "data_dir", "mirror"} & {*flags.explicit}
-    return main.resolve_flags(main.get_values(flags, names), checkpoint.flags)
+    return main.resolve_flags(get_values(flags, names), checkpoint.flags)
 
 
 def select_checkpoints(flags):
@@ -49,19 +52,16 @@ def select_checkpoints(flags):
 
     A pattern of run names stands for the newest checkpoint of each run that it matches.
     """
-    checkpoints = main.list_checkpoints(flags.save_dir, warn=True)
-    if not checkpoints:
-        raise UsageError(main.NO_CHECKPOINT.format(flags.save_dir))
-    if not flags.identifier:
+    checkpoints = list_checkpoints(flags.save_dir, warn=True)
+    if checkpoints and not flags.identifier:
         return checkpoints
     runs = dict.fromkeys(checkpoint.folder.name for checkpoint in checkpoints)  # unique
-    named = []
-    for identifier in flags.identifier:
+    named = {}  # {path: its checkpoint}
+    for identifier in flags.identifier or ["latest"]:  # there is none, which is said
         for name in fnmatch.filter(runs, identifier) or [identifier]:
-            checkpoint = main.find_checkpoint(flags, checkpoints, name)
-            if checkpoint not in named:
-                named.append(checkpoint)
-    return named
+            checkpoint = main.find_checkpoint(flags, name)
+            named[checkpoint.weights_path] = checkpoint
+    return list(named.values())
 
 
 def start(name, function):
@@ -69,4 +69,4 @@ def start(name, function):
 
     A mistake or a failure is one line on stderr, as in main.py.
     """
-    run_program(f"extras.{name}", main.explain_mlx_errors()(function))
+    run_program(command(f"extras.{name}")(function))

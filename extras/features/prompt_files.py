@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from datasets import CONTROLS, RunError, UsageError, explain_errors, lock_file
+from support.cli import CONTROLS, RunError, UsageError, explain_errors
+from support.files import lock_file
 
 
 def read_prompt_lines(path):
