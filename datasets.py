@@ -44,6 +44,12 @@ SPLITS = ("train", "valid", "test")
 END = "<|endoftext|>"  # marks the end of a document in a text
 
 
+def split_name(text):
+    """A flag's type: a split, by our name or another program's."""
+    others = {"validation": "valid", "val": "valid", "dev": "valid"}
+    return one_of(SPLITS)(others.get(text, text))
+
+
 class Split(NamedTuple):
     """The tokens of a split, and counts of its text (None if --train_tokens cuts it short)."""
 

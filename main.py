@@ -47,7 +47,7 @@ with first_imports():
 
 import datasets
 from support import device, files, machine, reports, runs
-from support.flags import COUNT, FLAGS, FRACTION, IDENTITY, MAX_INT32, NONNEGATIVE, RECORDED, SIZE
+from support.flags import COUNT, FLAGS, FRACTION, MAX_INT32, NONNEGATIVE, RECORDED, SIZE
 from support.flags import Flag, Parser, get_values, ineffective_flag_notices, nonempty, number
 from support.flags import one_of, parse_command_line
 from support.runs import Checkpoint, DamagedError, Evaluation, Progress
@@ -686,14 +686,6 @@ def learning_rate_at(iteration, flags):
     return flags.learning_rate * SCHEDULES[flags.lr_schedule](iteration, flags) * warmup
 
 
-def describe_schedule(flags):
-    """The learning rate at the first step of a run, at the end of warmup, and at the last step."""
-    texts = []
-    for step in sorted({1, min(max(1, flags.lr_warmup), flags.num_iters), flags.num_iters}):
-        texts.append(f"{learning_rate_at(step - 1, flags):.3g} (step {step:,})")
-    return f"{flags.lr_schedule}: {', '.join(texts)}"
-
-
 def update_average(average, weights, iteration, fraction):
     """The average of the weights over about the last `fraction` of the steps taken.
 
@@ -938,7 +930,7 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     loss_of_text = training_loss
     if teacher is not None:
         loss_of_text = extra("distil").make_loss(teacher, flags)
-    if flags.dtype == "bfloat16" and on_gpu():
+    if flags.dtype == "bfloat16" and device.on_gpu():
         loss_of_text = with_bfloat16_weights(loss_of_text)
 
     # This runs once for each shard of a micro-batch, and the results are added up: it has to return
@@ -1671,17 +1663,8 @@ class Run(Counters):
         return self.iteration % self.flags.steps_per_save == 0 or self.is_evaluation_due()
 
     def evaluations_since_best(self):
-        """How many evaluations in a row brought no new best, for --patience.
-
-        Only those at multiples of steps_per_eval count, so that an extended run, which has one more
-        at its old end, stops where a run of the new length would.
-        """
-        interval = self.flags.steps_per_eval or math.inf
-        losses = []
-        for evaluation in runs.comparable_evaluations(self.evaluations):
-            if evaluation.iteration % interval == 0:
-                losses.append(evaluation.loss)
-        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+        """How many evaluations in a row brought no new best, for --patience."""
+        return runs.evaluations_since_best(self.evaluations, self.flags.steps_per_eval)
 
     def is_out_of_patience(self):
         """Whether --patience ends the run."""
@@ -1787,7 +1770,7 @@ def write_checkpoint(run):
     run.checkpoint_id = sha1
     run.saved_at = saved_at
     run.has_unsaved_changes = False
-    if on_gpu():
+    if device.on_gpu():
         mx.clear_cache()  # no step may reuse what the CPU has read, see arrays_to_save
 
 
@@ -1798,7 +1781,7 @@ def arrays_to_save(tree):
     issue 3861).
     """
     arrays = dict(sorted(tree_flatten(tree)))
-    if on_gpu():
+    if device.on_gpu():
         arrays = {name: array * 1 for name, array in arrays.items()}
     return arrays
 
@@ -2038,50 +2021,26 @@ def join_ranks(argv):
     return contextlib.nullcontext(device.SingleProcess())
 
 
-def on_gpu():
-    return mx.default_device() == mx.gpu
-
-
 def use_device(gpu):
     """Makes the GPU or the CPU the default device; call it before anything is computed."""
     device.use_device(gpu, fast)
 
 
-def list_versions(flags, ranks):
-    """The environment of a run: while it and the code stay the same, resume is bit-exact."""
-    return device.list_versions(flags, ranks, fast)
-
-
+@fast_version
 def bfloat16_products(is_enabled):
     """A context manager: if is_enabled, a CPU rounds inputs of products to bfloat16, if it can."""
-    if is_enabled and fast:
-        return fast.bfloat16_products()
     return contextlib.nullcontext()
 
 
 # ---- Flags --------------------------------------------------------------------------------------
 
 
-def split_name(text):
-    """A flag's type: a split, by our name or another program's."""
-    others = {"validation": "valid", "val": "valid", "dev": "valid"}
-    return one_of(datasets.SPLITS)(others.get(text, text))
-
-
-PRESETS = {
-    "tiny": dict(dim=128, num_heads=4, num_blocks=4, context_size=128),
-    "small": dict(dim=256, num_heads=8, num_blocks=6, context_size=256),
-    "medium": dict(dim=512, num_heads=8, num_blocks=12, context_size=512),
-    "large": dict(dim=768, num_heads=12, num_blocks=24, context_size=1024),
-    "gpt2": dict(dim=768, num_heads=12, num_blocks=12, context_size=1024),
-    # Smaller than its name: 152M with GPT-2's vocabulary.
-    "350m": dict(dim=768, num_heads=12, num_blocks=16, context_size=2048),
-}
+PRESETS = ["tiny", "small", "medium", "large", "gpt2", "350m"]  # see extras/recipes/presets
 
 FLAGS["mode"] = {  # a command has at most one of them
     "inference": Flag(False, bool, "sample interactively; /reset forgets the text, /quit exits"),
     "prompt": Flag(None, str, "text to continue"),
-    "evaluate": Flag(None, split_name, "evaluate a checkpoint on train, valid or test"),
+    "evaluate": Flag(None, datasets.split_name, "evaluate a checkpoint on train, valid or test"),
     "list": Flag(False, bool, "list runs and checkpoints"),
     "new_model": Flag(False, bool, "start a new run even if one could be resumed"),
 }
@@ -2112,7 +2071,7 @@ def read_command_line(arguments):
     )
     for title, rows in FLAGS.items():
         parser.add_flags(rows, title)
-    return parse_command_line(parser, arguments, PRESETS)
+    return parse_command_line(parser, arguments)
 
 
 def resolve_flags(explicit, recorded=None):
@@ -2287,7 +2246,7 @@ def make_run(folder, inputs, contents=None, ranks=None):
     elif "init_from" not in models:
         init_weights(model, flags.seed)
     hashes = code.hash_sources(sources)
-    versions = list_versions(flags, ranks) | {"support": code.hash_of_package(hashes)}
+    versions = device.list_versions(flags, ranks, fast) | {"support": code.hash_of_package(hashes)}
     segment = runs.Segment(run.iteration, flags.num_iters, hashes, versions)
     if run.segments[-1:] != [segment]:
         run.segments.append(segment)
@@ -2311,8 +2270,6 @@ def open_checkpoint(flags):
 
     Raises UsageError if a flag contradicts it, RunError if it is damaged.
     """
-    if not runs.list_checkpoints(flags.save_dir) and not os.path.exists(flags.identifier or ""):
-        raise UsageError(runs.NO_CHECKPOINT.format(flags.save_dir))
     checkpoint = find_checkpoint(flags, flags.identifier or "latest")
     values = checkpoint.flags | {"seed": flags.seed}  # here, the samples' seed
     runs.refuse_conflict(flags, values, checkpoint.folder.name)
@@ -2339,22 +2296,6 @@ def evaluate_checkpoint(flags):
     for line in ineffective_flag_notices(flags):
         warning(line)
     print_evaluation(flags.evaluate, model, dataset, flags)
-
-
-def choose_origin(flags):
-    """The Checkpoint that a command goes on from: that of --identifier or, by default, the newest.
-
-    None if the command describes its run by flags, has --new_model, or there is no checkpoint.
-    """
-    if flags.identifier:
-        if flags.new_model:
-            raise UsageError("--identifier resumes a run, --new_model starts one: use only one")
-        return find_checkpoint(flags, flags.identifier)
-    if flags.new_model or {*FLAGS.names(IDENTITY)} & {*flags.explicit}:
-        # Refuses the folder of a run, before a text is written there.
-        runs.list_run_folders(flags.save_dir)
-        return None
-    return next(iter(runs.list_checkpoints(flags.save_dir, warn=True)), None)
 
 
 def check_early(flags, ranks):
@@ -2401,14 +2342,6 @@ def open_run(folder, inputs, origin, ranks):
     return run, contents and contents.checkpoint
 
 
-def is_changed(run, checkpoint):
-    """Whether a run has begun as a branch of this checkpoint, or with new flags before its end."""
-    if checkpoint.folder != run.folder:
-        return True
-    has_new_flags = get_values(run.flags, FLAGS.names(RECORDED)) != checkpoint.flags
-    return has_new_flags and run.iteration < run.flags.num_iters
-
-
 @command("main.py")
 def main(arguments):
     """Does what the arguments say, by default those of the process; returns the exit status.
@@ -2430,7 +2363,7 @@ def main(arguments):
         files.make_save_dir(flags.save_dir)
 
         # Which run: a checkpoint gives its flags; its flags, texts and models give its folder.
-        origin = choose_origin(flags)
+        origin = runs.choose_origin(flags, find_checkpoint)
         if origin:
             flags = resolve_flags(flags.explicit, origin.flags)
             runs.refuse_conflict(flags, origin.flags, origin.folder.name)
@@ -2440,11 +2373,11 @@ def main(arguments):
         with runs.locked_folder(folder):
             run, checkpoint = open_run(folder, inputs, origin, ranks)
             with Interrupts() as interrupts:  # from here on there is something to save
-                schedule = describe_schedule(run.flags)
-                reports.print_start(run, checkpoint, schedule, fast_version.edited, note)
+                rate = partial(learning_rate_at, flags=run.flags)
+                reports.print_start(run, checkpoint, rate, fast_version.edited, note)
                 # Saved before its first step, a branch needs its parent no more, and new flags
                 # survive a kill.
-                if checkpoint and is_changed(run, checkpoint):
+                if checkpoint and runs.has_changed(run, checkpoint):
                     save(run, interrupts)
                 ranks.broadcast_run(run)
                 say("")  # the end of the start screen

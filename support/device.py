@@ -39,6 +39,11 @@ class SingleProcess:
         return stop_signal, is_time_up
 
 
+def on_gpu():
+    """Whether MLX computes on a GPU."""
+    return mx.default_device() == mx.gpu
+
+
 def use_device(gpu, fast):
     """Makes the GPU or the CPU the default device; call it before anything is computed.
 
@@ -69,9 +74,10 @@ def use_device(gpu, fast):
 def list_versions(flags, ranks, fast):
     """The environment of a run: while it and the code stay the same, resume is bit-exact.
 
-    The C++ compiler is left out, as MLX and fast.py keep what it has compiled.
+    fast: extras/features/fast.py, or None. The C++ compiler is left out, as MLX and fast.py keep
+    what it has compiled.
     """
-    is_gpu = mx.default_device() == mx.gpu
+    is_gpu = on_gpu()
     device = f"{mx.default_device().type.name}, {mx.device_info().get('device_name', '?')}"
     blas = fast.describe_blas() if fast else "MLX's own BLAS"
     dtype = "float32"

@@ -229,11 +229,10 @@ def check_values(values):
             raise ValueError(f"its {name} is of another type")
 
 
-def parse_command_line(parser, arguments, presets):
+def parse_command_line(parser, arguments):
     """The flags set on the command line, by --config or by --preset, {flag: value}.
 
-    presets: {name: flags}. Later ones count: the file's preset, the file, the command line's
-    preset, the command line.
+    Later ones count: the file's preset, the file, the command line's preset, the command line.
     """
     command_line_flags = vars(parser.parse_args(arguments))
     file_flags = {}
@@ -244,7 +243,9 @@ def parse_command_line(parser, arguments, presets):
                 file_flags.pop(name, None)
     explicit_flags = {}
     for given in (file_flags, command_line_flags):
-        explicit_flags |= presets.get(given.get("preset"), {}) | given
+        if "preset" in given:
+            explicit_flags |= read_config(parser, f"presets/{given['preset']}")
+        explicit_flags |= given
     modes = []
     for name, value in explicit_flags.items():
         if name in FLAGS["mode"] and value is not False:

@@ -22,10 +22,10 @@ from support.runs import best_evaluation, checkpoints_in, resume_command
 # ---- The start and the end of a command --------------------------------------------------------
 
 
-def print_start(run, checkpoint, schedule, edited_functions, note=None):
+def print_start(run, checkpoint, rate, edited_functions, note=None):
     """Prints the start screen: what is trained, on what data, and where its files go.
 
-    checkpoint: the one that is resumed, or None; schedule: of the learning rate, in words;
+    checkpoint: the one that is resumed, or None; rate: see describe_schedule;
     edited_functions: see start_notices; note: one more line, or None.
     """
     flags = run.flags
@@ -51,7 +51,7 @@ def print_start(run, checkpoint, schedule, edited_functions, note=None):
         f"{dataset.tokenizer}; in {dataset.folder}",
         f"steps    {rows_per_step} x {config.context_size} tokens, {steps_per_epoch:,} per epoch, "
         f"{epochs:,.2f} epochs in all; {flags.optimizer}, {versions['dtype']}",
-        f"rate     {schedule}",
+        f"rate     {describe_schedule(flags, rate)}",
         f"machine  {versions['device']}{ranks}; MLX {versions['MLX']}, "
         f"matmuls: {versions['BLAS']}, kernels: {versions['kernels']}",
         f"files    {run.folder.absolute()}",
@@ -61,6 +61,17 @@ def print_start(run, checkpoint, schedule, edited_functions, note=None):
     if note:
         lines.append(note)
     say(printable("\n".join([*lines, *start_notices(run, edited_functions)])))
+
+
+def describe_schedule(flags, rate):
+    """The learning rate at the first step of a run, at the end of warmup, and at the last step.
+
+    rate: a function of the step, counted from 0.
+    """
+    texts = []
+    for step in sorted({1, min(max(1, flags.lr_warmup), flags.num_iters), flags.num_iters}):
+        texts.append(f"{rate(step - 1):.3g} (step {step:,})")
+    return f"{flags.lr_schedule}: {', '.join(texts)}"
 
 
 def count_parameters(tree):

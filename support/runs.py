@@ -78,7 +78,7 @@ class Segment:
     iteration: int = dataclasses.field(compare=False)  # its first step, counted from 0
     num_iters: int  # where the schedules of its learning rate and dropout end
     code: dict  # {path: hash} of its files, see hash_sources
-    versions: dict  # of the environment, see main.list_versions
+    versions: dict  # of the environment, see device.list_versions
 
 
 @dataclasses.dataclass
@@ -160,6 +160,19 @@ def best_evaluation(evaluations):
     """The comparable evaluation with the lowest loss, the first of equal ones; None without any."""
     evaluations = comparable_evaluations(evaluations)
     return min(evaluations, key=lambda evaluation: evaluation.loss, default=None)
+
+
+def evaluations_since_best(evaluations, interval):
+    """How many evaluations in a row brought no new best.
+
+    Only those at multiples of the interval, --steps_per_eval, count, so that an extended run, which
+    has one more at its old end, stops where a run of the new length would.
+    """
+    losses = []
+    for evaluation in comparable_evaluations(evaluations):
+        if evaluation.iteration % (interval or math.inf) == 0:
+            losses.append(evaluation.loss)
+    return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 def read_checkpoint(metadata_path):
@@ -399,6 +412,23 @@ PATH_FLAGS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
 MAX_LOST_SECONDS = 600  # of training that a command may leave behind without being told to
 
 
+def choose_origin(flags, find):
+    """The Checkpoint that a command goes on from: that of --identifier or, by default, the newest.
+
+    None if the command describes its run by flags, has --new_model, or there is no checkpoint.
+    find(flags, name): see main.find_checkpoint.
+    """
+    if flags.identifier:
+        if flags.new_model:
+            raise UsageError("--identifier resumes a run, --new_model starts one: use only one")
+        return find(flags, flags.identifier)
+    if flags.new_model or {*FLAGS.names(IDENTITY)} & {*flags.explicit}:
+        # Refuses the folder of a run, before a text is written there.
+        list_run_folders(flags.save_dir)
+        return None
+    return next(iter(list_checkpoints(flags.save_dir, warn=True)), None)
+
+
 def refuse_conflict(flags, values, owner):
     """Raises UsageError if an explicit flag in INIT differs from `values`, those of `owner`.
 
@@ -525,6 +555,14 @@ def resume_command(flags, name=None):
     if flags.gpu:
         parts.append("--gpu")
     return shlex.join(map(str, parts))
+
+
+def has_changed(run, checkpoint):
+    """Whether a run has begun as a branch of this checkpoint, or with new flags before its end."""
+    if checkpoint.folder != run.folder:
+        return True
+    has_new_flags = get_values(run.flags, FLAGS.names(RECORDED)) != checkpoint.flags
+    return has_new_flags and run.iteration < run.flags.num_iters
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ MODEL_SECTION = "# ---- Model ---"
 ADAMW = "def make_adamw("
 RECENT_LOSS = "    recent_loss: float = 0.0  # the sum of their losses\n"
 COUNT_LOSS = '    run.count_step(inputs.size, time.perf_counter() - start, metrics["loss"])\n'
-PRESETS = "PRESETS = {"
+PRESETS = "PRESETS = ["
 INTERRUPTS = "class Interrupts:"
 
 # ---- Model --------------------------------------------------------------------------------------

@@ -63,9 +63,9 @@ def machine(gpu):
     import main
 
     main.use_device(gpu)
-    from support.device import SingleProcess
+    from support.device import SingleProcess, list_versions
 
-    versions = main.list_versions(main.resolve_flags({"gpu": gpu}), SingleProcess())
+    versions = list_versions(main.resolve_flags({"gpu": gpu}), SingleProcess(), main.fast)
     for package in ("torch", "transformers"):
         if is_installed(package):
             versions[package] = importlib.metadata.version(package)

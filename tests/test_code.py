@@ -163,6 +163,53 @@ def test_code_counts_wherever_it_stands(place, line, tmp_path):
     assert names[1] == f"{names[0]}.2"
 
 
+OWN = [  # where main.py imports a module of one's own; its path; the line
+    ("import argparse\n", "mine.py", "import mine"),
+    (anchors.TOP, "mine.py", "from mine import FACTOR"),
+    (anchors.TOP, "own/part/mine.py", "import own.part.mine"),
+    (anchors.TOP, "mine.py", '__import__("importlib").import_module("mine")'),
+]
+
+
+@pytest.mark.parametrize("place, path, imported", OWN)
+def test_a_module_of_ones_own_counts_wherever_it_is_imported(place, path, imported, line, tmp_path):
+    program = copy_program(tmp_path / "copy", {place: f"{imported}\n{place}"})
+    module = program.parent / path
+    module.parent.mkdir(parents=True, exist_ok=True)
+    module.write_text("FACTOR = 1\n")
+    name, _, _ = begin(*line, program=["-B", program])
+    [kept] = tmp_path.glob(f"{name}/code-*/{path}")
+    assert kept.read_text() == "FACTOR = 1\n"
+    module.write_text("FACTOR = 2\n")
+    other, _, said = begin(*line, program=["-B", program])
+    assert other == f"{name}.2"
+    assert f"was trained by other code ({path}: diff {kept} {module})" in said
+
+
+def test_a_module_on_the_first_line_counts_in_the_next_run_of_a_notebook(line, tmp_path):
+    folder = copy_program(
+        tmp_path / "copy", {"import argparse\n": "import mine\nimport argparse\n"}
+    )
+    folder = folder.parent
+    (folder / "mine.py").write_text("FACTOR = 1\n")
+    mine = 'edit("mine.py", "FACTOR = 1", "FACTOR = 2")'
+    code = NOTEBOOK.replace("import main\n", "") + "\n".join(
+        [RUN_AGAIN, RUN_AGAIN, mine, RUN_AGAIN]
+    )
+    out, _ = run(folder, *line, program=["-c", code], cwd=folder)
+    runs = re.findall(r"^run +(\S+), from iteration (\d+) ", out, re.M)
+    name = runs[0][0]
+    assert runs == [(name, "0"), (name, "2"), (f"{name}.2", "0")]
+
+
+def test_kept_code_can_be_run(line, tmp_path):
+    """It trains as the program did; its C is compiled anew."""
+    name, _, _ = begin(*line)
+    [code] = tmp_path.glob(f"{name}/code-*")
+    begin(*line, "--new_model", program=["-B", code / "main.py"])
+    assert len({checkpoint.id for checkpoint in saved(tmp_path)}) == 1
+
+
 @pytest.mark.parametrize("place", [
     ".conda/lib/python3.11/mine.py",
     "venv/lib/python3.11/site-packages/mine.py",

@@ -61,6 +61,7 @@ from support.machine import REFERENCE_BLAS, count_cores, cpu_info, make_kernel_d
 # hash_of_code of main.py's plain versions. Where a test finds that one has changed, compare it with
 # the fast one, then enter the new hash.
 PLAIN_HASHES = {
+    "bfloat16_products": "3d37bc61aee3d24bee734998785b88025c92db38dc51788bb3244bfec04f79bf",
     "rotate": "1fb880b53c2b9083019d24ae287c91d5023415b0d2742cfcca929f75be8edf0c",
     "attend": "3db8e0ebf9095ee74f9bb8a443834c2a2c4f24d8f9a10c1139c2fbe7a87ac895",
     "relu2": "f20b5f618b46fe3f27dffeb8574128a74ab530958d9d2d9261ef107f6797e903",
@@ -266,9 +267,9 @@ def has_bfloat16():
 
 
 @contextlib.contextmanager
-def bfloat16_products():
-    """Matrix products on a CPU round their inputs to bfloat16, if it can; sums are float32."""
-    set_forwarder("rounds_to_bf16", True)
+def bfloat16_products(is_enabled):
+    """If is_enabled, products on a CPU round their inputs to bfloat16, if it can; sums: float32."""
+    set_forwarder("rounds_to_bf16", is_enabled)
     try:
         yield
     finally:

@@ -5,8 +5,9 @@ import math
 
 import mlx.core as mx
 
-from main import fast, on_gpu
+from main import fast
 from support.cli import UsageError, say
+from support.device import on_gpu
 from support.flags import arguments_of
 from support.machine import limit_of_memory
 from support.reports import count_parameters

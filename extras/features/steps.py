@@ -7,11 +7,10 @@ own if the same steps, taken further, end in the SHA1 of the run's next checkpoi
 import re
 import shutil
 
-from main import list_versions, load_inputs, make_run, make_step, open_newest, train_step
-from main import write_checkpoint
+from main import fast, load_inputs, make_run, make_step, open_newest, train_step, write_checkpoint
 from support.cli import UsageError, progress_bar
 from support.code import hash_sources, what_counts
-from support.device import SingleProcess
+from support.device import SingleProcess, list_versions
 from support.files import hold_lock, sync
 from support.reports import code_of, describe_changes
 from support.runs import checkpoints_in, kept_model_flags
@@ -125,7 +124,7 @@ def rewind(what, flags, earlier, later):
     flags.num_iters = segment.num_iters  # schedules end there
     if what_counts(segment.code) != what_counts(hash_sources(code_of(later))):
         raise UsageError(f"{what} was computed by other code than this")
-    versions = list_versions(flags, SingleProcess())
+    versions = list_versions(flags, SingleProcess(), fast)
     # Not the hash of support/: that the step is the run's is proved by its SHA1.
     changes = describe_changes({name: segment.versions.get(name) for name in versions}, versions)
     if changes:
