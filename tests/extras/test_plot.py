@@ -1,15 +1,11 @@
 """Plots of losses: what is drawn is compared with the log."""
 
-import math
 import shutil
-from collections import Counter
 
-import numpy as np
 import pytest
 from conftest import TINY, rows_of, run, run_extra, run_folders, saved
 
 from extras import plot
-from extras.plot import losses_of_ngrams
 
 
 def test_a_file_of_losses(trained, tmp_path):
@@ -89,43 +85,3 @@ def test_losses_of_different_texts_are_in_bits_per_byte(run_of, text, figures):
     rows = rows_of(other / "log.csv", "train")
     [curve] = by_iteration.lines
     assert curve.get_ydata().tolist() == [row["bits_per_byte"] for row in rows]
-
-
-# ---- What counting reaches ----------------------------------------------------------------------
-
-
-def probability(token, history, counts, size):
-    """Witten and Bell's, by the definition; history: None before single tokens."""
-    if history is None:
-        return 1 / size
-    shorter = history[1:] if history else None
-    lower = probability(token, shorter, counts, size)
-    followed = [counts[(*history, other)] for other in range(size)]
-    kinds = sum(count > 0 for count in followed)
-    if not kinds:
-        return lower
-    return (followed[token] + kinds * lower) / (sum(followed) + kinds)
-
-
-def test_ngrams_are_those_of_the_books():
-    random = np.random.default_rng(0)
-    train = random.integers(0, 7, 300) % 5  # two ids never occur
-    valid = random.integers(0, 7, 80)
-    counts = Counter()
-    for length in range(1, 5):
-        for end in range(length, len(train) + 1):
-            counts[tuple(train[end - length : end])] += 1
-    found = losses_of_ngrams(train, valid, 7)
-    for length, loss in enumerate(found):
-        nats = 0.0
-        for place in range(3, len(valid)):
-            history = tuple(valid[place - length : place])
-            nats -= math.log(probability(valid[place], history, counts, 7))
-        assert loss == pytest.approx(nats / (len(valid) - 3))
-
-
-def test_lines_of_ngrams(trained, figures):
-    plot.main(["x.png", "--save_dir", str(trained), "--identifier=latest", "--ngrams"])
-    for plotted in figures[0].axes:
-        *_, first, second, third, fourth = [line.get_ydata()[0] for line in plotted.lines]
-        assert first > second > third > fourth, "the text has few words"
