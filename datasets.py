@@ -743,22 +743,20 @@ def find_text_files(path, program_folders):
         elif entry.exists():
             files[entry] = os.path.relpath(entry, base)
     splits = {*map(named_split, files.values())}
-    left_out = Counter()  # suffix -> bytes
+    left_out = []  # names
     for file in sorted(files):
         try:
             check_text(file)
         except UsageError as error:
             reason = error
-            del files[file]
-            left_out[file.suffix or file.name] += file.stat().st_size
+            left_out.append(files.pop(file))
     if left_out:
         splits_kept = {*map(named_split, files.values())}
         # Otherwise, text for validation or testing would be trained on.
         is_train_lost = "train" in splits - splits_kept and splits_kept & {"valid", "test"}
         if not files or is_train_lost:
             raise reason
-        what = f"{left_out.total():,} bytes in files that are no readable UTF-8 text"
-        say(f"{path}: leaving out {what} ({shorten_list([*left_out])})")
+        say(f"{path}: leaving out what is no readable UTF-8 text: {shorten_list(left_out)}")
     return sorted(files.items())
 
 
@@ -1351,13 +1349,9 @@ def main(arguments):
     """Prepares a text ahead of training; prints its sizes and how it begins."""
     hints = extra("hints") if has_extra("hints") else None
     parser = Parser(hints, prog="datasets.py", description=main.__doc__)
-    more = {"save_tokenizer": Flag(None, path_name, "also write the tokenizer as a tokenizer.json")}
-    for flags in [*TEXT_FLAGS.values(), more]:
+    for flags in TEXT_FLAGS.values():
         parser.add_flags(flags)
     options = vars(parser.parse_args(arguments))
-    path = options.pop("save_tokenizer", None)
-    if path and os.path.lexists(path):
-        raise UsageError(f"--save_tokenizer {path} exists: name another file, or delete it")
     default = "text" if "text" in options else "ptb"
     dataset = load_dataset(**{"dataset": default} | options)
     print(f"{dataset.name}: {dataset.tokenizer}")
@@ -1366,13 +1360,6 @@ def main(arguments):
         print(f"{name:<5}{len(split.tokens):>14,} tokens{size}")
     print(f"in {dataset.folder}")
     print(f"begins {dataset.tokenizer.decode(dataset.train.tokens[:100])!r}")
-    if path:
-        package = extra("huggingface").package_of(dataset.tokenizer)
-        with explain_errors(f"cannot write --save_tokenizer {path}: name another file", OSError):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as file:
-                file.write(package.to_str().encode())
-        print(f"its tokenizer is {path}")
 
 
 if __name__ == "__main__":

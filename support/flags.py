@@ -4,7 +4,6 @@ import argparse
 import difflib
 import math
 import re
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -260,7 +259,7 @@ RECIPES = HERE / "extras" / "recipes"  # the files that --config finds by name
 
 
 def read_config(parser, name):
-    """The flags in a YAML file or a recipe, as if passed on the command line."""
+    """The flags in a YAML file or a recipe, as if passed on the command line: later ones count."""
     path = Path(user_path(name))
     if not path.is_file():
         path = RECIPES / f"{name}.yaml"
@@ -276,8 +275,6 @@ def read_config(parser, name):
             for flag, element in section.items():
                 flag_name = str(flag).replace("-", "_")
                 flag_name = flag_names.get(flag_name, flag_name)
-                if flag_name in values:
-                    raise ValueError(f"{flag_name} appears twice, perhaps under two names")
                 values[flag_name] = element
         arguments = [utf8(argument) for argument in arguments_of(values)]
         flags = vars(parser.parse_args(arguments))
@@ -293,17 +290,9 @@ def read_yaml(path, loader="SafeLoader"):
     """
     import yaml
 
-    class Loader(getattr(yaml, loader)):
-        def construct_mapping(self, node, deep=False):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for key, count in Counter(keys).items():
-                if count > 1:  # PyYAML would take the last one
-                    raise ValueError(f"{key} appears twice")
-            return super().construct_mapping(node, deep)
-
     if path.stat().st_size > MAX_YAML_BYTES:
         raise ValueError(f"it is longer than {MAX_YAML_BYTES:,} bytes")
-    return yaml.load(path.read_text("utf-8"), Loader)
+    return yaml.load(path.read_text("utf-8"), getattr(yaml, loader))
 
 
 def get_values(namespace, names):

@@ -344,8 +344,7 @@ def find(tmp_path, monkeypatch):
 def test_folders_and_patterns(find, tmp_path, capsys):
     assert find("") == "a|b|c|é"  # in order, and nothing of the program's own
     out = capsys.readouterr().out
-    left_out = "leaving out 15 bytes in files that are no readable UTF-8 text (.png, latin, .bin)"
-    assert f"{tmp_path}: {left_out}" in out
+    assert f"{tmp_path}: leaving out what is no readable UTF-8 text: " in out
     assert find("*") == find("")  # a pattern is no other than a folder
     assert find("sub") == "c|é"
     assert find("sub/.x") == "no"  # named by the user
@@ -753,21 +752,10 @@ def test_preparing_a_corpus(tmp_path, text):
     assert written(folder) == before
 
 
-def test_a_tokenizer_for_other_programs(tmp_path, text):
-    """Its ids are those of the text, here bytes, of which the first hundred are printed."""
-    file = tmp_path / "own.json"
-    out, _ = prepare("--text", text, "--save_tokenizer", file, "--data_dir", tmp_path / "lm")
-    begin = text.read_bytes()[:100]
-    assert f"\nbegins {begin.decode()!r}\n" in out
-    package = tokenizers.Tokenizer.from_file(str(file))
-    assert package.encode(begin.decode()).ids == list(begin)
-
-
 @pytest.mark.parametrize("line, words", [
     ("--datset ptb", "unrecognized arguments: --datset (--dataset?; --help lists all flags)"),
     ("--tokenizer=", "--tokenizer: is empty"),
     ("--vocab_size 5", "--vocab_size: must be at least 257"),
-    ("--text {0} --save_tokenizer {0}", "--save_tokenizer {0} exists: name another file"),
 ])  # fmt: skip
 def test_mistakes_in_preparing(line, words, text, tmp_path):
     _, err = prepare(*line.format(text).split(), status=2, cwd=tmp_path)

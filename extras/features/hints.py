@@ -103,7 +103,7 @@ NOT_HERE = {
     "attention log_attention": "python -m extras.attention FILE --prompt TEXT",
     "cases": "python -m extras.cases FILE, with no flag before it",
     "prompts_file": "python -m extras.batch FILE",
-    "output": "python -m extras.batch FILE --output FILE; datasets.py has --save_tokenizer",
+    "output": "python -m extras.batch FILE --output FILE",
     "perplexity": "python main.py --evaluate valid",
     "count_parameters num_parameters": "the start screen says how many a model has",
     "benchmark throughput memory profile generation": (
