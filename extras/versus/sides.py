@@ -21,9 +21,8 @@ from support.files import hash_of_data, hash_of_file, hold_lock
 WORKER = Path(__file__).with_name("worker.py")
 HERE = WORKER.parents[2]  # not resolved: extras/ may be a link
 
-# Paths of tests, support/, hidden files, pages, and what programs leave: they do not decide how a
-# run ends.
-IGNORED_FILES = r"(tests|support)/|(.*/)?\.|.*(\.(md|rst|ipynb|svg|png|jpg|pdf|pyc|log|out)|~)$"
+# Paths of tests, hidden files, pages, and what programs leave: they do not decide how a run ends.
+IGNORED_FILES = r"tests/|(.*/)?\.|.*(\.(md|rst|ipynb|svg|png|jpg|pdf|pyc|log|out)|~)$"
 MAX_COPIED_FILE_BYTES = 1 << 20  # a larger file is linked instead of copied
 MAX_COPIED_BYTES = 20 << 20  # in all; further files are linked
 TIMEOUT_SECONDS = 3600  # that a side has for its texts and a first step, or for being judged
