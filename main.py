@@ -53,7 +53,7 @@ from support.flags import one_of, parse_command_line
 from support.runs import Checkpoint, DamagedError, Evaluation, Progress
 
 # Replaces a function by its faster namesake in fast.py, unless you have edited it here.
-fast_version = fast.FastVersions() if fast else code.PlainVersions()
+fast_version = fast.fast_version if fast else lambda function: function
 
 # ---- Model --------------------------------------------------------------------------------------
 # Decoder-only, pre-norm, with RMSNorm, RoPE and grouped-query attention. Layers are named as in
@@ -800,13 +800,12 @@ def token_metrics(model, inputs, targets):
     return {"loss": nn.losses.cross_entropy(logits, targets)}
 
 
-def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=None):
+def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=device.ALONE):
     """The means of token_metrics, {name: number}, over all of `tokens` [N] but the first one.
 
     Each token counts once. Windows start `stride` tokens apart: by default context_size, so that
     they do not overlap; with less, each token has more context. Returns None on a signal.
     """
-    ranks = ranks or device.SingleProcess()
     context_size = model.config.context_size
     stride = stride or context_size
     num_targets = len(tokens) - 1
@@ -861,7 +860,7 @@ def evaluation_windows(tokens, starts, context_size, stride):
 # How metrics are shown on the screen; others are shown by their names. loss: nats/token, with
 # --teacher mixed with the distillation loss; epoch: passes over the text; peak_mib: MLX's peak
 # memory in this process. For all logged metrics, see Reporter.
-METRIC_FORMATS = {
+reports.METRIC_FORMATS |= {
     "loss": "loss {:.4f}",
     "learning_rate": "lr {:.2e}",
     "gradient_norm": "grad {:.2f}",
@@ -870,10 +869,10 @@ METRIC_FORMATS = {
     "epoch": "epoch {:.2f}",
     "peak_mib": "peak {:,.0f} MiB",
 }
-BAR_METRICS = ["loss", "learning_rate", "tokens_per_second"]  # these fit into 80 columns
+reports.BAR_METRICS[:] = ["loss", "learning_rate", "tokens_per_second"]  # fit into 80 columns
 
 
-def print_evaluation(name, model, dataset, flags, interrupts=None, ranks=None):
+def print_evaluation(name, model, dataset, flags, interrupts=None, ranks=device.ALONE):
     """Prints the losses of a whole split, unless a signal arrives."""
     split = dataset.splits[name]
     num_tokens = len(split.tokens)
@@ -881,7 +880,7 @@ def print_evaluation(name, model, dataset, flags, interrupts=None, ranks=None):
     metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
     if metrics is not None:
         seconds = time.perf_counter() - start
-        losses = reports.describe_losses(name, metrics, split, dataset.tokenizer, METRIC_FORMATS)
+        losses = reports.describe_losses(name, metrics, split, dataset.tokenizer)
         times = f"{seconds:.1f} s, {1000 * seconds / num_tokens:.4f} ms per token"
         say(f"{losses}, {num_tokens / seconds:,.0f} tokens/s ({times})")
 
@@ -916,7 +915,7 @@ FLAGS["session"] = {
 } | datasets.TEXT_FLAGS["session"]
 
 
-def make_step(model, optimizer, flags, ranks=None, teacher=None):
+def make_step(model, optimizer, flags, ranks=device.ALONE, teacher=None):
     """Makes step_fn(dropout_rate, inputs, targets, row_keys), which takes an optimizer step.
 
     inputs, targets: [N, L], N = batch_size * grad_accumulation; dropout_rate, row_keys: see
@@ -924,7 +923,6 @@ def make_step(model, optimizer, flags, ranks=None, teacher=None):
     positions, and `gradient_norm`, before clipping. Call make_step after Run.restore, which
     replaces arrays.
     """
-    ranks = ranks or device.SingleProcess()
     model.model.grad_checkpoint = flags.grad_checkpoint
     has_dropout = flags.dropout or flags.dropout_final
     loss_of_text = training_loss
@@ -1129,7 +1127,7 @@ def validate(run, interrupts, ranks, reporter):
         if run.evaluation == runs.best_evaluation(run.evaluations):
             mark = " (best)"
     tokenizer = run.dataset.tokenizer
-    losses = reports.describe_losses("valid", metrics, split, tokenizer, METRIC_FORMATS, mark)
+    losses = reports.describe_losses("valid", metrics, split, tokenizer, mark)
     reporter.report_evaluation(losses, metrics, seconds)
 
 
@@ -1140,7 +1138,7 @@ def make_reporter(run, ranks):
     dashboards = None
     if run.flags.report_to:
         dashboards = extra("report").Dashboards(run)
-    return reports.Reporter(run, METRIC_FORMATS, BAR_METRICS, dashboards)
+    return reports.Reporter(run, dashboards)
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -2018,7 +2016,7 @@ def join_ranks(argv):
     sizes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
     if "MLX_RANK" in os.environ or sizes != ["1", "1"]:
         return extra("ranks").Group(argv)
-    return contextlib.nullcontext(device.SingleProcess())
+    return contextlib.nullcontext(device.ALONE)
 
 
 def use_device(gpu):
@@ -2213,9 +2211,8 @@ def make_model(flags, dataset, contents, models):
     return base.model
 
 
-def make_run(folder, inputs, contents=None, ranks=None):
+def make_run(folder, inputs, contents=None, ranks=device.ALONE):
     """The run whose state is in `contents`, or a new run if that is None."""
-    ranks = ranks or device.SingleProcess()
     flags, dataset, models, parents, sources = inputs
     if contents and contents.config.vocab_size < dataset.tokenizer.vocab_size:
         # MLX does not check indices: it would read and write beyond the embeddings.
@@ -2374,7 +2371,7 @@ def main(arguments):
             run, checkpoint = open_run(folder, inputs, origin, ranks)
             with Interrupts() as interrupts:  # from here on there is something to save
                 rate = partial(learning_rate_at, flags=run.flags)
-                reports.print_start(run, checkpoint, rate, fast_version.edited, note)
+                reports.print_start(run, checkpoint, rate, note)
                 # Saved before its first step, a branch needs its parent no more, and new flags
                 # survive a kill.
                 if checkpoint and runs.has_changed(run, checkpoint):
@@ -2388,7 +2385,7 @@ def main(arguments):
     return 128 + stop_signal if stop_signal else 0  # how shells report the end by a signal
 
 
-code.read_code({}, False)  # before anybody edits the files
+code.remember_user_modules()  # before anybody edits them
 
 if __name__ == "__main__":
     try:

@@ -27,7 +27,7 @@ import numpy as np
 
 import main as core
 from support.cli import HERE, RunError, UsageError, one_line
-from support.device import SingleProcess, list_versions
+from support.device import ALONE, list_versions
 from support.files import make_save_dir
 
 REPETITIONS = 20
@@ -51,7 +51,7 @@ def main(arguments):
     parser.add_argument("training", nargs="*", default=[], help="flags for the runs")
     flags = read_flags(parser, arguments)
     make_save_dir(flags.save_dir)
-    versions = list_versions(flags, SingleProcess(), core.fast)
+    versions = list_versions(flags, ALONE, core.fast)
     print(f"{platform.platform()}, Python {platform.python_version()}, {versions}\n")
     amiss = []
     with tempfile.TemporaryDirectory(prefix="check-", dir=flags.save_dir) as folder:

@@ -12,8 +12,9 @@ from extras.common import make_parser, read_flags, start
 
 import sys
 
-from main import fast_version, open_checkpoint
+from main import open_checkpoint
 from support.cli import extra
+from support.code import EDITED_NAMES
 from support.flags import path_name
 from support.reports import announce
 
@@ -33,8 +34,8 @@ def main(arguments):
     kind = write(model, contents.tokenizer, flags.path, flags.quantize)
     print(f"{kind} and its tokenizer are in {flags.path}", file=sys.stderr)
     announce(contents.checkpoint)
-    if fast_version.edited:
-        edited = ", ".join(fast_version.edited)
+    if EDITED_NAMES:
+        edited = ", ".join(EDITED_NAMES)
         print(f"Other programs know nothing of your edit of {edited}.", file=sys.stderr)
 
 

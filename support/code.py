@@ -84,6 +84,7 @@ def hash_of_package(hashes):
 
 # {path from this folder: source}, of files seen so far
 LOADED_SOURCES = {}
+EDITED_NAMES = []  # of what was edited in main.py, for which fast.py no longer stands
 FAST_FILES = ["extras/features/fast.py", "extras/features/fast.c"]
 
 
@@ -94,8 +95,18 @@ def remember(*paths):
             LOADED_SOURCES[path] = (HERE / path).read_text("utf-8", errors="replace")
 
 
-# What is loaded by now, or will be, before anybody edits it.
-remember("datasets.py", *(f"support/{path.name}" for path in Path(__file__).parent.glob("*.py")))
+def remember_files(pattern):
+    """Reads the files of this folder that match a pattern, before anybody edits them."""
+    remember(*sorted(str(path.relative_to(HERE)) for path in HERE.glob(pattern)))
+
+
+def remember_user_modules():
+    """Reads the files of the user's own modules that are loaded by now."""
+    remember(*filter(None, map(user_module_path, [*sys.modules.values()])))
+
+
+remember("datasets.py")
+remember_files("support/*.py")
 
 
 def begin_main(name, path):
@@ -112,15 +123,15 @@ def begin_main(name, path):
     for loaded in [*LOADED_SOURCES]:
         if loaded not in FAST_FILES and not IS_SHARED.match(loaded):
             del LOADED_SOURCES[loaded]
+    EDITED_NAMES.clear()
     LOADED_SOURCES["main.py"] = Path(path).read_text("utf-8")
+    remember_files("extras/features/*.py")
+    remember_files("extras/features/*.c")
 
 
 def uses_fast():
-    """Whether there is an extras/features/fast.py, which is then to be imported now."""
-    if os.environ.get("DISABLE_FAST"):
-        return False
-    remember(*FAST_FILES)
-    return FAST_FILES[0] in LOADED_SOURCES
+    """Whether fast.py is to be imported: it is there, and was not disabled."""
+    return FAST_FILES[0] in LOADED_SOURCES and not os.environ.get("DISABLE_FAST")
 
 
 def alias_running_module(path):
@@ -128,15 +139,6 @@ def alias_running_module(path):
     running = sys.modules["__main__"]
     if getattr(running, "__file__", None) == path:  # and not cProfile's, for example
         sys.modules[Path(path).stem] = running
-
-
-class PlainVersions:
-    """What stands in for fast.py's FastVersions without fast.py: functions stay as they are."""
-
-    edited = ()
-
-    def __call__(self, function):
-        return function
 
 
 # Paths, from this folder, of modules that are not the user's own.
@@ -166,21 +168,24 @@ def read_code(flag_values, reads_rows):
     """The code that trains a run, {path from this folder: source}, with all that it needs.
 
     flag_values: {name: value}; reads_rows: whether formats.py reads its text. Of the user's own
-    modules, those count that are loaded by now.
+    modules, those count that were loaded so far.
     """
-    features = ["ranks"]
+    remember_user_modules()
+    features = ["ranks.py"]
+    if uses_fast():
+        features += ["fast.py", "fast.c"]
     if flag_values.get("lora_rank"):
-        features.append("lora")
+        features.append("lora.py")
     if flag_values.get("teacher"):
-        features.append("distil")
+        features.append("distil.py")
     if reads_rows:
-        features.append("formats")
-    paths = [f"extras/features/{name}.py" for name in features]
-    paths += filter(None, map(user_module_path, [*sys.modules.values()]))
-    remember(*paths)
-    paths += [path for path in LOADED_SOURCES if path in FAST_FILES or IS_SHARED.match(path)]
-    paths += ["main.py"]
-    return {path: LOADED_SOURCES[path] for path in sorted({*paths} & {*LOADED_SOURCES})}
+        features.append("formats.py")
+    code = {}
+    for path, source in sorted(LOADED_SOURCES.items()):
+        feature = path.removeprefix("extras/features/")
+        if feature == path or feature in features:
+            code[path] = source
+    return code
 
 
 def edited_files(code):
@@ -225,13 +230,13 @@ def save_code(run):
         sync(path)
 
 
-def describe_edit(checkpoint, hashes):
+def describe_edit(checkpoint, code):
     """What of the code differs from the checkpoint's, with a command that shows it; "" if nothing.
 
-    hashes: of the code that is loaded, see hash_sources.
+    code: that is loaded, see read_code.
     """
     old = what_counts(checkpoint.segments[-1].code)
-    new = what_counts(hashes)
+    new = what_counts(hash_sources(code))
     changed = sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
     if not changed:
         return ""

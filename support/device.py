@@ -39,6 +39,9 @@ class SingleProcess:
         return stop_signal, is_time_up
 
 
+ALONE = SingleProcess()
+
+
 def on_gpu():
     """Whether MLX computes on a GPU."""
     return mx.default_device() == mx.gpu

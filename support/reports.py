@@ -13,20 +13,23 @@ from tqdm import tqdm
 
 from support.cli import RunError, for_terminal, one_line, plural, printable, progress_bar, say
 from support.cli import warning
-from support.code import describe_edit, edited_files, hash_sources, read_code
+from support.code import EDITED_NAMES, describe_edit, edited_files, read_code
 from support.files import atomic_write, open_no_follow
 from support.flags import ineffective_flag_notices
 from support.machine import REFERENCE_BLAS
 from support.runs import best_evaluation, checkpoints_in, resume_command
 
+# How metrics are shown on the screen, and which of them in the bar: main.py fills these.
+METRIC_FORMATS = {}
+BAR_METRICS = []
+
 # ---- The start and the end of a command --------------------------------------------------------
 
 
-def print_start(run, checkpoint, rate, edited_functions, note=None):
+def print_start(run, checkpoint, rate, note=None):
     """Prints the start screen: what is trained, on what data, and where its files go.
 
-    checkpoint: the one that is resumed, or None; rate: see describe_schedule;
-    edited_functions: see start_notices; note: one more line, or None.
+    checkpoint: the one that is resumed, or None; rate: see describe_schedule; note: one more line.
     """
     flags = run.flags
     config = run.model.config
@@ -60,7 +63,7 @@ def print_start(run, checkpoint, rate, edited_functions, note=None):
         lines += describe_resume(checkpoint, run)
     if note:
         lines.append(note)
-    say(printable("\n".join([*lines, *start_notices(run, edited_functions)])))
+    say(printable("\n".join([*lines, *start_notices(run)])))
 
 
 def describe_schedule(flags, rate):
@@ -79,16 +82,13 @@ def count_parameters(tree):
     return sum(array.size for _, array in tree_flatten(tree))
 
 
-def start_notices(run, edited_functions):
-    """Yields a line for whatever may surprise the user of a run.
-
-    edited_functions: the names of main.py's functions that replace those of fast.py.
-    """
+def start_notices(run):
+    """Yields a line for whatever may surprise the user of a run."""
     flags = run.flags
     for path in edited_files(run.code):
         yield f"{path} was edited since it was loaded: the edit is not in this run."
-    if edited_functions:
-        yield f"edited   {', '.join(edited_functions)}: computed by main.py, not by fast.py"
+    if EDITED_NAMES:
+        yield f"edited   {', '.join(EDITED_NAMES)}: computed by main.py, not by fast.py"
     tokenizer = run.dataset.tokenizer
     if tokenizer.bos:
         yield f"Each text begins with {tokenizer.decode(tokenizer.bos)}, as for the base model."
@@ -113,7 +113,7 @@ def start_notices(run, edited_functions):
 def announce(checkpoint):
     """Says which checkpoint a command uses, and whether other code trained it."""
     line = f"{checkpoint}, in {checkpoint.folder.parent}"
-    if describe_edit(checkpoint, hash_sources(code_of(checkpoint))):
+    if describe_edit(checkpoint, code_of(checkpoint)):
         line += ", trained by other code than this"
     warning(line)
 
@@ -134,7 +134,7 @@ def describe_resume(checkpoint, run):
     has_schedule = flags.lr_schedule != "constant" or flags.dropout_final is not None
     if has_schedule and checkpoint.flags["num_iters"] != flags.num_iters:
         yield "Schedules of the learning rate and of dropout now end at --num_iters."
-    edit = describe_edit(checkpoint, run.segments[-1].code)
+    edit = describe_edit(checkpoint, run.code)
     if edit:
         yield f"Code changed since iteration {checkpoint.iteration:,} ({edit})."
     changes = describe_changes(checkpoint.segments[-1].versions, run.versions)
@@ -199,11 +199,9 @@ BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]
 class Reporter:
     """Reports a run's metrics and samples: on the screen, in its folder, and to dashboards."""
 
-    def __init__(self, run, formats, bar_metrics, dashboards=None):
-        """formats, bar_metrics: see main.METRIC_FORMATS; dashboards: of report.py in extras."""
+    def __init__(self, run, dashboards=None):
+        """dashboards: of report.py in extras."""
         self.run = run
-        self.formats = formats
-        self.bar_metrics = bar_metrics
         self.dashboards = dashboards
         self.timed_from = None  # (iteration, seconds) at the last report or after the first step
         self.failed_files = set()  # names of files that could not be written
@@ -250,10 +248,10 @@ class Reporter:
     def show(self, metrics):
         """Shows the metrics of the steps up to the current iteration."""
         if not self.bar.disable:
-            shown = {name: metrics[name] for name in self.bar_metrics if name in metrics}
-            self.bar.set_postfix_str(", ".join(format_metrics(shown, self.formats)))
+            shown = {name: metrics[name] for name in BAR_METRICS if name in metrics}
+            self.bar.set_postfix_str(", ".join(format_metrics(shown)))
             return
-        texts = format_metrics(metrics, self.formats)
+        texts = format_metrics(metrics)
         texts.append(f"time {tqdm.format_interval(self.run.seconds)}")
         if "ms_per_step" in metrics:
             seconds_left = (self.bar.total - self.run.iteration) * metrics["ms_per_step"] / 1000
@@ -306,16 +304,15 @@ class Reporter:
             self.failed_files.add(name)
 
 
-def format_metrics(metrics, formats):
-    """Metrics for the screen; formats: see main.METRIC_FORMATS."""
-    return [formats.get(name, name + " {:.4g}").format(metrics[name]) for name in metrics]
+def format_metrics(metrics):
+    """Metrics, {name: number}, for the screen: a list of texts."""
+    return [METRIC_FORMATS.get(name, name + " {:.4g}").format(metrics[name]) for name in metrics]
 
 
-def describe_losses(name, metrics, split, tokenizer, formats, mark=""):
+def describe_losses(name, metrics, split, tokenizer, mark=""):
     """A split's loss, per token and in units that do not depend on the tokenizer; other metrics.
 
-    metrics: those of main.evaluate; formats: see main.METRIC_FORMATS; mark: a note on the loss,
-    such as " (best)".
+    metrics: those of main.evaluate; mark: a note on the loss, such as " (best)".
     """
     loss = metrics["loss"]
     unit = "word" if tokenizer.kind == "word" else "token"
@@ -331,7 +328,7 @@ def describe_losses(name, metrics, split, tokenizer, formats, mark=""):
         if tokenizer.unk is not None:
             texts.append(f"{split.num_unk / len(split.tokens):.2%} <unk>")
     others = {other: value for other, value in metrics.items() if other != "loss"}
-    texts += format_metrics(others, formats)
+    texts += format_metrics(others)
     return ", ".join(texts)
 
 

@@ -42,7 +42,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from support.cli import RunError, UsageError, explain_errors, one_line, say, shorten_list
-from support.code import describe_edit, hash_sources
+from support.code import describe_edit
 from support.files import atomic_write, lock_file, open_no_follow, remove_leftovers, sha1_of_file
 from support.files import sha1_of_text, sync
 from support.flags import FLAGS, IDENTITY, INIT, RECORDED, check_values, get_values, nonempty
@@ -507,18 +507,17 @@ def find_folder(inputs, origin):
             if re.fullmatch(rf"{re.escape(name)}(\.\d+)?", folder.name):
                 runs[folder] = checkpoints_in(folder)
     newest_checkpoints = [checkpoints[0] for checkpoints in runs.values() if checkpoints]
-    hashes = hash_sources(inputs.code)
     others = []  # of other code, newest first
     for checkpoint in newest_first(newest_checkpoints):
         if run_identity(checkpoint.flags, checkpoint.tokens_sha256, checkpoint.parents) != identity:
             say(f"Ignoring {checkpoint.folder.name}: its flags do not match its name.")
-        elif flags.identifier or not describe_edit(checkpoint, hashes):
+        elif flags.identifier or not describe_edit(checkpoint, inputs.code):
             return checkpoint.folder, None
         else:
             others.append(checkpoint)
     line = None
     if others:
-        line = describe_other(flags, others[0], describe_edit(others[0], hashes))
+        line = describe_other(flags, others[0], describe_edit(others[0], inputs.code))
     folder = flags.save_dir / name
     for count in itertools.count(2):
         # In a folder without a checkpoint, the same command was perhaps stopped before it saved.

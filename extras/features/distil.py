@@ -10,8 +10,9 @@ is required: the logits of the two models never exist as a whole.
 
 import mlx.core as mx
 
-from main import fast, fast_version
+from main import fast
 from support.cli import UsageError
+from support.code import EDITED_NAMES
 from extras.features.fast import chunked_loss_and_gradients, cross_entropy_of_chunk, exp
 from extras.features.fast import row_sums, stored_gradients
 
@@ -20,7 +21,7 @@ def check():
     """Raises UsageError if main.py has other logits than the chunks here, or may have."""
     if fast is None:  # then main.py does not look for edits
         raise UsageError("--teacher needs extras/features/fast.py: unset DISABLE_FAST")
-    if "LanguageModel" in fast_version.edited:
+    if "LanguageModel" in EDITED_NAMES:
         raise UsageError(
             "--teacher: distil.py in extras/ computes logits as main.py had them: undo the edit of "
             "LanguageModel"

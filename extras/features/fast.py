@@ -54,7 +54,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import numpy as np
 
 from support.cli import UsageError
-from support.code import LOADED_SOURCES, hash_of_code
+from support.code import EDITED_NAMES, LOADED_SOURCES, hash_of_code
 from support.files import atomic_write, hash_of_data, hold_lock
 from support.machine import REFERENCE_BLAS, count_cores, cpu_info, make_kernel_dir, use_compiler
 
@@ -90,29 +90,24 @@ def source_of_definition(name, source):
     return found[0] if found else ""
 
 
-class FastVersions:
+def fast_version(function):
     """A decorator that replaces a function of main.py with its faster namesake in this file.
 
     Both agree up to rounding. The function itself runs once it, or what else the fast one stands
     for, was edited; the start screen says so.
     """
-
-    def __init__(self):
-        self.edited = []  # names of functions and classes that were edited
-
-    def __call__(self, function):
-        names = [function.__name__, *STANDS_FOR.get(function.__name__, [])]
-        for name in names:
-            source = source_of_definition(name, LOADED_SOURCES["main.py"])
-            if hash_of_code(source) != PLAIN_HASHES[name] and name not in self.edited:
-                self.edited.append(name)
-        # extras.versus compares an edited function with its original in plain MLX, as the fast
-        # version would round differently.
-        plain_names = self.edited + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
-        if {*names} & {*plain_names}:
-            return function
-        REPLACED[function.__name__] = function
-        return globals()[function.__name__]
+    names = [function.__name__, *STANDS_FOR.get(function.__name__, [])]
+    for name in names:
+        source = source_of_definition(name, LOADED_SOURCES["main.py"])
+        if hash_of_code(source) != PLAIN_HASHES[name] and name not in EDITED_NAMES:
+            EDITED_NAMES.append(name)
+    # extras.versus compares an edited function with its original in plain MLX, as the fast version
+    # would round differently.
+    plain_names = EDITED_NAMES + os.environ.get("PLAIN_FUNCTIONS", "").split(",")
+    if {*names} & {*plain_names}:
+        return function
+    REPLACED[function.__name__] = function
+    return globals()[function.__name__]
 
 
 # ---- BLAS ---------------------------------------------------------------------------------------
@@ -284,12 +279,10 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
 
-# ---- GPUs ---------------------------------------------------------------------------------------
-def on_gpu():
-    """Whether MLX computes on a GPU, where its own functions are fast."""
-    return mx.default_device() == mx.gpu
+from support.device import on_gpu
 
 
+# ---- GPUs: MLX's own functions are fast there ---------------------------------------------------
 def use_gpu():
     """Prepares MLX for a GPU, before anything is computed: the order of sums stays the same."""
     # cuDNN adds up the gradient of attention in an order that varies.

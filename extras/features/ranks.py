@@ -10,7 +10,6 @@ decisions follow from shared values. Rank 0 alone saves and reports.
 
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -30,7 +29,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 import main
 from datasets import SPLITS, Dataset, Split, tokenizer_from_dict
-from support.cli import HERE, RunError, UsageError, explain_errors, one_line
+from support.cli import RunError, UsageError, explain_errors, one_line
+from support.code import LOADED_SOURCES
+from support.files import hash_of_data
 
 ALONE_MESSAGE = (
     "cannot join the other ranks: start two or more with mlx.launch or Open MPI's mpirun, or unset "
@@ -65,11 +66,8 @@ class Group(contextlib.AbstractContextManager):
 
         A stale copy on one machine would train something else without an error.
         """
-        sha256 = hashlib.sha256(f"{argv} {mx.__version__}".encode())
-        for pattern in ("*.py", "support/*.py", "extras/**/*.py", "extras/**/*.c"):
-            for path in sorted(HERE.glob(pattern)):
-                sha256.update(path.read_bytes())
-        digests = self.all_gather(list(sha256.digest()))  # [ranks, 32]
+        digest = hash_of_data([argv, mx.__version__, sorted(LOADED_SOURCES.items())])
+        digests = self.all_gather(list(digest.encode()))  # [ranks, 64]
         others = np.flatnonzero((digests != digests[0]).any(axis=1))
         if not len(others):
             return

@@ -10,7 +10,7 @@ import shutil
 from main import fast, load_inputs, make_run, make_step, open_newest, train_step, write_checkpoint
 from support.cli import UsageError, progress_bar
 from support.code import hash_sources, what_counts
-from support.device import SingleProcess, list_versions
+from support.device import ALONE, list_versions
 from support.files import hold_lock, sync
 from support.reports import code_of, describe_changes
 from support.runs import checkpoints_in, kept_model_flags
@@ -124,7 +124,7 @@ def rewind(what, flags, earlier, later):
     flags.num_iters = segment.num_iters  # schedules end there
     if what_counts(segment.code) != what_counts(hash_sources(code_of(later))):
         raise UsageError(f"{what} was computed by other code than this")
-    versions = list_versions(flags, SingleProcess(), fast)
+    versions = list_versions(flags, ALONE, fast)
     # Not the hash of support/: that the step is the run's is proved by its SHA1.
     changes = describe_changes({name: segment.versions.get(name) for name in versions}, versions)
     if changes:

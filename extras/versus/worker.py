@@ -24,22 +24,19 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-UsageError = main.UsageError
-RunError = main.RunError
+from main import RunError, UsageError
+
 if hasattr(main, "RECORDED_FLAGS"):  # 96d0b4a has all of this in main.py
-    EDITED_FUNCTIONS = main.EDITED_FUNCTIONS
-    PATH_FLAGS = main.PATH_FLAGS
-    RECORDED_FLAGS = main.RECORDED_FLAGS
-    arguments_of = main.arguments_of
-    is_hugging_face = main.is_hugging_face
-    read_checkpoint = main.read_checkpoint
+    from main import EDITED_FUNCTIONS as EDITED_NAMES
+    from main import PATH_FLAGS, RECORDED_FLAGS, arguments_of, is_hugging_face, read_checkpoint
+
     read_contents = main.Checkpoint.open
 else:
     from main import read_contents
+    from support.code import EDITED_NAMES
     from support.flags import FLAGS, RECORDED, arguments_of
     from support.runs import PATH_FLAGS, is_hugging_face, read_checkpoint
 
-    EDITED_FUNCTIONS = main.fast_version.edited
     RECORDED_FLAGS = FLAGS.names(RECORDED)
 
 
@@ -83,7 +80,7 @@ def describe(*words):
             "words": [*arguments_of(values), f"--data_dir={data_dir}"],
             "flags": vars(flags),
             "identity": identity | run.parents,
-            "edited_functions": EDITED_FUNCTIONS,
+            "edited_functions": EDITED_NAMES,
             "files": files,
             "versions": run.versions,
             "num_parameters": sum(array.size for _, array in tree_flatten(run.model.parameters())),
