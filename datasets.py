@@ -6,8 +6,6 @@
 Texts are streamed, so memory use hardly grows with the corpus.
 """
 
-from support.cli import first_imports  # first: see there
-
 import codecs
 import functools
 import glob
@@ -27,9 +25,11 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -I` leaves out
+
+from support.cli import RunError, UsageError, command, explain_errors, extra, first_imports
+from support.cli import has_extra, one_line, progress_bar, run_program, say, shorten_list, utf8
 from support.code import alias_running_module, hash_of_code
-from support.cli import RunError, UsageError, command, explain_errors, extra, has_extra
-from support.cli import one_line, progress_bar, run_program, say, shorten_list, utf8
 from support.files import absolute, atomic_write, hash_of_data, hash_of_file, hold_lock
 from support.files import make_data_dir, user_path
 from support.flags import SIZE, Flag, Parser, nonempty, number, one_of, path_name

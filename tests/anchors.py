@@ -8,11 +8,8 @@ Whoever rewords one of them enters the new wording here.
 IMPORT = "import datasets\n"
 TOP = 'FLAGS["model"] = {'
 MODEL_SECTION = "# ---- Model ---"
-ADAMW = "def make_adamw("
 RECENT_LOSS = "    recent_loss: float = 0.0  # the sum of their losses\n"
 COUNT_LOSS = '    run.count_step(inputs.size, time.perf_counter() - start, metrics["loss"])\n'
-PRESETS = "PRESETS = ["
-INTERRUPTS = "class Interrupts:"
 
 # ---- Model --------------------------------------------------------------------------------------
 
@@ -45,7 +42,6 @@ LOSS = "return (losses * scale).sum()"
 CLIP = "return optim.clip_grad_norm(gradients, max_norm)"
 MOMENTUM = "momentum=0.9"
 NEWTON_SCHULZ = "  for _ in range(5):"
-BETAS = "betas = [flags.beta1, flags.beta2]"
 COSINE = '"cosine": cosine_schedule'
 SCHEDULES = "SCHEDULES = {"
 WARMUP = "    warmup = min("

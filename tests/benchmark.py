@@ -63,9 +63,9 @@ def machine(gpu):
     import main
 
     main.use_device(gpu)
-    from support.device import SingleProcess, list_versions
+    from support.device import ALONE, list_versions
 
-    versions = list_versions(main.resolve_flags({"gpu": gpu}), SingleProcess(), main.fast)
+    versions = list_versions(main.resolve_flags({"gpu": gpu}), ALONE, main.fast)
     for package in ("torch", "transformers"):
         if is_installed(package):
             versions[package] = importlib.metadata.version(package)

@@ -31,7 +31,8 @@ try:
 except SystemExit as end:
     assert not end.code
 """
-IMPORTED = {anchors.TOP: f"import mine\n\n{anchors.TOP}"}
+FIRST = "import argparse\n"
+IMPORTED = {FIRST: f"import mine\n{FIRST}"}
 SMALLER_EMBEDDINGS = f'edit("main.py", "{anchors.EMBEDDINGS_SCALE}", "* 4 / model.config.dim")'
 
 
@@ -94,18 +95,6 @@ def test_what_main_imports_is_loaded_anew_with_it(line, tmp_path):
     assert ended[name] != ended[other] == ended[fresh]
 
 
-def test_what_code_keeps_while_it_runs_is_no_edit(line, tmp_path):
-    """A table that it fills: the command goes on with its run."""
-    edits = {
-        anchors.TOP: f"SEEN = {{}}\n\n{anchors.TOP}",
-        anchors.EMBEDDINGS: f"        SEEN[len(SEEN)] = 1\n{anchors.EMBEDDINGS}",
-    }
-    program = {"program": [copy_program(tmp_path / "copy", edits)]}
-    line += ["--num_iters", 9, "--max_minutes", 1e-9]  # two steps: the first is not timed
-    name, _, _ = begin(*line, **program)
-    assert begin(*line, **program)[:2] == (name, 2)
-
-
 def test_without_its_c_the_fast_version_still_runs(line, tmp_path):
     path = copy_program(tmp_path / "copy")
     (path.parent / "extras/features/fast.c").unlink()
@@ -152,19 +141,8 @@ def test_each_anchor_stands_once(name):
     assert (ROOT / "main.py").read_text().count(vars(anchors)[name]) == 1
 
 
-@pytest.mark.parametrize("place", [anchors.TOP, anchors.INTERRUPTS, anchors.PRESETS])
-def test_code_counts_wherever_it_stands(place, line, tmp_path):
-    """At the top, among flags, among signals. An optimizer's: test_runs.py."""
-    names = []
-    for factor in (1, 2):
-        edits = {place: f"# ---- Sampling ----\n\nFACTOR = {factor}\n\n\n{place}"}
-        name, _, _ = begin(*line, program=[copy_program(tmp_path / str(factor), edits)])
-        names.append(name)
-    assert names[1] == f"{names[0]}.2"
-
-
 OWN = [  # where main.py imports a module of one's own; its path; the line
-    ("import argparse\n", "mine.py", "import mine"),
+    (FIRST, "mine.py", "import mine"),
     (anchors.TOP, "mine.py", "from mine import FACTOR"),
     (anchors.TOP, "own/part/mine.py", "import own.part.mine"),
     (anchors.TOP, "mine.py", '__import__("importlib").import_module("mine")'),
@@ -184,22 +162,6 @@ def test_a_module_of_ones_own_counts_wherever_it_is_imported(place, path, import
     other, _, said = begin(*line, program=["-B", program])
     assert other == f"{name}.2"
     assert f"was trained by other code ({path}: diff {kept} {module})" in said
-
-
-def test_a_module_on_the_first_line_counts_in_the_next_run_of_a_notebook(line, tmp_path):
-    folder = copy_program(
-        tmp_path / "copy", {"import argparse\n": "import mine\nimport argparse\n"}
-    )
-    folder = folder.parent
-    (folder / "mine.py").write_text("FACTOR = 1\n")
-    mine = 'edit("mine.py", "FACTOR = 1", "FACTOR = 2")'
-    code = NOTEBOOK.replace("import main\n", "") + "\n".join(
-        [RUN_AGAIN, RUN_AGAIN, mine, RUN_AGAIN]
-    )
-    out, _ = run(folder, *line, program=["-c", code], cwd=folder)
-    runs = re.findall(r"^run +(\S+), from iteration (\d+) ", out, re.M)
-    name = runs[0][0]
-    assert runs == [(name, "0"), (name, "2"), (f"{name}.2", "0")]
 
 
 def test_kept_code_can_be_run(line, tmp_path):

@@ -175,13 +175,9 @@ THEIRS = {
 ANOTHER = {
     "eval_iters 200": "--eval_tokens counts tokens",
     "device cuda": "--gpu an Apple or NVIDIA GPU",
-    "no-cuda": "--gpu an Apple or NVIDIA GPU",
-    "no_compile": "steps are always compiled",
     "checkpoint best": "--identifier names a checkpoint",
     "num_train_epochs 3": "--num_iters counts steps",
-    "ctx_size 64": "--context_size?",
     "output answers.txt": "python -m extras.batch FILE --output FILE",
-    "compile true": "steps are always compiled",
     "threads 4": "all cores are used; taskset gives fewer",
     "rope_thetas 4": "--rope_thetas (--help lists all flags)",
 }
@@ -210,14 +206,11 @@ def test_names_of_something_else(theirs):
     assert ANOTHER[theirs] in err
 
 
-@pytest.mark.parametrize("program, wrong, hint", [
-    ("datasets.py", "--compile", "steps are always compiled"),
-    ("-m extras.export DIR", "--checkpoint", "--identifier names a checkpoint"),
-])  # fmt: skip
-def test_other_programs_know_them_too(program, wrong, hint):
-    _, err = run(program=[*program.split(), wrong], status=2, cwd=ROOT)
-    said = rf"\S+: unrecognized arguments: {wrong} \({hint}; --help lists all flags\)\n"
-    assert re.fullmatch(said, err)
+@pytest.mark.parametrize("program", ["datasets.py", "-m extras.export DIR"])
+def test_other_programs_know_them_too(program):
+    _, err = run(program=[*program.split(), "--compile"], status=2, cwd=ROOT)
+    hint = "steps are always compiled; --help lists all flags"
+    assert err.endswith(f": unrecognized arguments: --compile ({hint})\n")
 
 
 def test_each_hint_can_be_found():
@@ -241,7 +234,7 @@ def test_list(text, tmp_path):
     common = [*TINY, *folder, "--steps_per_eval", 2, "--learning_rate", 0.01, "--text"]
     bad, _, _ = begin(*common, text, "--num_iters", 2)
     other, _, _ = begin(*common, text, "--seed", 1, "--num_iters", 1, "--steps_per_eval", 0)
-    good, _, _ = begin(*common, far, "--num_iters", 9)
+    good, _, _ = begin(*common, *[far] * 4, "--num_iters", 9)
     header, *rows = run("--list", *folder)[0].splitlines()
     assert header.split() == "run trained valid nats of tokens iteration checkpoint flags".split()
     cells = [re.split("  +", row, maxsplit=6) for row in rows]
@@ -252,7 +245,8 @@ def test_list(text, tmp_path):
     assert [each[0] for each in cells] == [good, bad, other]
     assert cells[2][1:5] == ["1 of 1", "-", "-", "1"]
     assert ["--seed=1" in each[6] for each in cells] == [False, False, True]
-    assert f"'--text={far}'" in cells[0][6], "quoted for a shell"
+    shown = f"'--text={far}' '--text={far}' '--text=(2 more)'"
+    assert shown in cells[0][6], "quoted for a shell"
     assert "--batch_size" not in str(cells), "those in which they do not differ"
     char, _, _ = begin(*common, far, "--tokenizer", "char", "--num_iters", 9)
     header, *rows = run("--list", *folder)[0].splitlines()
@@ -261,17 +255,6 @@ def test_list(text, tmp_path):
     for name in (good, bad, char):
         bits[name] = saved(tmp_path, name)[0].evaluation.bits_per_byte
     assert [row.split()[0] for row in rows] == [*sorted(bits, key=bits.get), other]
-
-
-def test_list_of_a_run_on_many_files(tmp_path):
-    paths = [tmp_path / f"chapter {i}.txt" for i in range(400)]
-    for path in paths:
-        path.write_text("the quick brown fox\n" * 2)
-    for texts in (paths, paths[:1] * 9):
-        run("--text", *texts, *TINY, "--num_iters", 1, "--save_dir", tmp_path)
-    _, *rows = run("--list", "--save_dir", tmp_path)[0].splitlines()
-    assert any(f"{paths[1]}' '--text=(398 more)'" in row for row in rows)
-    assert max(map(len, rows)) < 500
 
 
 def test_runs_are_saved_here_unless_a_folder_is_named(text, tmp_path):

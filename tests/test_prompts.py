@@ -3,19 +3,15 @@
 With no corpus at hand, whatever is typed.
 """
 
-import fcntl
+import io
 import os
-import pty
 import re
-import select
 import shutil
-import signal
-import struct
 import subprocess
 import sys
-import termios
 import time
 
+import pexpect
 from conftest import MAIN, WORDS, ids, run, run_folder, start
 from forkserver import default_signals
 
@@ -144,52 +140,28 @@ def test_samples_of_a_prompt(word_model):
 # In a terminal
 
 
-class Terminal:
-    """The program in a terminal of its own.
-
-    What it shows is kept, without escape sequences and carriage returns; as `raw`, with them.
-    """
+class Terminal(pexpect.spawn):
+    """The program in a terminal of its own; `logfile_read` has all that it shows."""
 
     def __init__(self, *arguments):
-        self.seen = ""
-        self.raw = b""
-        self.pid, self.terminal = pty.fork()
-        if self.pid == 0:
-            default_signals()
-            os.environ["TERM"] = "xterm"
-            command = [sys.executable, MAIN, *map(str, arguments)]
-            os.execv(sys.executable, command)
-        size = struct.pack("4H", 24, 100, 0, 0)
-        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, size)
-
-    def has_more(self, seconds):
-        """Whether something comes, or the end, within so many seconds."""
-        ready, _, _ = select.select([self.terminal], [], [], seconds)
-        return bool(ready)
-
-    def read(self):
-        """Collects what comes next; False once the program has closed the terminal."""
-        assert self.has_more(60), f"nothing more came: {self.seen!r}"
-        try:
-            data = os.read(self.terminal, 4096)
-        except OSError:  # how Linux says that the other end is closed
-            data = b""
-        self.raw += data
-        seen = self.seen + data.decode("utf-8", "replace")
-        self.seen = re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "", seen)
-        return data != b""
+        super().__init__(
+            sys.executable,
+            [str(MAIN), *map(str, arguments)],
+            env=os.environ | {"TERM": "xterm"},
+            dimensions=(24, 100),
+            timeout=60,
+            encoding="utf-8",
+            codec_errors="replace",
+            preexec_fn=default_signals,
+        )
+        self.logfile_read = io.StringIO()
 
     def wait_for(self, pattern):
-        """What is shown up to where `pattern` matches; it is forgotten afterwards."""
-        while not re.search(pattern, self.seen):
-            assert self.read(), f"{pattern!r} never came: {self.seen!r}"
-        seen = self.seen
-        self.seen = ""
+        """What is shown up to where `pattern` matches, without escape sequences and CRs."""
+        self.expect(pattern)
+        seen = re.sub(r"\x1b\[[?\d;]*[A-Za-z]|\r", "", self.before + self.after)
         assert "Traceback" not in seen, seen
         return seen
-
-    def type(self, keys):
-        os.write(self.terminal, keys.encode())
 
     def leave(self, key):
         """Types `key` at the prompt until the program leaves; returns its exit status.
@@ -198,37 +170,14 @@ class Terminal:
         for a key, which no person is quick enough for.
         """
         time.sleep(0.3)
-        self.type(key)
-        while self.is_open(10):
-            self.type(key)
-        assert not re.search("Traceback|Error", self.seen), self.seen
-        return self.close()
-
-    def close(self):
-        """Closes the terminal; returns the exit status of the program."""
-        os.close(self.terminal)
-        pid = self.pid
-        self.pid = 0
-        _, status = os.waitpid(pid, 0)
-        return os.waitstatus_to_exitcode(status)
-
-    def is_open(self, seconds):
-        """Collects what comes until nothing does for so long, or until the program has left."""
-        while self.has_more(seconds):
-            if not self.read():
-                return False
-        return True
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+        self.send(key)
+        while self.expect([pexpect.EOF, pexpect.TIMEOUT], timeout=10):
+            self.send(key)
+        assert not re.search("Traceback|Error", self.before), self.before
+        return self.wait()
 
 
-PROMPT = r"(^|\n)> $"
+PROMPT = r"(^|\n|\[\?2004h)> $"  # readline first turns on what a terminal calls bracketed paste
 CTRL_C = "\x03"
 CTRL_D = "\x04"
 
@@ -237,7 +186,7 @@ def test_session_in_a_terminal(word_model):
     with Terminal("--inference", "--save_dir", word_model, "--max_tokens", 9) as terminal:
         assert "iteration 100, " in terminal.wait_for(PROMPT)
         for prompt in ("the company", "", "the zebra"):
-            terminal.type(prompt + "\n")
+            terminal.send(prompt + "\n")
             shown = terminal.wait_for(PROMPT)
             echo, reply = shown.split("\n", maxsplit=1)
             assert echo == prompt
@@ -251,12 +200,12 @@ def test_ctrl_c_ends_the_reply_and_then_the_session(byte_model):
     with Terminal("--inference", "--save_dir", byte_model, "--max_tokens", 100000) as terminal:
         terminal.wait_for(PROMPT)
         for _ in range(10):  # one in thirty was lost once
-            terminal.type("the\n")
-            terminal.wait_for(r"the\n(.|\n){40}")  # the reply has begun
-            terminal.type(CTRL_C)
+            terminal.send("the\n")
+            terminal.wait_for(r"the\r\n.{40}")  # the reply has begun
+            terminal.send(CTRL_C)
             rest = terminal.wait_for(PROMPT)
             assert len(rest) < 50_000, "a reply of 100,000 tokens is longer"
-        terminal.type("of")
+        terminal.send("of")
         assert terminal.leave(CTRL_C) == 0, "in the middle of a line"
 
 

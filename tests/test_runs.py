@@ -307,6 +307,8 @@ def test_the_package_beside_main_is_part_of_the_environment(line, folder, progra
     before, after = environments
     assert f"Environment changed (support {before} -> {after}): resume may not be bit-exact" in said
     assert "Code changed" not in said
+    _, err = run("--identifier", f"{name}@3", "--evaluate=valid", *line[-2:], **reworded)
+    assert err.startswith(f"{name}@3, "), "its SHA1 proves the step"
 
 
 # ---- --identifier, branches ---------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The core alone in a folder: it trains, is stopped, resumes exactly and samples."""
+"""Without extras/: the program trains, is stopped, resumes exactly and samples."""
 
 import os
 import re
@@ -9,30 +9,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, ids, interrupt, log_rows, run, start, wait_for
 
-# Refuses, as if they were not installed, all packages but the four that the core needs and those
-# that `requests` brings along.
-GUARD = """
-import sys
-
-CORE = {"main", "datasets", "support", "mlx", "numpy", "requests", "tqdm"}
-OF_REQUESTS = {"urllib3", "idna", "certifi", "charset_normalizer", "chardet"}
-
-
-class Guard:
-    def find_spec(self, name, path=None, target=None):
-        package = name.partition(".")[0]
-        if package in sys.stdlib_module_names or package in CORE | OF_REQUESTS:
-            return None  # the usual finders go on
-        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-
-sys.meta_path.insert(0, Guard())
-"""
-
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """How `run` and `start` start the core, copied into a folder of its own."""
+    """How `run` and `start` start it, copied into a folder of its own."""
     folder = tmp_path_factory.mktemp("alone")
     shutil.copytree(ROOT / "support", folder / "support")
     for name in ("main.py", "datasets.py"):
@@ -41,16 +21,8 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def guarded(alone, tmp_path_factory):
-    """The same with no other package than the core's."""
-    folder = tmp_path_factory.mktemp("guard")
-    (folder / "sitecustomize.py").write_text(GUARD)  # which Python imports before the program
-    return alone | {"env": {"PYTHONPATH": str(folder)}}
-
-
-@pytest.fixture(scope="module")
 def trained(alone, tmp_path_factory):
-    """A folder with texts, a Hugging Face folder `hf` and, in `lm`, a run of the two files."""
+    """A folder with texts, a Hugging Face folder `hf` and, in `lm`, a run."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     (folder / "rows.jsonl").write_text('{"text": "the quick"}\n')
@@ -67,7 +39,7 @@ def losses(folder):
     return np.array(steps)
 
 
-def test_the_whole_program_is_the_core_but_for_its_kernels(alone, text, tmp_path):
+def test_the_whole_program_trains_the_same_but_for_its_kernels(alone, text, tmp_path):
     """Without them to the bit; with them to rounding, which 20 steps hardly multiply."""
     options = (
         "--context_size 64 --batch_size 8 --grad_accumulation 2 --qk_norm --dropout 0.1 "
@@ -102,8 +74,14 @@ NOT_THERE = [
 ]
 
 
+def hide(folder, *modules):
+    """Makes modules missing in a Python with this folder in its path, and -B: one of its own."""
+    lines = [f"sys.modules[{module!r}] = None\n" for module in modules]
+    (folder / "sitecustomize.py").write_text("import sys\n" + "".join(lines))
+
+
 @pytest.mark.parametrize("line, name", MISSING)
-def test_a_flag_beyond_the_core_names_the_missing_file(line, name, trained, alone):
+def test_a_flag_that_needs_extras_names_the_missing_file(line, name, trained, alone):
     before = ids(trained / "lm")
     _, err = run(*line.split(), "--save_dir", "lm", status=2, **alone | {"cwd": trained})
     missing = f"extras/features/{name}.py, or a file that it imports, is missing: "
@@ -116,9 +94,7 @@ def test_a_flag_beyond_the_core_names_the_missing_file(line, name, trained, alon
 @pytest.mark.parametrize("program, module", NOT_THERE)
 def test_a_system_or_a_python_that_lacks_something(program, module, alone, tmp_path):
     """One line, as a Python on Windows, or one without the requirements, would say."""
-    hide = f"import sys; sys.modules[{module!r}] = None\n"
-    (tmp_path / "sitecustomize.py").write_text(hide)
-    # -B asks for a Python of its own, which imports nothing before.
+    hide(tmp_path, module)
     command = ["-B", alone["cwd"] / program]
     _, err = run("--help", program=command, env={"PYTHONPATH": str(tmp_path)}, status=2)
     assert err.startswith(f"{program}: import of {module} halted")
@@ -128,9 +104,7 @@ def test_a_system_or_a_python_that_lacks_something(program, module, alone, tmp_p
 
 def test_losses_are_compared_without_what_windows_lacks(tmp_path):
     """With NumPy and tqdm alone."""
-    hidden = ["fcntl", "mlx", "yaml", "requests", "tokenizers"]
-    hide = "import sys\n" + "".join(f"sys.modules[{name!r}] = None\n" for name in hidden)
-    (tmp_path / "sitecustomize.py").write_text(hide)
+    hide(tmp_path, "fcntl", "mlx", "yaml", "requests", "tokenizers")
     command = ["-B", "-m", "extras.versus.losses", "extras/versus/nanogpt.csv"]
     out, _ = run(program=command, env={"PYTHONPATH": str(tmp_path)}, cwd=ROOT)
     assert out.splitlines()[-1].startswith("Helped, unconfirmed")
@@ -141,9 +115,11 @@ def test_a_python_that_does_not_look_beside_the_program(tmp_path):
     for option in ("-P", "-I"):
         out, err = run("--list", "--save_dir", tmp_path, program=[option, ROOT / "main.py"])
         assert "no checkpoint in" in out and not err
+        out, err = run("--help", program=[option, ROOT / "datasets.py"], cwd=tmp_path)
+        assert "Prepares a text" in out and not err
 
 
-def test_a_run_moves_between_the_core_and_the_whole(alone, text, tmp_path):
+def test_a_run_goes_on_where_extras_are_missing(alone, text, tmp_path):
     """fast.py is other code: without flags, the run goes on, and says so."""
     line = ["--text", text, *TINY, "--save_dir", tmp_path]
     run(*line, "--num_iters", 3, **alone)
@@ -161,20 +137,17 @@ def test_a_run_moves_between_the_core_and_the_whole(alone, text, tmp_path):
     assert "from iteration 6 to 9" in out
 
 
-def test_no_other_package_is_imported(guarded, text, tmp_path):
-    """By a run that is stopped and ends as one that never was, and by what uses it."""
-    options = "--tokenizer word --dropout 0.1 --num_iters 60"
-    line = ["--text", text, *TINY, *options.split()]
+def test_a_run_that_is_stopped_ends_as_one_that_never_was(alone, text, tmp_path):
+    line = ["--text", text, *TINY, *"--tokenizer word --dropout 0.1 --num_iters 60".split()]
     saved = ["--save_dir", tmp_path / "lm"]
-    process = start(*line, *saved, **guarded)
+    process = start(*line, *saved, **alone)
     wait_for(process, "10/60 ")
     interrupt(process)
-    run(*line, *saved, **guarded)
-    out, err = run(*line, "--save_dir", tmp_path / "whole", **guarded)
-    assert "matmuls: MLX's own BLAS, kernels: main.py\n" in out and not err
+    run(*line, *saved, **alone)
+    run(*line, "--save_dir", tmp_path / "whole", **alone)
     assert ids(tmp_path / "lm")[0] == ids(tmp_path / "whole")[0]
     for more in ("--evaluate valid", "--prompt line --max_tokens 5", "--inference --max_tokens 5"):
-        out, _ = run(*more.split(), *saved, input="line 5\n", **guarded)
+        out, _ = run(*more.split(), *saved, input="line 5\n", **alone)
         assert out.strip()
 
 
@@ -183,20 +156,15 @@ def test_no_other_package_is_imported(guarded, text, tmp_path):
     ("--tokenizer bpe", "tokenizers"),
     ("--tokenizer own.json", "tokenizers"),  # the file is not at fault
 ])  # fmt: skip
-def test_a_missing_package_is_named(line, package, guarded, text, tmp_path):
+def test_a_missing_package_is_named(line, package, alone, text, tmp_path):
+    hide(tmp_path, package)
     (tmp_path / "flags.yaml").write_text("dim: 8\n")
     (tmp_path / "own.json").write_text('{"model": {}}')
+    program = {"program": ["-B", *alone["program"]], "env": {"PYTHONPATH": str(tmp_path)}}
     line = ["--text", text, *line.split(), "--save_dir", "lm"]
-    _, err = run(*line, status=2, **guarded | {"cwd": tmp_path})
-    assert package in err
-    assert "pip install" in err
+    _, err = run(*line, cwd=tmp_path, status=2, **program)
+    assert package in err and "pip install" in err
     assert err.count("\n") == 1
-
-
-def test_the_folder_is_left_as_it_was(alone):
-    """Running writes nothing beside these files but what Python caches."""
-    names = {path.name for path in alone["cwd"].iterdir()} - {"__pycache__"}
-    assert names == {"main.py", "datasets.py", "support"}
 
 
 def test_beside_another_package_named_datasets(alone, tmp_path):
