@@ -1028,7 +1028,7 @@ def train(run, interrupts, ranks):
     with contextlib.closing(make_reporter(run, ranks)) as reporter:
         settle = partial(evaluate_and_save, run, interrupts, ranks, reporter, time_limit)
         # A run that is resumed may be complete, or was stopped before its evaluation.
-        is_done, is_time_up, stop_signal = settle()
+        is_done, stop_signal = settle()
         while not is_done and not stop_signal:
             is_first_after_save = not run.has_unsaved_changes
             metrics = train_step(run, step_fn)
@@ -1038,14 +1038,14 @@ def train(run, interrupts, ranks):
             if is_first_after_save and ranks.rank == 0:
                 runs.prune_checkpoints(run)
             reporter.report_step(metrics)
-            is_done, is_time_up, stop_signal = settle()
+            is_done, stop_signal = settle()
     # No step follows the last checkpoint. A finite validation loss, which `validate` requires, also
     # shows that it is good.
     if run.evaluation and ranks.rank == 0:
         runs.prune_checkpoints(run)
     if run.is_out_of_patience():
         say(f"Stopped: no improvement in {run.evaluations_since_best()} evaluations (--patience).")
-    if is_time_up:
+    if run.seconds >= time_limit:
         say(f"--max_minutes {flags.max_minutes:g} reached at iteration {run.iteration:,}.")
     if flags.eval_test and not stop_signal:
         with run.using_average() as model:
@@ -1074,7 +1074,7 @@ def train_step(run, step_fn):
 def evaluate_and_save(run, interrupts, ranks, reporter, time_limit):
     """Evaluates and saves a run if that is due at its current iteration.
 
-    Returns whether it is done, whether its time is up, and a signal that has arrived, or None.
+    Returns whether it is done, and a signal that has arrived, or None.
     """
     flags = run.flags
     stop_signal, is_time_up = ranks.agree(interrupts.stop_signal, run.seconds >= time_limit)
@@ -1089,7 +1089,7 @@ def evaluate_and_save(run, interrupts, ranks, reporter, time_limit):
             save_and_sample(run, interrupts, reporter)
         # A signal that arrived meanwhile ends the run before the next step.
         stop_signal, _ = ranks.agree(interrupts.stop_signal)
-    return is_done, is_time_up, stop_signal
+    return is_done, stop_signal
 
 
 EVAL_WINDOWS = "the first"  # which tokens `validate` scores; recorded in runs
@@ -1507,7 +1507,7 @@ def converse(new_conversation, flags):
     /reset forgets it, /quit exits. Ctrl+C ends a reply or, at the prompt, the program, as Ctrl+D
     does.
     """
-    # At the prompt, Ctrl+C has to raise KeyboardInterrupt: datasets.py made it end the process.
+    # At the prompt, Ctrl+C has to raise KeyboardInterrupt: support/cli.py made it end the process.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 is not an error
     input_prompt = ""  # for a pipe
@@ -1556,7 +1556,7 @@ def print_reply(conversation, line, flags):
 class Counters(Progress):
     """The numbers that each step changes: recorded in every checkpoint, and restored on resume.
 
-    Give a new field a default, as older checkpoints lack it.
+    Give a new field a default, as older checkpoints lack it; whole numbers are never negative.
     """
 
     tokens_seen: int = 0
@@ -1922,10 +1922,10 @@ def open_model(flags, flag_name):
 def model_from_checkpoint(checkpoint):
     """Opens a checkpoint as a LoadedModel; with LoRA, `files` include the base's."""
     contents = read_contents(checkpoint)
-    files = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
+    to_keep = {path.name: path for path in (checkpoint.weights_path, checkpoint.metadata_path)}
     if checkpoint.flags["lora_rank"]:
-        files |= runs.kept_base_files(checkpoint)
-    return LoadedModel(contents.load_model(), contents.tokenizer, checkpoint.id, files)
+        to_keep |= runs.kept_base_files(checkpoint)
+    return LoadedModel(contents.load_model(), contents.tokenizer, checkpoint.id, to_keep)
 
 
 def open_kept_model(checkpoint, flag_name):
@@ -2308,10 +2308,10 @@ def check_early(flags, ranks):
         extra("report").check(flags.report_to)
 
 
-def open_run(folder, inputs, origin, ranks):
+def open_run(folder, inputs, chosen, ranks):
     """The run in a locked folder, and the checkpoint from which it goes on, or None.
 
-    That is the newest one in the folder; without any, `origin`, with which a branch begins.
+    That is the newest one in the folder; without any, it is `chosen`, with which a branch begins.
     """
     flags = inputs.flags
     # Under the lock, no other process adds one.
@@ -2319,17 +2319,17 @@ def open_run(folder, inputs, origin, ranks):
     if not checkpoints and any(folder.glob("[!.]*.safetensors")):
         raise RunError(f"no checkpoint of {folder.name} can be read: --new_model starts a new run")
     contents = None
-    if checkpoints or origin:
+    if checkpoints or chosen:
         # If a branch already exists, it is resumed; then --identifier only says where it began.
-        is_named = flags.identifier and (not checkpoints or folder == origin.folder)
-        contents = open_newest(checkpoints or [origin], is_named)
+        is_named = flags.identifier and (not checkpoints or folder == chosen.folder)
+        contents = open_newest(checkpoints or [chosen], is_named)
         checkpoint = contents.checkpoint
         # Flags that the command does not set come from the checkpoint, except those about the test
         # text, which is already loaded.
         test_flags = get_values(flags, ["test_text", "eval_test"])
         flags = resolve_flags(flags.explicit, checkpoint.flags | test_flags)
         inputs = inputs._replace(flags=flags)
-        if not origin:  # "latest" may name this run by now: use the models that it keeps
+        if not chosen:  # "latest" may name this run by now: use the models that it keeps
             models = open_kept_models(flags, checkpoint)
             inputs = inputs._replace(models=models, parents=checkpoint.parents)
     run = make_run(folder, inputs, contents, ranks)
@@ -2360,15 +2360,15 @@ def main(arguments):
         files.make_save_dir(flags.save_dir)
 
         # Which run: a checkpoint gives its flags; its flags, texts and models give its folder.
-        origin = runs.choose_origin(flags, find_checkpoint)
-        if origin:
-            flags = resolve_flags(flags.explicit, origin.flags)
-            runs.refuse_conflict(flags, origin.flags, origin.folder.name)
+        chosen = runs.choose_checkpoint(flags, find_checkpoint)
+        if chosen:
+            flags = resolve_flags(flags.explicit, chosen.flags)
+            runs.refuse_conflict(flags, chosen.flags, chosen.folder.name)
         check_early(flags, ranks)
-        inputs = load_inputs(flags, origin)
-        folder, note = runs.find_folder(inputs, origin)
+        inputs = load_inputs(flags, chosen)
+        folder, note = runs.find_folder(inputs, chosen)
         with runs.locked_folder(folder):
-            run, checkpoint = open_run(folder, inputs, origin, ranks)
+            run, checkpoint = open_run(folder, inputs, chosen, ranks)
             with Interrupts() as interrupts:  # from here on there is something to save
                 rate = partial(learning_rate_at, flags=run.flags)
                 reports.print_start(run, checkpoint, rate, note)

@@ -412,7 +412,7 @@ PATH_FLAGS = ["text", "valid_text", "tokenizer", "init_from", "teacher"]
 MAX_LOST_SECONDS = 600  # of training that a command may leave behind without being told to
 
 
-def choose_origin(flags, find):
+def choose_checkpoint(flags, find):
     """The Checkpoint that a command goes on from: that of --identifier or, by default, the newest.
 
     None if the command describes its run by flags, has --new_model, or there is no checkpoint.
@@ -485,20 +485,20 @@ def run_name(identity):
     return f"{identity['dataset']}-{sha1_of_text(json.dumps(changed, sort_keys=True))[:8]}"
 
 
-def find_folder(inputs, origin):
+def find_folder(inputs, chosen):
     """The folder of the run that has these main.Inputs, which may be a new one.
 
-    origin: the checkpoint from which the command goes on, or None if its flags describe the run. Of
+    chosen: the checkpoint from which the command goes on, or None if its flags describe the run. Of
     NAME, NAME.2, …, the folder is that of the run that the same code saved last (with --identifier,
     any code). Without such a run, it is the first that is free: it does not exist, or has no
     checkpoint. Returns a line, too, or None, about a run by other code that is left behind; raises
     UsageError if that is unfinished and has more than MAX_LOST_SECONDS of training.
     """
     flags = inputs.flags
-    if origin and continues_run(flags, origin):
-        return origin.folder, None
-    if origin:  # the command begins a branch, or resumes one
-        inputs.parents["branched_from"] = origin.id
+    if chosen and continues_run(flags, chosen):
+        return chosen.folder, None
+    if chosen:  # the command begins a branch, or resumes one
+        inputs.parents["branched_from"] = chosen.id
     identity = run_identity(vars(flags), inputs.dataset.sha256, inputs.parents)
     name = run_name(identity)
     runs = {}  # {folder: its checkpoints, newest first}

@@ -95,12 +95,6 @@ def test_what_main_imports_is_loaded_anew_with_it(line, tmp_path):
     assert ended[name] != ended[other] == ended[fresh]
 
 
-def test_without_its_c_the_fast_version_still_runs(line, tmp_path):
-    path = copy_program(tmp_path / "copy")
-    (path.parent / "extras/features/fast.c").unlink()
-    begin(*line, program=[path])
-
-
 SAMPLE = """
 import os as system
 
@@ -222,3 +216,5 @@ def test_modules_count_where_they_are_used(line, tmp_path):
     assert names_of(line) == [f"{name}.3"]
     edit("extras/features/fast.py", "FACTOR = 2\n")
     assert names_of(line) == [f"{name}.4"]
+    (path.parent / "extras/features/fast.c").unlink()
+    assert names_of(line) == [f"{name}.5"], "it runs without its C"

@@ -42,7 +42,6 @@ FILES = {
     "sections.yaml": "advanced:\n  use_lora: true\nhardware: {device: cpu, dim: 8}\n",
     "deep.yaml": "[" * 1_200,
     "long.yaml": "dim: 8  #" + "x" * (2 << 20),
-    "nested.yaml": "model: {dim: {a: 8}}\n",
     "list.yaml": "- dim\n",
     "two.yaml": "dim: [16, 32]\n",
     "prompt.yaml": "- prompt: line\n",
@@ -150,8 +149,6 @@ MISTAKES = [
     ("--num_iters 10k", "'10k'", "whole number"),
     ("--learning_rate nan", "--learning_rate: must be at least 0", "not nan"),
     ("--dim 1000000", "--dim: must be at least 1 and at most 65536", "not 1000000"),
-    ("--dropout 1", "--dropout: must be at least 0 and at most 0.9", "not 1"),
-    ("--mlp nonsense", "--mlp: must be one of relu2, gelu, swiglu", "not nonsense"),
     ("--evaluate test.txt", "--evaluate: must be one of train, valid, test", "not test.txt"),
     ("--quantize int3", "--quantize: must be one of 4, 8, 16", "not 3"),
     ("--report_to 'wandb, board'", "--report_to: must be one of tensorboard, wandb", "not board"),
@@ -203,7 +200,6 @@ MISTAKES = [
     ("--identifier latest --save_dir damaged", "another SHA1", "use another one from --list", 1),
     ("--text text.txt --init_from latest --save_dir damaged", "another SHA1", "name another", 1),
     ("--evaluate valid --eval_stride 33", "--eval_stride 33 would skip tokens", "at most 8"),
-    ("--text text.txt --eval_test --eval_stride 49", "--eval_stride 49 would skip", "at most 48"),
     # A run that blows up
     ("--text text.txt --dim 16 --learning_rate 1e30 --num_iters 9", "not finite", "a lower", 1),
     # YAML files of flags
@@ -212,7 +208,6 @@ MISTAKES = [
     ("--config sections.yaml", "unrecognized arguments: --use_lora", "--lora_rank 8 trains"),
     ("--config other.yaml", "it names another file", "like dim: 8"),
     ("--config two.yaml", "dim has a list or a mapping instead of a value", "like dim: 8"),
-    ("--config nested.yaml", "dim has a list or a mapping instead of a value", "like dim: 8"),
     ("--config long.yaml", "longer than 1,048,576 bytes", "like dim: 8"),
     *[(f"--config {name}", name, "YAML file of flags like dim: 8") for name in NO_FLAGS],
     # Models of others
