@@ -20,7 +20,10 @@ SHAPE = (
 # How each run begins, by its name in the format with which it was saved.
 COMMANDS = {
     "text-4d807419": f"--text {FOLDER}/text.txt --num_iters 4 {SHAPE}",
-    "text-3d0da573": f"--text {FOLDER}/notes --tokenizer word --num_iters 4 {SHAPE}",
+    "text-fb408f09": (
+        f"--text {FOLDER}/notes --valid_text {FOLDER}/valid.txt --tokenizer word --num_iters 4 "
+        f"{SHAPE}"
+    ),
     "text-4232c425": (
         f"--text {FOLDER}/text.txt --init_from text-4d807419 --lora_rank 1 --num_iters 2 {SHAPE}"
     ),
@@ -32,6 +35,7 @@ def write_texts():
     """Writes the texts of the runs, the same each time, where the runs have recorded them."""
     lines = [f"{i} bottles of beer on the wall, {i} bottles of beer\n" for i in range(99, 0, -1)]
     parts = {"text.txt": lines, "notes/a.txt": lines[::2], "notes/b.md": lines[1::2]}
+    parts["valid.txt"] = lines[:9]
     for name, part in parts.items():
         path = FOLDER / name
         path.parent.mkdir(parents=True, exist_ok=True)
