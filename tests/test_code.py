@@ -74,7 +74,7 @@ def test_an_edit_is_trained_once_it_is_loaded(line, tmp_path):
     [(name, _), *_] = runs
     assert runs == [(name, "0"), (name, "2"), (f"{name}.2", "0")]
     assert said.count("main.py was edited since it was loaded: the edit is not in this run.\n") == 1
-    assert begin(*line, program=["-B", folder / "main.py"])[:2] == (f"{name}.2", 2)
+    assert begin(*line, program=[folder / "main.py"])[:2] == (f"{name}.2", 2)
 
 
 def test_what_main_imports_is_loaded_anew_with_it(line, tmp_path):
@@ -90,7 +90,7 @@ def test_what_main_imports_is_loaded_anew_with_it(line, tmp_path):
     runs, _ = cells(folder, line, RUN_AGAIN, edit, RUN_AGAIN, mine, RUN_AGAIN)
     [(name, _), (other, _), (third, _)] = runs
     assert (other, third) == (f"{name}.2", f"{name}.3")
-    fresh, _, _ = begin(*line, "--new_model", program=["-B", path])
+    fresh, _, _ = begin(*line, "--new_model", program=[path])
     ended = {run: saved(tmp_path, run)[0].id for run in (name, other, fresh)}
     assert ended[name] != ended[other] == ended[fresh]
 
@@ -149,11 +149,11 @@ def test_a_module_of_ones_own_counts_wherever_it_is_imported(place, path, import
     module = program.parent / path
     module.parent.mkdir(parents=True, exist_ok=True)
     module.write_text("FACTOR = 1\n")
-    name, _, _ = begin(*line, program=["-B", program])
+    name, _, _ = begin(*line, program=[program])
     [kept] = tmp_path.glob(f"{name}/code-*/{path}")
     assert kept.read_text() == "FACTOR = 1\n"
     module.write_text("FACTOR = 2\n")
-    other, _, said = begin(*line, program=["-B", program])
+    other, _, said = begin(*line, program=[program])
     assert other == f"{name}.2"
     assert f"was trained by other code ({path}: diff {kept} {module})" in said
 
@@ -175,7 +175,7 @@ def test_installed_modules_are_not_ones_own(place, line, tmp_path):
     path = copy_program(tmp_path / "copy", IMPORTED)
     module = path.parent / place
     module.parent.mkdir(parents=True, exist_ok=True)
-    options = {"program": ["-B", path], "env": {"PYTHONPATH": str(module.parent)}}
+    options = {"program": [path], "env": {"PYTHONPATH": str(module.parent)}}
     module.write_text("FACTOR = 1\n")
     name, _, _ = begin(*line, **options)
     module.write_text("FACTOR = 22\n")

@@ -1,6 +1,7 @@
 """What imports what: the files form layers, without circles."""
 
 import ast
+import functools
 
 import pytest
 from conftest import ROOT
@@ -10,6 +11,7 @@ FILES += [*ROOT.glob("support/*.py"), *ROOT.glob("extras/**/*.py")]
 PATHS = [str(path.relative_to(ROOT)) for path in FILES]
 
 
+@functools.cache
 def arrows_from(path, is_lazy):
     """The files that a file imports, wherever; is_lazy: those that it names for `extra` instead."""
     names = set()

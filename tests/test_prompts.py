@@ -155,6 +155,8 @@ class Terminal(pexpect.spawn):
             preexec_fn=default_signals,
         )
         self.logfile_read = io.StringIO()
+        self.delaybeforesend = None
+        self.ptyproc.delayafterclose = 0
 
     def wait_for(self, pattern):
         """What is shown up to where `pattern` matches, without escape sequences and CRs."""

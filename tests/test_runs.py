@@ -220,13 +220,13 @@ def programs(tmp_path):
     paths = [copy_program(tmp_path / name, edits) for name, edits in (
         ("plain", {}), ("reworded", REWORDED), ("edited", EDITED)
     )]  # fmt: skip
-    return [{"program": ["-B", path]} for path in paths]
+    return [{"program": [path]} for path in paths]
 
 
 def changed(folder, name, program, kept=0):
     """What is said of main.py where it differs from the code that a run keeps."""
     codes = sorted(folder.glob(f"{name}/code-*/main.py"), key=lambda path: path.stat().st_mtime)
-    return f"(main.py: diff {codes[kept]} {program['program'][1]})"
+    return f"(main.py: diff {codes[kept]} {program['program'][0]})"
 
 
 def test_without_flags_a_run_goes_on_with_edited_code(line, folder, programs):
@@ -297,7 +297,8 @@ def test_the_package_beside_main_is_part_of_the_environment(line, folder, progra
     """A message that is reworded there makes no other run, but is recorded."""
     plain, reworded, _ = programs
     name, _, _ = begin(*line, *LEG, **plain)
-    path = reworded["program"][1].parent / "support/reports.py"
+    path = reworded["program"][0].parent / "support/reports.py"
+    reworded["program"][:0] = ["-B"]  # a Python of its own
     source = path.read_text()
     assert source.count("To sample: ") == 1
     path.write_text(source.replace("To sample: ", "Sample: "))
