@@ -178,7 +178,6 @@ ANOTHER = {
     "checkpoint best": "--identifier names a checkpoint",
     "num_train_epochs 3": "--num_iters counts steps",
     "output answers.txt": "python -m extras.batch FILE --output FILE",
-    "threads 4": "all cores are used; taskset gives fewer",
     "rope_thetas 4": "--rope_thetas (--help lists all flags)",
 }
 
