@@ -290,7 +290,7 @@ datasets.load_dataset("text", sys.argv[1], text=sys.argv[2:], tokenizer="byte")
 print(pathlib.Path("/proc/self/status").read_text())
 """
     peaks = []
-    for size in (10, 30):  # MB
+    for size in (8, 24):  # MB
         files = {"lines": b"words of a line\n" * (size << 16), "word": b"x" * (size << 20)}
         folder = lay(tmp_path / str(size), files)
         command = [sys.executable, "-c", program, tmp_path / f"data{size}", folder]
