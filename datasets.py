@@ -6,6 +6,14 @@
 Texts are streamed, so memory use hardly grows with the corpus.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # which `python -I` leaves out
+
+from support.cli import RunError, UsageError, command, explain_errors, extra, first_imports
+from support.cli import has_extra, one_line, progress_bar, run_program, say, shorten_list, utf8
+
 import codecs
 import functools
 import glob
@@ -13,11 +21,9 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import shlex
 import shutil
-import sys
 import sysconfig
 import zipfile
 import zlib
@@ -25,12 +31,8 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # which `python -I` leaves out
-
-from support.cli import RunError, UsageError, command, explain_errors, extra, first_imports
-from support.cli import has_extra, one_line, progress_bar, run_program, say, shorten_list, utf8
 from support.code import alias_running_module, hash_of_code
-from support.files import absolute, atomic_write, hash_of_data, hash_of_file, hold_lock
+from support.files import absolute_pattern, atomic_write, hash_of_data, hash_of_file, hold_lock
 from support.files import make_data_dir, user_path
 from support.flags import SIZE, Flag, Parser, nonempty, number, one_of, path_name
 
@@ -658,7 +660,7 @@ def user_text(user_paths, valid_fraction, text_field, program_folders):
     find_text_files; text_field: RowFile's `field`.
     """
     files = {split: find_files(paths, program_folders) for split, paths in user_paths.items()}
-    if "train" in files:
+    if "train" in files and user_paths.get("valid") != user_paths["train"]:
         set_aside(files)
     splits = {split: [] for split in files}
     for split, found in files.items():
@@ -723,7 +725,9 @@ def find_text_files(path, program_folders):
     base = os.path.dirname(path)  # to which names are relative
     matches = [path]
     if not os.path.exists(path):
-        base = os.path.dirname(re.split("[*?[]", path)[0])
+        # Up to the first wildcard that glob.escape has not put into brackets.
+        literal = re.match(r"([^*?[]|\[[*?[]\])*", path)[0]
+        base = os.path.dirname(re.sub(r"\[([*?[])\]", r"\1", literal))
         matches = sorted(glob.glob(path, recursive=True))
     if not matches:
         raise UsageError(
@@ -749,7 +753,7 @@ def find_text_files(path, program_folders):
             check_text(file)
         except UsageError as error:
             reason = error
-            left_out.append(files.pop(file))
+            left_out.append(f"{files.pop(file)} ({file.stat().st_size:,} bytes)")
     if left_out:
         splits_kept = {*map(named_split, files.values())}
         # Otherwise, text for validation or testing would be trained on.
@@ -757,9 +761,16 @@ def find_text_files(path, program_folders):
         if not files or is_train_lost:
             raise reason
         say(f"{path}: leaving out what is no readable UTF-8 text: {shorten_list(left_out)}")
+    marked_up = [name for name in files.values() if MARKUP.fullmatch(name)]
+    if marked_up:
+        say(f"{path}: read as they stand, with all their signs: {shorten_list(marked_up)}")
     return sorted(files.items())
 
 
+# Names of files whose text stands among signs for a program.
+MARKUP = re.compile(
+    r".*\.(json|csv|tsv|rtf|html?|xhtml|xml|ipynb|tex|srt|vtt|svg)", re.DOTALL | re.IGNORECASE
+)
 LFS = b"version https://git-lfs"  # the first bytes of what git leaves in place of a large file
 # The first bytes of files that are not plain text -> what they are, and the remedy.
 NO_TEXT = {
@@ -822,45 +833,44 @@ def set_aside(files):
             train.pop(key, None)
 
 
-HELD_OUT = "at regular intervals"  # how validation text is chosen; recorded in runs
+HELD_OUT = "by hashes"  # how validation text is chosen; recorded in runs
+MANY_FILES = 20  # of so many, or more, some are held out whole
 
 
-def is_held_out(index, valid_fraction):
-    """Whether the document at this index is one of those held out, at regular intervals."""
-    # Without 1e-9, a rounding error could leave a product just below an integer.
-    num_before = int(index * valid_fraction + 1e-9)
-    return int((index + 1) * valid_fraction + 1e-9) > num_before
+def place_of(text):
+    """A number from 0 to 1 that depends on a text alone, by its SHA256."""
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def hold_out(sources, valid_fraction):
     """Splits Spans of whole files, and RowFiles, into {"train": sources, "valid": sources}.
 
-    Whole files at regular intervals are held out, by default every tenth. If these have less than
-    half of the bytes asked for, or more than twice as many, the end of the text is held out
-    instead. Of RowFiles, rows at regular intervals are held out.
+    A new file moves no other one. Of MANY_FILES or more, those are held out whose names have a
+    place below the fraction, at least the lowest; of fewer, each one's own end. Of RowFiles, rows
+    are, by the place of their text.
     """
     spans = [span for span in sources if type(span) is Span]
     train = []
     valid = []
-    for i, span in enumerate(spans):
-        split = valid if is_held_out(i, valid_fraction) else train
-        split.append(span)
-    total = sum(span.stop for span in spans)  # bytes
-    share = sum(span.stop for span in valid) / max(1, total)
-    names = shorten_list([span.path.name for span in valid])
-    if not valid_fraction / 2 <= share <= 2 * valid_fraction:
-        names = "the end of the text"
-        share = valid_fraction
-        train = []
-        valid = []
-        bytes_to_train = round(total * (1 - valid_fraction))
+    how = "the end of each file"
+    if len(spans) >= MANY_FILES:
+        places = [place_of(span.path.name) for span in spans]
+        limit = max(valid_fraction, min(places))
+        for span, place in zip(spans, places):
+            split = valid if place <= limit else train
+            split.append(span)
+        names = shorten_list([span.path.name for span in valid])
+        how = f"whole files, as there are {MANY_FILES} or more: {names}"
+    else:
         for span in spans:
-            first, rest = cut(span, find_cut(span, bytes_to_train))
+            first, rest = cut(span, find_cut(span, round(span.stop * (1 - valid_fraction))))
             train.append(first)
             valid.append(rest)
-            bytes_to_train -= span.stop
     if len(spans) > 1:
-        say(f"Held out for validation, {share:.1%} of the bytes: {names}")
+        held_out = sum(span.stop - span.start for span in valid)
+        share = held_out / max(1, sum(span.stop for span in spans))
+        say(f"Held out for validation, {share:.1%} of the bytes: {how}")
     for source in sources:
         if type(source) is RowFile:
             row_file = source._replace(valid_fraction=valid_fraction)
@@ -897,14 +907,13 @@ def read_documents(sources):
     characters. `previous` is the character before it in its document, "" at a start. Raises
     UsageError if a file cannot be read.
     """
-    num_rows = 0  # of all files so far
     for source in sources:
         if type(source) is RowFile:
             for text in extra("formats").read_rows(source):
-                if is_held_out(num_rows, source.valid_fraction) == source.is_valid:
+                is_held_out = place_of(text) < source.valid_fraction
+                if is_held_out == source.is_valid:
                     chunks = (text[i : i + BLOCK_SIZE] for i in range(0, len(text), BLOCK_SIZE))
                     yield from cut_into_blocks(chunks)
-                num_rows += 1
         elif source.separator:
             for document in split_at_separator(source):
                 if document.strip():
@@ -1123,7 +1132,7 @@ def named_files(dataset, text, valid_text, test_text):
     if (valid_text or dataset == "text") and not text:
         raise UsageError("--dataset text and --valid_text go with --text, which names your files")
     named = zip(SPLITS, (text, valid_text, test_text))
-    return {split: [absolute(path) for path in paths] for split, paths in named if paths}
+    return {split: [*map(absolute_pattern, paths)] for split, paths in named if paths}
 
 
 SOURCE = Path(__file__).read_text("utf-8")  # as loaded, even if this file is edited later
@@ -1363,5 +1372,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    alias_running_module(__file__)  # so that extras import no second copy
+    alias_running_module(__file__, "datasets")  # so that extras import no second copy
     run_program(main)

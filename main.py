@@ -10,15 +10,22 @@ rest saves runs and reads flags; a command begins in `main`, at the end. dataset
 token ids, support/ finds runs and reports on them. Every other feature is a file in extras/.
 """
 
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # before Hugging Face's `datasets`
+
+# First: it names a file that hides one of Python's modules.
+from support.cli import RunError, UsageError, command, explain_errors, extra, first_imports
+from support.cli import flush_or_drop, for_terminal, has_extra, run_program, say, warning
+
 import argparse
 import contextlib
 import dataclasses
 import itertools
 import json
 import math
-import os
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -26,11 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # before Hugging Face's `datasets`
-
 from support import code
-from support.cli import RunError, UsageError, command, explain_errors, extra, first_imports
-from support.cli import flush_or_drop, for_terminal, has_extra, run_program, say, warning
 
 code.begin_main(__name__, __file__)
 with first_imports():
@@ -649,12 +652,12 @@ def linear_schedule(iteration, flags):
 
 
 def cooldown_progress(iteration, flags):
-    """The completed fraction of the cooldown: 0 until it begins, 1 at `num_iters`.
+    """The completed fraction of the cooldown: 0 until it begins, 1 at the last step.
 
     The cooldown is the last fraction `lr_cooldown` of the steps after warmup.
     """
     cooldown_steps = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)
-    return max(0, iteration - (flags.num_iters - cooldown_steps)) / max(1, cooldown_steps)
+    return max(0, iteration + 1 - (flags.num_iters - cooldown_steps)) / max(1, cooldown_steps)
 
 
 def min_factor(flags):
@@ -800,11 +803,14 @@ def token_metrics(model, inputs, targets):
     return {"loss": nn.losses.cross_entropy(logits, targets)}
 
 
-def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=device.ALONE):
+def evaluate(
+    model, tokens, batch_size, stride=None, limit=None, interrupts=None, ranks=device.ALONE
+):
     """The means of token_metrics, {name: number}, over all of `tokens` [N] but the first one.
 
     Each token counts once. Windows start `stride` tokens apart: by default context_size, so that
-    they do not overlap; with less, each token has more context. Returns None on a signal.
+    they do not overlap; with less, each token has more context. limit: how many tokens are scored,
+    in windows that are evenly spread, if not all are. Returns None on a signal.
     """
     context_size = model.config.context_size
     stride = stride or context_size
@@ -823,10 +829,14 @@ def evaluate(model, tokens, batch_size, stride=None, interrupts=None, ranks=devi
     # No window starts after one that reaches the end of the text.
     last_start = max(num_targets - context_size, 0)
     starts = np.arange(0, last_start + stride, stride)
+    if limit and limit < num_targets:
+        last = num_targets // context_size - 1  # of the whole windows
+        starts = starts[np.linspace(0, last, limit // context_size).astype(int)]
+        num_targets = limit
     batch_size = min(batch_size, len(starts))
     # Windows that start at the end, all masked, fill up each rank's last batch.
     num_padding = -len(starts) % (batch_size * ranks.size)
-    starts = np.append(starts, np.full(num_padding, num_targets))
+    starts = np.append(starts, np.full(num_padding, len(tokens) - 1))
     start_batches = starts.reshape(-1, batch_size)
     totals = Counter()  # {name: sum}, in 64 bits, as Python floats
     stop_signal = None
@@ -877,7 +887,9 @@ def print_evaluation(name, model, dataset, flags, interrupts=None, ranks=device.
     split = dataset.splits[name]
     num_tokens = len(split.tokens)
     start = time.perf_counter()
-    metrics = evaluate(model, split.tokens, flags.batch_size, flags.eval_stride, interrupts, ranks)
+    metrics = evaluate(
+        model, split.tokens, flags.batch_size, flags.eval_stride, None, interrupts, ranks
+    )
     if metrics is not None:
         seconds = time.perf_counter() - start
         losses = reports.describe_losses(name, metrics, split, dataset.tokenizer)
@@ -1092,28 +1104,22 @@ def evaluate_and_save(run, interrupts, ranks, reporter, time_limit):
     return is_done, stop_signal
 
 
-EVAL_WINDOWS = "the first"  # which tokens `validate` scores; recorded in runs
+EVAL_WINDOWS = "evenly spread"  # which ones `validate` scores; recorded in runs
 
 
 def validate(run, interrupts, ranks, reporter):
     """Evaluates the validation split, unless a signal arrives.
 
-    It scores all tokens if --eval_tokens is 0, else so many of the first ones, but no more than are
-    trained on between evaluations, so that short trials need not wait.
-
-    An evaluation that only --max_minutes causes is shown and logged, but not recorded, so that
-    checkpoints do not depend on that flag. Raises RunError if the loss is not finite.
+    It scores Run.eval_size tokens. What only --max_minutes causes is shown and logged,
+    but not recorded, so that checkpoints do not depend on that flag. Raises RunError if the loss is
+    not finite.
     """
-    flags = run.flags
     split = run.dataset.valid
-    tokens = split.tokens
-    if flags.eval_tokens:
-        interval = min(flags.steps_per_eval, flags.num_iters)
-        limit = min(flags.eval_tokens, interval * run.batches.rows_per_step * flags.context_size)
-        tokens = tokens[: limit + 1]  # the first one is only context
+    size = run.eval_size()
+    options = {"limit": size, "interrupts": interrupts, "ranks": ranks}
     start = time.perf_counter()
     with run.using_average() as model:
-        metrics = evaluate(model, tokens, flags.batch_size, interrupts=interrupts, ranks=ranks)
+        metrics = evaluate(model, split.tokens, run.flags.batch_size, **options)
     if metrics is None:
         return
     seconds = time.perf_counter() - start
@@ -1122,7 +1128,8 @@ def validate(run, interrupts, ranks, reporter):
     mark = ""
     if run.is_evaluation_due():
         bits = split.bits_per_byte(metrics["loss"])
-        run.evaluations.append(Evaluation(run.iteration, metrics["loss"], len(tokens) - 1, bits))
+        evaluation = Evaluation(run.iteration, metrics["loss"], size, bits, EVAL_WINDOWS)
+        run.evaluations.append(evaluation)
         run.has_unsaved_changes = True
         if run.evaluation == runs.best_evaluation(run.evaluations):
             mark = " (best)"
@@ -1668,6 +1675,20 @@ class Run(Counters):
         """Whether --patience ends the run."""
         return self.evaluations_since_best() >= (self.flags.patience or math.inf)
 
+    def eval_size(self):
+        """How many tokens an evaluation scores: whole windows, or all if --eval_tokens is 0.
+
+        No more than were trained on between evaluations as the run began: short trials need not
+        wait, and a run that goes on for longer scores the same.
+        """
+        flags = self.flags
+        num_targets = len(self.dataset.valid.tokens) - 1
+        interval = min(flags.steps_per_eval, self.segments[0].num_iters)
+        size = min(flags.eval_tokens, interval * self.batches.rows_per_step * flags.context_size)
+        if size == 0 or size >= num_targets:
+            return num_targets
+        return min(num_targets, max(1, size // flags.context_size) * flags.context_size)
+
     @contextlib.contextmanager
     def using_average(self):
         """Yields the model with averaged weights, if any; afterwards, it has its own again."""
@@ -1828,7 +1849,6 @@ class Contents(NamedTuple):
             run.restore(numbers, self.state | weights)
         run.checkpoint_id = checkpoint.id
         run.saved_at = checkpoint.saved_at
-        run.origin = checkpoint.origin
         run.segments = [*checkpoint.segments]
 
 
@@ -2012,10 +2032,20 @@ class Interrupts:
 
 
 def join_ranks(argv):
-    """A context manager: the ranks that mlx.launch or MPI started, or this process alone."""
+    """A context manager: the ranks that mlx.launch or MPI started, or this process alone.
+
+    Raises UsageError if another launcher has started several.
+    """
     sizes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
     if "MLX_RANK" in os.environ or sizes != ["1", "1"]:
         return extra("ranks").Group(argv)
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):  # torchrun's and accelerate's; srun's
+        size = os.environ.get(name, "1")
+        if size != "1":
+            raise UsageError(
+                f"a launcher other than MLX's has started {size} processes ({name}): use "
+                f"mlx.launch -n {size} -- python main.py, or unset {name}"
+            )
     return contextlib.nullcontext(device.ALONE)
 
 
@@ -2063,7 +2093,7 @@ def read_command_line(arguments):
     """The flags that a command line sets, {name: value}."""
     parser = Parser(
         extra("hints") if has_extra("hints") else None,
-        usage="python main.py [flags]",
+        usage=f"python {code.main_file} [flags]",
         description="\n\n".join((__doc__ or "").split("\n\n")[:2]),  # python -OO drops it
         epilog="Exit status: 0 done, 1 failed, 2 usage error; 128 + its number after a signal.",
     )
@@ -2086,7 +2116,7 @@ def resolve_flags(explicit, recorded=None):
     flags.save_dir = Path(flags.save_dir)
     flags.data_dir = flags.data_dir or explicit.get("save_dir")
     for name in {"text", "valid_text", "test_text"} & {*explicit}:  # recorded ones are absolute
-        setattr(flags, name, [files.absolute(path) for path in explicit[name]])
+        setattr(flags, name, [*map(files.absolute_pattern, explicit[name])])
     for name in {"init_from", "teacher", "draft"} & {*explicit}:
         # Others name checkpoints, or models on the hub.
         if runs.is_model_folder(files.user_path(explicit[name])):
@@ -2123,6 +2153,7 @@ class Inputs(NamedTuple):
     models: dict  # those that it reads at this start, {flag: LoadedModel}
     parents: dict  # see Checkpoint.parents
     code: dict  # see code.read_code
+    origin: runs.Origin
 
 
 def load_inputs(flags, checkpoint=None):
@@ -2131,6 +2162,7 @@ def load_inputs(flags, checkpoint=None):
         models = open_kept_models(flags, checkpoint)
         dataset = reload_data(flags, checkpoint)
         parents = dict(checkpoint.parents)
+        origin = checkpoint.origin
     else:
         names = [name for name in ("init_from", "teacher") if getattr(flags, name)]
         models = {name: open_model(flags, name) for name in names}
@@ -2140,8 +2172,10 @@ def load_inputs(flags, checkpoint=None):
             tokenizer = models[names[0]].tokenizer
         dataset = load_data(flags, tokenizer)
         parents = {name: loaded.id for name, loaded in models.items()}
+        cores = machine.available_cores()
+        origin = runs.Origin(cores, flags.config, datasets.HELD_OUT, EVAL_WINDOWS)
     sources = code.read_code(vars(flags), dataset.reads_rows)
-    return Inputs(flags, dataset, models, parents, sources)
+    return Inputs(flags, dataset, models, parents, sources, origin)
 
 
 def open_kept_models(flags, checkpoint):
@@ -2213,7 +2247,8 @@ def make_model(flags, dataset, contents, models):
 
 def make_run(folder, inputs, contents=None, ranks=device.ALONE):
     """The run whose state is in `contents`, or a new run if that is None."""
-    flags, dataset, models, parents, sources = inputs
+    flags, dataset, models, parents, sources, origin = inputs
+    machine.use_cores(origin.cores)  # they decide how sums are rounded
     if contents and contents.config.vocab_size < dataset.tokenizer.vocab_size:
         # MLX does not check indices: it would read and write beyond the embeddings.
         raise DamagedError(f"{contents.checkpoint} has fewer embeddings than the text has tokens")
@@ -2230,7 +2265,7 @@ def make_run(folder, inputs, contents=None, ranks=device.ALONE):
         batches=batches,
         teacher=models["teacher"].model if "teacher" in models else None,
         parents=parents,
-        origin=runs.Origin(machine.count_cores(), flags.config, datasets.HELD_OUT, EVAL_WINDOWS),
+        origin=origin,
         segments=[],
         code=sources,
     )
@@ -2269,6 +2304,8 @@ def open_checkpoint(flags):
     """
     checkpoint = find_checkpoint(flags, flags.identifier or "latest")
     values = checkpoint.flags | {"seed": flags.seed}  # here, the samples' seed
+    if flags.test_text:
+        values["text_field"] = flags.text_field  # of that text
     runs.refuse_conflict(flags, values, checkpoint.folder.name)
     if flags.identifier:
         return open_newest([checkpoint], is_named=True)
@@ -2331,7 +2368,8 @@ def open_run(folder, inputs, chosen, ranks):
         inputs = inputs._replace(flags=flags)
         if not chosen:  # "latest" may name this run by now: use the models that it keeps
             models = open_kept_models(flags, checkpoint)
-            inputs = inputs._replace(models=models, parents=checkpoint.parents)
+            parents = checkpoint.parents
+            inputs = inputs._replace(models=models, parents=parents, origin=checkpoint.origin)
     run = make_run(folder, inputs, contents, ranks)
     if not checkpoints:
         for name in runs.kept_model_flags(run.flags):
@@ -2339,7 +2377,7 @@ def open_run(folder, inputs, chosen, ranks):
     return run, contents and contents.checkpoint
 
 
-@command("main.py")
+@command(code.main_file)
 def main(arguments):
     """Does what the arguments say, by default those of the process; returns the exit status.
 

@@ -1,16 +1,26 @@
 """What any command-line program needs: errors, a start and an end, lines on a terminal."""
 
+import os
+import sys
+
+FOLDER = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # the project's
+PACKAGES = "numpy mlx requests urllib3 tokenizers tqdm yaml matplotlib huggingface_hub".split()
+
+for name in sorted(os.listdir(FOLDER)):  # before a module is imported that may be hidden
+    if name.endswith(".py") and name[:-3] in (*sys.stdlib_module_names, *PACKAGES):
+        path = os.path.join(FOLDER, name)
+        print(f"{path} hides the module of this name from Python: rename it", file=sys.stderr)
+        sys.exit(2)
+
 import contextlib
 import functools
 import importlib
-import os
 import re
 import signal
-import sys
 import threading
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent.parent  # the project's folder
+HERE = Path(FOLDER)
 
 # ---- Errors -------------------------------------------------------------------------------------
 
@@ -104,8 +114,8 @@ def explain_mlx_errors():
         reason = one_line(error)
         for pattern, line in MLX_ERRORS.items():
             if re.search(pattern, reason):
-                # A compiler's message is at its end.
-                raise RunError(f"{line} ({reason[-200:]})") from None
+                first = re.search(r"error: .*|$", reason)[0] or reason[-200:]  # a compiler's first
+                raise RunError(f"{line} ({first[:200]})") from None
         raise  # a bug in this program
 
 
@@ -139,14 +149,24 @@ def first_imports():
     except ImportError as error:
         if not IS_PROGRAM:
             raise
-        remedy = (
-            "activate the environment (. .venv/bin/activate), or make one: pip install -r "
-            "requirements.txt, or uv run python main.py (Windows: in WSL); on Linux, MLX needs "
-            "glibc 2.35 or newer"
-        )
         name = os.path.basename(sys.argv[0]).replace("-m", "extras")
-        print(f"{name}: {' '.join(str(error).split())}: {remedy}", file=sys.stderr)
+        print(f"{name}: {explain_import(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def explain_import(error):
+    """An ImportError's cause and remedy, in one line."""
+    reason = one_line(error)
+    library = re.search(r"(/\S+): version `(\w+)_\S+' not found", reason)
+    if library:
+        remedy = "MLX needs glibc 2.35 or newer"
+        if library[2] != "GLIBC":
+            remedy = "take its folder out of LD_LIBRARY_PATH"
+        return f"{library[1]} is too old: {remedy}"
+    return (
+        f"{reason[:300]}: activate the environment (. .venv/bin/activate), or make one: "
+        "pip install -r requirements.txt, or uv run python main.py (Windows: in WSL)"
+    )
 
 
 with first_imports():

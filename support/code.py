@@ -18,6 +18,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from support import cli
 from support.cli import HERE
 from support.files import hash_of_data, new_file, publish, sync
 
@@ -84,6 +85,7 @@ def hash_of_package(hashes):
 
 # {path from this folder: source}, of files seen so far
 LOADED_SOURCES = {}
+main_file = "main.py"  # its name, which may be that of a copy
 EDITED_NAMES = []  # of what was edited in main.py, for which fast.py no longer stands
 FAST_FILES = ["extras/features/fast.py", "extras/features/fast.c"]
 
@@ -114,8 +116,11 @@ def begin_main(name, path):
 
     name, path: its __name__ and __file__.
     """
+    global main_file
+    main_file = Path(path).name
     if name == "__main__":
-        alias_running_module(path)
+        cli.IS_PROGRAM = True  # also as a copy with another name
+        alias_running_module(path, "main")
         for module_name in [*sys.modules]:
             # Left by an earlier start; fast.py stays, as its choice of a BLAS is final.
             if module_name.startswith("extras.") and module_name != "extras.features.fast":
@@ -134,11 +139,11 @@ def uses_fast():
     return FAST_FILES[0] in LOADED_SOURCES and not os.environ.get("DISABLE_FAST")
 
 
-def alias_running_module(path):
-    """If the file at `path` runs as __main__, lets an `import` of its name find this module."""
+def alias_running_module(path, name):
+    """If the file at `path` runs as __main__, lets `import name` find this module."""
     running = sys.modules["__main__"]
     if getattr(running, "__file__", None) == path:  # and not cProfile's, for example
-        sys.modules[Path(path).stem] = running
+        sys.modules[name] = running
 
 
 # Paths, from this folder, of modules that are not the user's own.
@@ -188,13 +193,19 @@ def read_code(flag_values, reads_rows):
     return code
 
 
+def path_of(name):
+    """Where a file of code lies: that of main.py is the one that runs."""
+    return HERE / (main_file if name == "main.py" else name)
+
+
 def edited_files(code):
-    """The paths of those files of code that were edited since they were loaded."""
-    return [
-        path
-        for path, source in code.items()
-        if (HERE / path).exists() and (HERE / path).read_text("utf-8", errors="replace") != source
-    ]
+    """The names of those files of code that were edited since they were loaded."""
+    edited = []
+    for name, source in code.items():
+        path = path_of(name)
+        if path.exists() and path.read_text("utf-8", errors="replace") != source:
+            edited.append(path.name if name == "main.py" else name)
+    return edited
 
 
 # ---- What is kept -------------------------------------------------------------------------------
@@ -242,5 +253,5 @@ def describe_edit(checkpoint, code):
         return ""
     both = [path for path in changed if path in old and path in new]
     shown = both[0] if both else "main.py"
-    command = ["diff", str(code_folder(checkpoint) / shown), str(HERE / shown)]
+    command = ["diff", str(code_folder(checkpoint) / shown), str(path_of(shown))]
     return f"{', '.join(changed)}: {shlex.join(command)}"

@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import functools
+import glob
 import hashlib
 import json
 import os
@@ -10,7 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from support.cli import UsageError, explain_errors, one_line, utf8
+from support.cli import UsageError, explain_errors, one_line, say, utf8
 
 # ---- Folders ------------------------------------------------------------------------------------
 
@@ -22,6 +24,8 @@ def user_path(path):
     """
     if re.match(r"\w+://", str(path)):
         raise UsageError(f"{path} is an address: download the file, and name it by its path")
+    if os.path.isabs(path) and os.path.lexists(path):  # a folder's own name may have a $
+        return str(path)
     expanded = os.path.expandvars(os.path.expanduser(path))
     if (expanded.startswith("~") or "$" in expanded) and not os.path.lexists(expanded):
         raise UsageError(
@@ -34,6 +38,18 @@ def user_path(path):
 def absolute(path):
     """A path that is valid from any working directory; see user_path."""
     return os.path.abspath(user_path(path))
+
+
+def absolute_pattern(path):
+    """A path or a glob pattern that is valid from any working directory.
+
+    Only what was typed is a pattern, not the names of the folders around it.
+    """
+    plain = absolute(path)
+    if os.path.exists(plain):
+        return plain
+    folder, pattern = re.fullmatch(r"([^*?[]*/)?(.*)", str(path), re.DOTALL).groups()
+    return os.path.join(glob.escape(absolute(folder or ".")), pattern)
 
 
 CACHE = None  # there is no home folder
@@ -166,6 +182,13 @@ def remove_leftovers(folder):
             path.unlink()
 
 
+@functools.cache  # once
+def warn_of_sync(reason):
+    say(
+        f"The file system cannot sync folders ({reason}): after a power cut, a save may be missing."
+    )
+
+
 def sync(path):
     """Waits until a file, or the names in a folder, are on disk and would survive a power cut."""
     import fcntl
@@ -177,9 +200,10 @@ def sync(path):
         except (AttributeError, OSError):  # another system, or a disk that cannot
             os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot sync a folder; then the file alone has to do.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
+        # Some network file systems cannot sync a folder: then the file has to do.
+        if error.errno in (errno.EIO, errno.ENOSPC) or not os.path.isdir(path):
             raise
+        warn_of_sync(one_line(error))
     finally:
         os.close(descriptor)
 

@@ -316,8 +316,20 @@ NEEDS_ONE_OF = {
 }
 
 
+# {flag: (another, its value with which the first has no effect)}
+USELESS_WITH = {
+    "patience": ("steps_per_eval", 0),
+    "eval_tokens": ("steps_per_eval", 0),
+    "sample_prompt": ("sample_tokens", 0),
+    "top_k": ("temperature", 0),
+}
+
+
 def ineffective_flag_notices(flags):
-    """Yields a line for each explicit flag that has no effect without another one."""
+    """Yields a line for each explicit flag that has no effect without, or with, another one."""
+    for name, (other, value) in USELESS_WITH.items():
+        if name in flags.explicit and getattr(flags, other) == value:
+            yield f"--{name} has no effect with --{other} {value}."
     defaults = FLAGS.defaults
     for name, others in NEEDS_ONE_OF.items():
         has_effect = any(getattr(flags, other) != defaults[other] for other in others)

@@ -19,8 +19,22 @@ from support.files import CACHE, atomic_write, hash_of_data
 REFERENCE_BLAS = "reference BLAS"  # bundled with MLX's Linux wheel
 
 
-@functools.cache
+cores_in_use = None  # see use_cores
+
+
+def use_cores(count):
+    """Makes a run compute as on so many cores: the order of its sums depends on their number."""
+    global cores_in_use
+    cores_in_use = count
+
+
 def count_cores():
+    """The cores of the run, or those that are there."""
+    return cores_in_use or available_cores()
+
+
+@functools.cache
+def available_cores():
     """The cores that this process may use, by its affinity and its container's share of time."""
     cores = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):  # not on macOS
@@ -85,10 +99,13 @@ def make_kernel_dir():
     return Path(folder)
 
 
+# Runs a compiler without variables that may hide its own headers, as a system of modules sets them.
+CLEAN = "env -u CPATH -u C_INCLUDE_PATH -u CPLUS_INCLUDE_PATH -u GCC_EXEC_PREFIX".split()
 # What MLX runs as g++. It ignores signals: a terminal's Ctrl+C reaches it, too, and would end it in
 # the middle of a step.
 COMPILER_SCRIPT = """#!/bin/sh
 trap '' INT TERM HUP USR1 USR2 XCPU
+unset CPATH C_INCLUDE_PATH CPLUS_INCLUDE_PATH GCC_EXEC_PREFIX
 {}
 """
 

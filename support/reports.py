@@ -16,7 +16,7 @@ from support.cli import warning
 from support.code import EDITED_NAMES, describe_edit, edited_files, read_code
 from support.files import atomic_write, open_no_follow
 from support.flags import ineffective_flag_notices
-from support.machine import REFERENCE_BLAS
+from support.machine import REFERENCE_BLAS, available_cores
 from support.runs import best_evaluation, checkpoints_in, resume_command
 
 # How metrics are shown on the screen, and which of them in the bar: main.py fills these.
@@ -94,7 +94,12 @@ def start_notices(run):
         yield f"Each text begins with {tokenizer.decode(tokenizer.bos)}, as for the base model."
     if len(run.batches.perm) < run.batches.rows_per_step:
         yield "The text has fewer windows than a step has rows: some repeat within each step."
-    if run.versions["BLAS"] == REFERENCE_BLAS:
+    if run.versions["kernels"] == "main.py":
+        yield (
+            "Without extras/features/fast.py, products are in float32 and, on a Linux CPU, take "
+            "about 30 times as long."
+        )
+    elif run.versions["BLAS"] == REFERENCE_BLAS:
         yield (
             "Matrix products are slow, and in float32: a fast library for them needs a C compiler "
             "(apt install g++) and NumPy from PyPI or, on x86-64, pip install onednn-cpu-gomp."
@@ -104,6 +109,16 @@ def start_notices(run):
             "Computing in float32: bfloat16 is not faster here. It would be with --gpu, or on an "
             "AMD CPU with AVX-512 BF16 or an Intel CPU with AMX, after pip install onednn-cpu-gomp."
         )
+    cores = available_cores()
+    if run.origin.cores > cores:
+        yield f"This run was begun on {run.origin.cores} cores; on {cores}, it ends the same."
+    dataset = run.dataset
+    num_targets = len(dataset.valid.tokens) - 1
+    if run.eval_size() < num_targets and flags.steps_per_eval:
+        size = run.eval_size()
+        yield f"Evaluations score {size:,} of {num_targets:,} held-out tokens, evenly spread."
+    if dataset.sha256["train"] == dataset.sha256["valid"]:
+        yield "The validation text is the training text."
     is_new = run.checkpoint_id is None
     if is_new and "config" in flags.explicit and not {"dataset", "text"} & {*flags.explicit}:
         yield f"The --config names no text, so this is {run.dataset.name}; --text FILE names yours."

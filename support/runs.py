@@ -42,6 +42,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from support.cli import RunError, UsageError, explain_errors, one_line, say, shorten_list
+from support import code
 from support.code import describe_edit
 from support.files import atomic_write, lock_file, open_no_follow, remove_leftovers, sha1_of_file
 from support.files import sha1_of_text, sync
@@ -66,6 +67,7 @@ class Evaluation(NamedTuple):
     loss: float  # in nats per token
     num_tokens: int
     bits_per_byte: float
+    windows: str = "the first"  # which tokens these were, see main.EVAL_WINDOWS
 
 
 @dataclasses.dataclass
@@ -148,12 +150,9 @@ class Checkpoint(Progress):
 
 
 def comparable_evaluations(evaluations):
-    """The evaluations on the same number of tokens as the last one."""
-    return [
-        evaluation
-        for evaluation in evaluations
-        if evaluation.num_tokens == evaluations[-1].num_tokens
-    ]
+    """The evaluations on the same tokens as the last one."""
+    scored = [(each.num_tokens, each.windows) for each in evaluations]
+    return [each for each, place in zip(evaluations, scored) if place == scored[-1]]
 
 
 def best_evaluation(evaluations):
@@ -196,7 +195,7 @@ def read_checkpoint(metadata_path):
     checkpoint.folder = metadata_path.parent
     checkpoint.evaluations = [Evaluation(*evaluation) for evaluation in checkpoint.evaluations]
     for evaluation in checkpoint.evaluations:
-        has_types = [*map(type, evaluation)] == [int, float, int, float]
+        has_types = [*map(type, evaluation)] == [int, float, int, float, str]
         if not has_types or not math.isfinite(evaluation.loss):
             raise ValueError("its evaluations are malformed")
     if not checkpoint.segments or not all(map(SHA1_PATTERN.fullmatch, checkpoint.parents.values())):
@@ -545,7 +544,7 @@ def describe_other(flags, other, edit):
 
 def resume_command(flags, name=None):
     """The command that resumes a run or a checkpoint, or the newest run, in the same folders."""
-    parts = ["python", "main.py"]
+    parts = ["python", code.main_file]
     if name:
         parts += ["--identifier", name]
     for folder in ("save_dir", "data_dir"):
@@ -629,8 +628,9 @@ def is_hugging_face(name):
 
 
 def is_model_folder(path):
-    """Whether this is a folder with a Hugging Face model."""
-    return os.path.isfile(os.path.join(path, "config.json"))
+    """Whether this is a folder with a Hugging Face model, or with an adapter of one."""
+    names = ("config.json", "adapter_config.json")
+    return any(os.path.isfile(os.path.join(path, name)) for name in names)
 
 
 MAX_IMPORTED_CONTEXT = 1024  # of a Hugging Face model, unless --context_size is given

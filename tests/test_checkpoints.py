@@ -245,8 +245,8 @@ def test_damaged_newest_is_named_and_passed_over(line, folder):
 
 def test_keep_and_best(line, folder):
     """The newest two and the best stay."""
-    run(*line, "--num_iters", 6, "--keep", 2)
-    assert [checkpoint.iteration for checkpoint in saved(folder)] == [6, 5, 1]
+    run(*line, "--num_iters", 5, "--keep", 2)
+    assert [checkpoint.iteration for checkpoint in saved(folder)] == [5, 4, 1]
 
 
 def test_the_best_of_a_run_that_goes_on_from_before_its_newest(line, folder):

@@ -158,6 +158,27 @@ def test_a_module_of_ones_own_counts_wherever_it_is_imported(place, path, import
     assert f"was trained by other code ({path}: diff {kept} {module})" in said
 
 
+def test_a_copy_of_another_name_is_the_program(line, tmp_path):
+    """For extras, too, which import main; and by that name for the user. The two do not mix."""
+    program = copy_program(tmp_path / "copy")
+    base, _, _ = begin(*line, program=[program])
+    lora = [*line, "--init_from", base, "--lora_rank", 2]
+    plain, _, _ = begin(*lora, program=[program])
+    source = program.read_text()
+    edited = source.replace("inner = self.activation(inner)", "inner = 2 * self.activation(inner)")
+    mine = program.with_name("mine.py")
+    mine.write_text(edited)
+    name, _, said = begin(*lora, program=[mine])
+    assert name == f"{plain}.2"
+    assert f"trained by other code (main.py: diff {tmp_path}" in said and f" {mine})" in said
+    assert "\nTo train on: python mine.py --identifier " in said
+    program.write_text(edited)
+    same, iteration, _ = begin(*lora, program=[program])
+    assert (same, iteration) == (name, 2), "it is the same code"
+    _, err = run("--dim", program=[mine], status=2)
+    assert err.startswith("mine.py: argument --dim: expected one argument")
+
+
 def test_kept_code_can_be_run(line, tmp_path):
     """It trains as the program did; its C is compiled anew."""
     name, _, _ = begin(*line)

@@ -121,6 +121,13 @@ def test_a_file_that_names_no_text_says_so(text, tmp_path):
     assert "The --config names no text, so this is python; --text FILE names yours." in out
 
 
+def test_flags_without_an_effect_beside_others_are_named(line):
+    out, _ = run(*line, *"--num_iters 1 --patience 3 --steps_per_eval 0 --sample_prompt a".split())
+    assert re.findall("^--(.*) has no effect with (.*)", out, re.M) == [
+        (name, "--steps_per_eval 0.") for name in ("patience", "eval_tokens")
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("options, needed", [
     (
         "--min_lr 1e-5 --lr_cooldown 0.5",
@@ -231,6 +238,7 @@ def test_list(text, tmp_path):
     far.write_text(text.read_text()[::-1])
     folder = ["--save_dir", tmp_path]
     common = [*TINY, *folder, "--steps_per_eval", 2, "--learning_rate", 0.01, "--text"]
+    common[-1:-1] = ["--lr_warmup", 1]
     bad, _, _ = begin(*common, text, "--num_iters", 2)
     other, _, _ = begin(*common, text, "--seed", 1, "--num_iters", 1, "--steps_per_eval", 0)
     good, _, _ = begin(*common, *[far] * 4, "--num_iters", 9)

@@ -1,5 +1,6 @@
 """Tokenizers, encoding, splits of own text, and the cache of tokens on disk."""
 
+import errno
 import hashlib
 import io
 import json
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from datasets import SPLITS, TOKENIZERS, ByteTokenizer, CharTokenizer, PackageTokenizer
 from datasets import WordTokenizer, encode_after, load_dataset, tokenizer_from_dict
 from support.cli import UsageError
-from support.files import new_file
+from support.files import absolute_pattern, new_file, sync
 
 # Line 1 ends at its \n only: \x0c, \x85, \u2028 and CR separate words but end no line. Line 2 is
 # blank.
@@ -360,6 +361,25 @@ def test_folders_and_patterns(find, tmp_path, capsys):
             find(folder)
 
 
+@pytest.mark.parametrize("folder", ["notes[1]", "a*b", "what?", "$HOME", "[!x]"])
+def test_what_was_not_typed_is_no_pattern(folder, tmp_path, monkeypatch):
+    """Nor a variable: the names of folders around, by a pattern, a path and a recorded path."""
+    here = lay(tmp_path / folder / "in", {"a.txt": "own\n" * 9})
+    lay(tmp_path / "notes1" / "in", {"a.txt": "other\n" * 9})
+    lay(tmp_path / "axb" / "in", {"a.txt": "other\n" * 9})
+    monkeypatch.chdir(here)
+    for path in ("*.txt", "a.txt", ".", here / "*.txt", absolute_pattern("*.txt")):
+        if path != here / "*.txt" or folder == "$HOME":  # there, it was typed
+            assert texts_of(tmp_path, path) == {"train": "own\n" * 8, "valid": "own\n"}
+
+
+def test_markup_is_read_as_it_stands_which_is_said(tmp_path, capsys):
+    files = {name: f"<b>{name}</b>\n" * 9 for name in ("a.HTML", "b.csv", "c.ipynb", "d.txt")}
+    texts_of(tmp_path, lay(tmp_path / "c", files))
+    said = "read as they stand, with all their signs: c/a.HTML, c/b.csv, c/c.ipynb\n"
+    assert said in capsys.readouterr().out
+
+
 def test_links_are_followed_once(find, tmp_path):
     """To folders elsewhere; in a loop; to a file that is read by its own name."""
     elsewhere = lay(tmp_path / "elsewhere", {"e.txt": "ee"})
@@ -421,30 +441,39 @@ def test_bytes_of_user_text_are_untouched(tmp_path):
 # ---- Own text: its splits -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count, fraction, valid", [
-    (25, 0.1, [9, 19]),
-    (5, 0.25, [3]),
-])  # fmt: skip
-def test_many_files_are_split_whole(tmp_path, count, fraction, valid):
-    # Of unequal lengths: a cut by position would differ.
-    documents = [f"document {i}\n" * (i + 1) + "end" for i in range(count)]
-    splits = texts_of(tmp_path, *write(tmp_path, documents), valid_fraction=fraction)
-    train = [documents[i] for i in range(count) if i not in valid]
-    assert splits == {"train": "|".join(train), "valid": "|".join(documents[i] for i in valid)}
-
-
-def test_a_share_by_bytes(tmp_path, capsys):
-    """The tenth file, which has nearly all of the text, is not held out whole."""
-    paths = write(tmp_path, [LINES] * 9 + [LINES * 91])
-    splits = texts_of(tmp_path, *paths)
-    assert splits["valid"] == LINES * 10
-    write(tmp_path, [LINES] * 10)
-    assert texts_of(tmp_path, *paths)["valid"] == LINES
-    out = capsys.readouterr().out
-    assert f"Held out for validation, 10.0% of the bytes: {paths[9].name}\n" in out
-
-
 LINES = "012345678\n" * 100  # 1,000 characters
+
+
+@pytest.mark.parametrize("count, fraction", [(20, 0.25), (40, 0.001)])
+def test_many_files_are_split_by_their_names(tmp_path, capsys, count, fraction):
+    """Whole: those with low hashes, at least one. A new file moves none, nor another folder."""
+    documents = [f"document {i}" for i in range(count)]
+    folder = tmp_path / "old"
+    places = {}  # of names
+    for path in write(folder, documents):
+        digest = hashlib.sha256(path.name.encode()).hexdigest()
+        places[path.name] = int(digest, 16) / 16**64
+    limit = max(fraction, min(places.values()))
+    valid = [text for text, place in zip(documents, places.values()) if place <= limit]
+    train = [text for text in documents if text not in valid]
+    (folder / "first").symlink_to(folder)
+    for paths in ([folder], [folder / "*.txt"], [*folder.glob("*.txt")]):
+        splits = texts_of(tmp_path, *paths, valid_fraction=fraction)
+        assert {name: sorted(text.split("|")) for name, text in splits.items()} == {
+            "train": sorted(train), "valid": sorted(valid)
+        }  # fmt: skip
+        assert "whole files, as there are 20 or more: " in capsys.readouterr().out
+    (folder / "0-new.txt").write_text("new")
+    moved = texts_of(tmp_path, folder, valid_fraction=fraction)["valid"].split("|")
+    assert {*moved} - {"new"} == {*valid}
+
+
+def test_of_few_files_each_ones_end_is_held_out(tmp_path, capsys):
+    paths = write(tmp_path, [LINES, LINES[::-1] * 9])
+    splits = texts_of(tmp_path, *paths)
+    ends = [LINES[-100:], (LINES[::-1] * 9)[-899:]]
+    assert splits["valid"] == "|".join(ends)
+    assert "10.0% of the bytes: the end of each file\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, fraction, cut", [
@@ -467,8 +496,9 @@ def test_user_text_loses_nothing(tmp_path_factory, documents):
     folder = tmp_path_factory.mktemp("own")
     documents = ["begin\n" * 9, *documents]  # enough for both splits
     paths = write(folder, documents)
-    splits = texts_of(folder, *paths, valid_fraction=0.125)  # 8 files would be split whole
-    assert "".join(splits.values()).replace("|", "") == "".join(documents)
+    splits = texts_of(folder, *paths, valid_fraction=0.125)
+    found = "".join(splits.values()).replace("|", "")
+    assert sorted(found) == sorted("".join(documents))
 
 
 def test_what_is_held_out_is_not_trained_on(tmp_path, capsys):
@@ -482,10 +512,9 @@ def test_what_is_held_out_is_not_trained_on(tmp_path, capsys):
         out = capsys.readouterr().out
         assert out.startswith("Not training on what is for validation or testing: ")
         assert b.name in out and c.name in out and a.name not in out
-    # Whoever names the same files for both wants that, and is told.
+    # Whoever names the same files for both wants that, and is told when a run begins.
     assert texts_of(tmp_path, a, valid_text=[a]) == {"train": "aa\n", "valid": "aa\n"}
-    said = "All text is for validation or testing: it is used, as there is no other.\n"
-    assert capsys.readouterr().out == said
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("names", [
@@ -665,6 +694,25 @@ def test_what_a_killed_process_had_begun_is_deleted(load):
     assert left.exists(), "it was not published"
     load()
     assert not left.exists()
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.EINVAL, errno.ENOSYS])
+def test_a_disk_that_cannot_sync_folders_is_named_once(number, tmp_path, monkeypatch, capsys):
+    """A file that cannot be synced was not saved, nor was one on a disk that fails."""
+
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    for _ in range(2):
+        sync(tmp_path)
+    assert capsys.readouterr().out.count(os.strerror(number)) == 1
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        sync(tmp_path / "file")
+    number = errno.EIO
+    with pytest.raises(OSError):
+        sync(tmp_path)
 
 
 # ---- Where files lie ----------------------------------------------------------------------------

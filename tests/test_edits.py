@@ -154,18 +154,28 @@ def test_a_schedule_comes_out_as_written(line, tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_run_of_any_length_has_a_score(steps, line, tmp_path):
-    """At its end, of no more tokens than it has read, unless all are asked for."""
+    """At its end, of no more tokens than it has read, unless all are asked for.
+
+    They are windows that are evenly spread over all of the text.
+    """
     dataset = load_dataset("text", tmp_path / "data", [line[1]], "byte")
     text = dataset.valid.tokens
-    read = 4 * 8 * steps
-    for limit, count in ((20, 20), (1000, read), (0, len(text) - 1)):
+    of_all = len(text) - 1
+    places = [[0, of_all // 8 - 1]]
+    places += [[i * (of_all // 8 - 1) // (4 * steps - 1) for i in range(4 * steps)]]
+    places += [range(math.ceil(of_all / 8))]
+    for limit, indices in zip((20, 1000, 0), places):
         out, _ = run(*line, "--num_iters", steps, "--eval_tokens", limit, "--new_model")
         assert f"\niteration {steps}: " in out
         checkpoint = newest(tmp_path / "lm")
         model = main.read_contents(checkpoint).load_model()
-        expected = main.evaluate(model, text[: count + 1], 4)["loss"]
+        starts = [8 * i for i in indices]
+        sizes = [min(8, of_all - start) for start in starts]
+        nats = [main.evaluate(model, text[start : start + 9], 4)["loss"] for start in starts]
+        expected = np.average(nats, weights=sizes)
         bits = pytest.approx(expected / math.log(2) * len(text) / dataset.valid.num_bytes)
-        assert checkpoint.evaluation == (steps, pytest.approx(expected, rel=1e-5), count, bits)
+        score = (steps, pytest.approx(expected, rel=1e-5), sum(sizes), bits, "evenly spread")
+        assert checkpoint.evaluation == score
 
 
 @pytest.mark.parametrize("flags, iteration", [

@@ -235,6 +235,17 @@ def test_the_compiler_without_extras_ignores_signals_too(tmp_path):
     assert strike(process, signal.SIGINT, tmp_path / "kernel") == "[2.0, 2.0, 2.0]\n"
 
 
+@needs_compiler
+@pytest.mark.parametrize("disabled", ["", "1"])
+def test_include_paths_of_the_environment_do_not_count(disabled, tmp_path):
+    """As a system of modules exports them: with some, no header of C++ is found."""
+    real = shutil.which("g++")
+    env = with_compiler(tmp_path, f'[ -z "$CPATH$CPLUS_INCLUDE_PATH" ] && exec {real} "$@"')
+    env |= {"CPLUS_INCLUDE_PATH": "/usr/include", "CPATH": "/x", "DISABLE_FAST": disabled}
+    out, _ = run(program=["-c", A_KERNEL], cwd=ROOT, env=env)
+    assert out == "[2.0, 2.0, 2.0]\n"
+
+
 def test_a_compiler_that_fails(line, tmp_path):
     # MLX asks for the version first, and does without a compiler if it gets no answer.
     script = 'case "$*" in *--version) exit;; esac\necho No space left >&2\nexit 1'

@@ -109,6 +109,12 @@ def left_alone(world, monkeypatch):
     assert content(world) == before
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_another_launcher_is_named(name, left_alone):
+    _, err = run("--text", "text.txt", "--save_dir", "lm", env={name: "2"}, status=2)
+    one_line(err, f"launcher other than MLX's has started 2 processes ({name})", "mlx.launch -n 2")
+
+
 def one_line(err, *words):
     assert err.count("\n") == 1 and err.endswith("\n"), err
     for word in words:

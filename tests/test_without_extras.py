@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, TINY, ids, interrupt, log_rows, run, start, wait_for
+from support.cli import explain_import
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,29 @@ def test_a_system_or_a_python_that_lacks_something(program, module, alone, tmp_p
     assert err.startswith(f"{program}: import of {module} halted")
     assert "pip install -r requirements.txt, or uv run python main.py (Windows: in WSL)" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["random", "csv", "numpy", "tokenizers", "typing"])
+def test_a_file_that_hides_a_module_is_named(module, alone, tmp_path):
+    folder = shutil.copytree(alone["cwd"], tmp_path / "copy")
+    (folder / f"{module}.py").write_text("x = 1\n")
+    for program in ("main.py", "datasets.py"):
+        _, err = run("--help", program=["-B", folder / program], status=2)
+        path = folder / f"{module}.py"
+        assert err == f"{path} hides the module of this name from Python: rename it\n"
+
+
+OLD = "/opt/lib/libstdc++.so.6: version `GLIBCXX_3.4.30' not found (required by x.so)"
+
+
+@pytest.mark.parametrize("reason, line", [
+    (f"numpy fails.\n\n{'Advice. ' * 99}Original error was: {OLD}\n",
+     "/opt/lib/libstdc++.so.6 is too old: take its folder out of LD_LIBRARY_PATH"),
+    ("/lib/libc.so.6: version `GLIBC_2.35' not found", "MLX needs glibc 2.35 or newer"),
+    ("No module named 'mlx'", "No module named 'mlx': activate the environment"),
+])  # fmt: skip
+def test_what_an_import_lacks(reason, line):
+    assert line in explain_import(ImportError(reason)) and len(explain_import(reason)) < 500
 
 
 def test_losses_are_compared_without_what_windows_lacks(tmp_path):

@@ -56,7 +56,14 @@ import numpy as np
 from support.cli import UsageError
 from support.code import EDITED_NAMES, LOADED_SOURCES, hash_of_code
 from support.files import atomic_write, hash_of_data, hold_lock
-from support.machine import REFERENCE_BLAS, count_cores, cpu_info, make_kernel_dir, use_compiler
+from support.machine import (
+    CLEAN,
+    REFERENCE_BLAS,
+    count_cores,
+    cpu_info,
+    make_kernel_dir,
+    use_compiler,
+)
 
 # hash_of_code of main.py's plain versions. Where a test finds that one has changed, compare it with
 # the fast one, then enter the new hash.
@@ -242,7 +249,7 @@ def compile_once(path, command):
         environment = {**os.environ, "TMPDIR": str(path.parent)}  # the user's may be full
         with atomic_write(path) as file:
             subprocess.run(
-                [*command, "-o", file.name],
+                [*CLEAN, *command, "-o", file.name],
                 check=True,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -169,6 +169,7 @@ class Group(contextlib.AbstractContextManager):
             "flags": vars(run.flags),
             "configs": {name: vars(model.config) for name, model in models.items()},
             "state": numbers,
+            "origin": vars(run.origin),
             "dataset": dataset.name,
             "tokenizer": dataset.tokenizer.to_dict(),
             "splits": {name: split[1:] for name, split in splits.items()},
@@ -212,7 +213,8 @@ class Group(contextlib.AbstractContextManager):
         for name, config in record["configs"].items():
             model = main.LanguageModel(main.Config(**config))
             models[name] = main.LoadedModel(model, tokenizer, id="", files={})
-        inputs = main.Inputs(flags, dataset, models, parents={}, code={})
+        origin = main.runs.Origin(**record["origin"])
+        inputs = main.Inputs(flags, dataset, models, parents={}, code={}, origin=origin)
         run = main.make_run(Path(record["folder"]), inputs, ranks=self)
         for name, source in models.items():
             source.model.update(tree["models"][name])

@@ -12,6 +12,7 @@ from support.cli import UsageError, progress_bar
 from support.code import hash_sources, what_counts
 from support.device import ALONE, list_versions
 from support.files import hold_lock, sync
+from support.machine import use_cores
 from support.reports import code_of, describe_changes
 from support.runs import checkpoints_in, kept_model_flags
 from extras.common import flags_of_run
@@ -124,6 +125,7 @@ def rewind(what, flags, earlier, later):
     flags.num_iters = segment.num_iters  # schedules end there
     if what_counts(segment.code) != what_counts(hash_sources(code_of(later))):
         raise UsageError(f"{what} was computed by other code than this")
+    use_cores(later.origin.cores)
     versions = list_versions(flags, ALONE, fast)
     # Not the hash of support/: that the step is the run's is proved by its SHA1.
     changes = describe_changes({name: segment.versions.get(name) for name in versions}, versions)

@@ -247,6 +247,9 @@ def print_start(comparison):
         print(f"{name:<9}{side.name}: {size}")
         if side.linked:
             print(textwrap.shorten(f"Linked, not copied: {', '.join(side.linked)}", 200))
+        for path, words in side.code_words.items():
+            if path != "main.py" and "'begin_main'" in words and "/" not in path:
+                print(f"{path} is a copy of main.py: it is not what runs.")
     plain = comparison.plain_functions
     if plain:
         print(f"edited   {plain}: both sides run main.py's version, not fast.py's")

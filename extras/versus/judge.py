@@ -154,10 +154,16 @@ class Judge(Worker):
     def check_evaluation(self, valid, recorded):
         """What is wrong if the run itself has found another loss than the judge, or None.
 
-        recorded: (number of tokens from the start of the text, their loss).
+        recorded: see recorded_evaluation in runs.py.
         """
-        count, loss = recorded
-        judged = self.mean_loss(valid._replace(spans=[(0, max(1, count))]))
+        count, loss, are_spread = recorded
+        size = len(valid.tokens) - 1
+        spans = [(0, max(1, count))]
+        if are_spread and count < size:
+            width = self.side.context_size
+            indices = np.linspace(0, size // width - 1, count // width).astype(int).tolist()
+            spans = [(index * width, index * width + width) for index in indices]
+        judged = self.mean_loss(valid._replace(spans=spans))
         if abs(loss - judged) > self.tolerance * max(1, judged):
             return (
                 f"the run's own loss, {loss:.4f} for {count:,} tokens, is not the judge's, "

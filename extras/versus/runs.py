@@ -20,7 +20,7 @@ import numpy as np
 from support.cli import RunError, UsageError, explain_errors
 from support.files import hash_of_data, hash_of_file, lock_file, open_no_follow
 from extras.features.hints import ALIASES
-from support.machine import count_cores
+from support.machine import available_cores
 from extras.versus import ledger
 from extras.versus.judge import DIVERGED, Judge, read_texts
 from extras.versus.sequential import RunScore
@@ -65,7 +65,7 @@ class Comparison:
         plain = {*before.edited_functions, *after.edited_functions}
         self.plain_functions = ",".join(sorted(plain))
         self.environment = os.environ | {"PLAIN_FUNCTIONS": self.plain_functions}
-        folder = Path(before.flags["save_dir"], "versus").absolute()
+        folder = Path(os.path.abspath(before.flags["save_dir"]), "versus")
         check_ignored(folder)
         self.ledger = folder / ledger.NAME
         self.sides = []
@@ -203,7 +203,7 @@ class Comparison:
             valid, test, fault = json.loads(path.read_text("utf-8"))
             return valid, test, fault
         with Judge(side, record["path"], self.environment) as judge:
-            recorded = recorded_evaluation(record, side.valid)
+            recorded = recorded_evaluation(record)
             judged = judge.examine_run(side.valid, side.test, recorded)
         path.write_text(json.dumps(judged), "utf-8")
         return judged
@@ -234,10 +234,11 @@ class Comparison:
         }
 
 
-def recorded_evaluation(record, valid):
-    """How many tokens a run has scored at its end, and their loss."""
-    _, loss, count, _ = record["evaluations"][-1] if record["evaluations"] else (0, math.inf, 0, 0)
-    return count, loss
+def recorded_evaluation(record):
+    """How many tokens a run has scored at its end, their loss, and whether they were spread."""
+    for _, loss, count, _, *windows in record["evaluations"][-1:]:
+        return count, loss, bool(windows)  # 96d0b4a scores the first ones
+    return 0, math.inf, False
 
 
 def tune(options, common, copies):
@@ -286,7 +287,7 @@ def share_cores(jobs):
     if not hasattr(os, "sched_getaffinity"):  # on macOS: each run has all cores
         return [set()] * jobs
     cores = sorted(os.sched_getaffinity(0))
-    jobs = min(jobs, count_cores())
+    jobs = min(jobs, available_cores())
     size = len(cores) // jobs
     return [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
 
