@@ -915,7 +915,7 @@ FLAGS["session"] = {
     ),
     "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best"),
     "eval_tokens": Flag(
-        100000, COUNT, "maximum validation tokens per evaluation in training; 0: all"
+        100000, COUNT, "validation tokens per evaluation in training, at most, spread; 0: all"
     ),
     "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
     "report_to": Flag(None, str, "tensorboard, wandb, both with a comma, or none"),
