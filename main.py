@@ -830,8 +830,7 @@ def evaluate(
     last_start = max(num_targets - context_size, 0)
     starts = np.arange(0, last_start + stride, stride)
     if limit and limit < num_targets:
-        last = num_targets // context_size - 1  # of the whole windows
-        starts = starts[np.linspace(0, last, limit // context_size).astype(int)]
+        starts = np.linspace(0, num_targets - context_size, limit // context_size).astype(int)
         num_targets = limit
     batch_size = min(batch_size, len(starts))
     # Windows that start at the end, all masked, fill up each rank's last batch.

@@ -321,7 +321,6 @@ USELESS_WITH = {
     "patience": ("steps_per_eval", 0),
     "eval_tokens": ("steps_per_eval", 0),
     "sample_prompt": ("sample_tokens", 0),
-    "top_k": ("temperature", 0),
 }
 
 

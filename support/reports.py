@@ -114,8 +114,8 @@ def start_notices(run):
         yield f"This run was begun on {run.origin.cores} cores; on {cores}, it ends the same."
     dataset = run.dataset
     num_targets = len(dataset.valid.tokens) - 1
-    if run.eval_size() < num_targets and flags.steps_per_eval:
-        size = run.eval_size()
+    size = run.eval_size()
+    if size < num_targets and flags.steps_per_eval:
         yield f"Evaluations score {size:,} of {num_targets:,} held-out tokens, evenly spread."
     if dataset.sha256["train"] == dataset.sha256["valid"]:
         yield "The validation text is the training text."

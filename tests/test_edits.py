@@ -161,15 +161,13 @@ def test_a_run_of_any_length_has_a_score(steps, line, tmp_path):
     dataset = load_dataset("text", tmp_path / "data", [line[1]], "byte")
     text = dataset.valid.tokens
     of_all = len(text) - 1
-    places = [[0, of_all // 8 - 1]]
-    places += [[i * (of_all // 8 - 1) // (4 * steps - 1) for i in range(4 * steps)]]
-    places += [range(math.ceil(of_all / 8))]
-    for limit, indices in zip((20, 1000, 0), places):
+    last = of_all - 8
+    spread = [i * last // (4 * steps - 1) for i in range(4 * steps)]
+    for limit, starts in ((20, [0, last]), (1000, spread), (0, range(0, of_all, 8))):
         out, _ = run(*line, "--num_iters", steps, "--eval_tokens", limit, "--new_model")
         assert f"\niteration {steps}: " in out
         checkpoint = newest(tmp_path / "lm")
         model = main.read_contents(checkpoint).load_model()
-        starts = [8 * i for i in indices]
         sizes = [min(8, of_all - start) for start in starts]
         nats = [main.evaluate(model, text[start : start + 9], 4)["loss"] for start in starts]
         expected = np.average(nats, weights=sizes)

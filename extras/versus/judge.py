@@ -157,12 +157,9 @@ class Judge(Worker):
         recorded: see recorded_evaluation in runs.py.
         """
         count, loss, are_spread = recorded
-        size = len(valid.tokens) - 1
         spans = [(0, max(1, count))]
-        if are_spread and count < size:
-            width = self.side.context_size
-            indices = np.linspace(0, size // width - 1, count // width).astype(int).tolist()
-            spans = [(index * width, index * width + width) for index in indices]
+        if are_spread and count:
+            spans = choose_spans(len(valid.tokens) - 1, self.side.context_size, count)
         judged = self.mean_loss(valid._replace(spans=spans))
         if abs(loss - judged) > self.tolerance * max(1, judged):
             return (
