@@ -7,8 +7,9 @@ FOLDER = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # the pro
 PACKAGES = "numpy mlx requests urllib3 tokenizers tqdm yaml matplotlib huggingface_hub".split()
 
 for name in sorted(os.listdir(FOLDER)):  # before a module is imported that may be hidden
-    if name.endswith(".py") and name[:-3] in (*sys.stdlib_module_names, *PACKAGES):
-        path = os.path.join(FOLDER, name)
+    path = os.path.join(FOLDER, name)
+    is_module = name.endswith(".py") or os.path.exists(f"{path}/__init__.py")
+    if is_module and name.removesuffix(".py") in (*sys.stdlib_module_names, *PACKAGES):
         print(f"{path} hides the module of this name from Python: rename it", file=sys.stderr)
         sys.exit(2)
 
