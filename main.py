@@ -886,9 +886,8 @@ def print_evaluation(name, model, dataset, flags, interrupts=None, ranks=device.
     split = dataset.splits[name]
     num_tokens = len(split.tokens)
     start = time.perf_counter()
-    metrics = evaluate(
-        model, split.tokens, flags.batch_size, flags.eval_stride, None, interrupts, ranks
-    )
+    options = {"stride": flags.eval_stride, "interrupts": interrupts, "ranks": ranks}
+    metrics = evaluate(model, split.tokens, flags.batch_size, **options)
     if metrics is not None:
         seconds = time.perf_counter() - start
         losses = reports.describe_losses(name, metrics, split, dataset.tokenizer)
@@ -1103,22 +1102,18 @@ def evaluate_and_save(run, interrupts, ranks, reporter, time_limit):
     return is_done, stop_signal
 
 
-EVAL_WINDOWS = "evenly spread"  # which ones `validate` scores; recorded in runs
-
-
 def validate(run, interrupts, ranks, reporter):
     """Evaluates the validation split, unless a signal arrives.
 
-    It scores Run.eval_size tokens. What only --max_minutes causes is shown and logged,
-    but not recorded, so that checkpoints do not depend on that flag. Raises RunError if the loss is
-    not finite.
+    It scores runs.eval_size tokens. What only --max_minutes causes is shown and logged, but not
+    recorded: checkpoints do not depend on that flag. Raises RunError if the loss is not finite.
     """
     split = run.dataset.valid
-    size = run.eval_size()
-    options = {"limit": size, "interrupts": interrupts, "ranks": ranks}
+    size = runs.eval_size(run)
+    batch_size = run.flags.batch_size
     start = time.perf_counter()
     with run.using_average() as model:
-        metrics = evaluate(model, split.tokens, run.flags.batch_size, **options)
+        metrics = evaluate(model, split.tokens, batch_size, None, size, interrupts, ranks)
     if metrics is None:
         return
     seconds = time.perf_counter() - start
@@ -1127,7 +1122,7 @@ def validate(run, interrupts, ranks, reporter):
     mark = ""
     if run.is_evaluation_due():
         bits = split.bits_per_byte(metrics["loss"])
-        evaluation = Evaluation(run.iteration, metrics["loss"], size, bits, EVAL_WINDOWS)
+        evaluation = Evaluation(run.iteration, metrics["loss"], size, bits, runs.EVAL_WINDOWS)
         run.evaluations.append(evaluation)
         run.has_unsaved_changes = True
         if run.evaluation == runs.best_evaluation(run.evaluations):
@@ -1586,7 +1581,6 @@ class Run(Counters):
     segments: list  # of type Segment; the last is current
     code: dict  # see code.read_code
     average: dict | None = None  # with --average: the averaged weights, a tree; None at first
-
     has_stepped: bool = False  # in this process
     checkpoint_id: str | None = None  # of the last checkpoint
     saved_at: float = 0.0  # see Checkpoint
@@ -1673,20 +1667,6 @@ class Run(Counters):
     def is_out_of_patience(self):
         """Whether --patience ends the run."""
         return self.evaluations_since_best() >= (self.flags.patience or math.inf)
-
-    def eval_size(self):
-        """How many tokens an evaluation scores: whole windows, or all if --eval_tokens is 0.
-
-        No more than were trained on between evaluations as the run began: short trials need not
-        wait, and a run that goes on for longer scores the same.
-        """
-        flags = self.flags
-        num_targets = len(self.dataset.valid.tokens) - 1
-        interval = min(flags.steps_per_eval, self.segments[0].num_iters)
-        size = min(flags.eval_tokens, interval * self.batches.rows_per_step * flags.context_size)
-        if size == 0 or size >= num_targets:
-            return num_targets
-        return min(num_targets, max(1, size // flags.context_size) * flags.context_size)
 
     @contextlib.contextmanager
     def using_average(self):
@@ -2031,20 +2011,11 @@ class Interrupts:
 
 
 def join_ranks(argv):
-    """A context manager: the ranks that mlx.launch or MPI started, or this process alone.
-
-    Raises UsageError if another launcher has started several.
-    """
+    """A context manager: the ranks that mlx.launch or MPI started, or this process alone."""
     sizes = [os.environ.get(name, "1") for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")]
     if "MLX_RANK" in os.environ or sizes != ["1", "1"]:
         return extra("ranks").Group(argv)
-    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):  # torchrun's and accelerate's; srun's
-        size = os.environ.get(name, "1")
-        if size != "1":
-            raise UsageError(
-                f"a launcher other than MLX's has started {size} processes ({name}): use "
-                f"mlx.launch -n {size} -- python main.py, or unset {name}"
-            )
+    device.refuse_launchers()
     return contextlib.nullcontext(device.ALONE)
 
 
@@ -2171,8 +2142,7 @@ def load_inputs(flags, checkpoint=None):
             tokenizer = models[names[0]].tokenizer
         dataset = load_data(flags, tokenizer)
         parents = {name: loaded.id for name, loaded in models.items()}
-        cores = machine.available_cores()
-        origin = runs.Origin(cores, flags.config, datasets.HELD_OUT, EVAL_WINDOWS)
+        origin = runs.Origin(machine.available_cores(), flags.config, datasets.HELD_OUT)
     sources = code.read_code(vars(flags), dataset.reads_rows)
     return Inputs(flags, dataset, models, parents, sources, origin)
 
@@ -2366,9 +2336,8 @@ def open_run(folder, inputs, chosen, ranks):
         flags = resolve_flags(flags.explicit, checkpoint.flags | test_flags)
         inputs = inputs._replace(flags=flags)
         if not chosen:  # "latest" may name this run by now: use the models that it keeps
-            models = open_kept_models(flags, checkpoint)
-            parents = checkpoint.parents
-            inputs = inputs._replace(models=models, parents=parents, origin=checkpoint.origin)
+            inputs = inputs._replace(models=open_kept_models(flags, checkpoint))
+            inputs = inputs._replace(parents=checkpoint.parents, origin=checkpoint.origin)
     run = make_run(folder, inputs, contents, ranks)
     if not checkpoints:
         for name in runs.kept_model_flags(run.flags):

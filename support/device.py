@@ -42,6 +42,17 @@ class SingleProcess:
 ALONE = SingleProcess()
 
 
+def refuse_launchers():
+    """Raises UsageError if a launcher that MLX does not know has started several processes."""
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):  # torchrun's and accelerate's; srun's
+        size = os.environ.get(name, "1")
+        if size != "1":
+            raise UsageError(
+                f"a launcher other than MLX's has started {size} processes ({name}): use "
+                f"mlx.launch -n {size} -- python main.py, or unset {name}"
+            )
+
+
 def on_gpu():
     """Whether MLX computes on a GPU."""
     return mx.default_device() == mx.gpu

@@ -54,6 +54,7 @@ from support.flags import FLAGS, IDENTITY, INIT, RECORDED, check_values, get_val
 FORMAT_VERSION = 8
 SHA1_PATTERN = re.compile("[0-9a-f]{40}")
 NO_CHECKPOINT = "no checkpoint in {} can be used: train a model first, or check --save_dir"
+EVAL_WINDOWS = "evenly spread"  # which tokens of the validation text are scored in training
 
 
 class DamagedError(RunError):
@@ -67,7 +68,7 @@ class Evaluation(NamedTuple):
     loss: float  # in nats per token
     num_tokens: int
     bits_per_byte: float
-    windows: str = "the first"  # which tokens these were, see main.EVAL_WINDOWS
+    windows: str = "the first"  # which tokens these were, see EVAL_WINDOWS
 
 
 @dataclasses.dataclass
@@ -90,7 +91,7 @@ class Origin:
     cores: int  # that it could use
     recipe: str | None  # the --config of its first command
     held_out: str  # how validation text is chosen, see datasets.HELD_OUT
-    eval_windows: str  # which tokens of it are scored in training, see main.EVAL_WINDOWS
+    eval_windows: str = EVAL_WINDOWS
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -153,6 +154,21 @@ def comparable_evaluations(evaluations):
     """The evaluations on the same tokens as the last one."""
     scored = [(each.num_tokens, each.windows) for each in evaluations]
     return [each for each, place in zip(evaluations, scored) if place == scored[-1]]
+
+
+def eval_size(run):
+    """How many tokens an evaluation of a main.Run scores: whole windows, or all.
+
+    No more than were trained on between evaluations as the run began: short trials need not wait,
+    and a run that goes on for longer scores the same.
+    """
+    flags = run.flags
+    num_targets = len(run.dataset.valid.tokens) - 1
+    interval = min(flags.steps_per_eval, run.segments[0].num_iters)
+    size = min(flags.eval_tokens, interval * run.batches.rows_per_step * flags.context_size)
+    if size == 0 or size >= num_targets:
+        return num_targets
+    return min(num_targets, max(1, size // flags.context_size) * flags.context_size)
 
 
 def best_evaluation(evaluations):
