@@ -1880,7 +1880,6 @@ def config_from_untrusted(values):
 
 # ---- Models that a run begins with or learns from -----------------------------------------------
 
-
 FLAGS["init"] |= {
     "init_from": Flag(
         None, runs.model_name, "start from a checkpoint, a Hugging Face folder, or ORG/NAME"
@@ -2143,6 +2142,7 @@ def load_inputs(flags, checkpoint=None):
         dataset = load_data(flags, tokenizer)
         parents = {name: loaded.id for name, loaded in models.items()}
         origin = runs.Origin(machine.available_cores(), flags.config, datasets.HELD_OUT)
+        runs.compare_texts(origin, dataset, models.get("init_from"))
     sources = code.read_code(vars(flags), dataset.reads_rows)
     return Inputs(flags, dataset, models, parents, sources, origin)
 

@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import NamedTuple, get_args
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from support.cli import RunError, UsageError, explain_errors, one_line, say, shorten_list
@@ -92,6 +93,7 @@ class Origin:
     recipe: str | None  # the --config of its first command
     held_out: str  # how validation text is chosen, see datasets.HELD_OUT
     eval_windows: str = EVAL_WINDOWS
+    trained_on: list = dataclasses.field(default_factory=list)  # see compare_texts
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -206,6 +208,8 @@ def read_checkpoint(metadata_path):
     if version != FORMAT_VERSION:
         raise ValueError(f"its format is version {version}: use the commit that wrote it")
     record["origin"] = from_untrusted(Origin, record["origin"])
+    if not all(type(each) is int and 0 <= each < 2**64 for each in record["origin"].trained_on):
+        raise ValueError("its training text is malformed")
     record["segments"] = [from_untrusted(Segment, segment) for segment in record["segments"]]
     checkpoint = from_untrusted(Checkpoint, record)
     checkpoint.folder = metadata_path.parent
@@ -250,6 +254,39 @@ def check_range(name, value):
     least = 0 if type(value) is int else -1e15  # by rounding, a loss may be negative
     if type(value) in (int, float) and not least <= value < 1e15:
         raise ValueError(f"its {name} is out of range")
+
+
+def compare_texts(origin, dataset, base):
+    """Records what text a new run trains on, and says if it is validated on its base's.
+
+    By the smallest hashes of all windows of 64 tokens: a text that holds much of another one has
+    many of these. base: the main.LoadedModel that the run begins with, or None.
+    """
+    if dataset.name != "text":
+        return
+    known = []
+    for path in base.files.values() if base else []:
+        if path.name == f"{base.id}.metadata":
+            known = read_checkpoint(path).origin.trained_on
+    if known:
+        was_seen = np.isin(hash_windows(dataset.valid.tokens, known[-1]), known)
+        if was_seen.sum() > len(was_seen) / 20:
+            say(f"--init_from was trained on about {was_seen.mean():.0%} of the validation text.")
+    smallest = hash_windows(dataset.train.tokens)[:NUM_HASHES].tolist()
+    origin.trained_on = sorted({*known, *smallest})[:NUM_HASHES]
+
+
+NUM_HASHES = 200  # some 4 KB in a record
+MAX_HASHED = 1 << 26  # tokens
+
+
+def hash_windows(tokens, limit=2**64 - 1):
+    """The hashes up to a limit of all windows of 64 tokens [N], sorted, each once: uint64."""
+    hashes = tokens[:MAX_HASHED].astype(np.uint64)
+    for span in (1, 2, 4, 8, 16, 32):
+        hashes = hashes[:-span] * np.uint64(0x9E3779B97F4A7C15) + hashes[span:]
+        hashes ^= hashes >> np.uint64(29)
+    return np.unique(hashes[hashes <= np.uint64(limit)])
 
 
 # ---- Arrays -------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """A run that begins with another's weights: what it takes over, and when it is resumed."""
 
+import re
 import shutil
 
 from conftest import TEXT, TINY, arrays, assert_equal, begin, ids, run, run_folder, saved
@@ -72,3 +73,19 @@ def test_a_folder_called_latest(base, text, tmp_path, monkeypatch):
     line = ["--text", text, "--save_dir", folder, "--sample_tokens", 1]
     run(*line, "--init_from", "latest", "--num_iters", 1)
     assert saved(folder)[0].parents == {"init_from": id}
+
+
+def test_a_text_that_the_base_was_trained_on_validates_nothing(text, tmp_path):
+    """Nor does one that the base of the base was trained on."""
+    lines = [f"{i * i} other words, {i} of them\n" for i in range(900)]
+    (tmp_path / "other.txt").write_text("".join(lines))
+    folder = ["--save_dir", tmp_path / "lm", "--num_iters", 1]
+    base, _, _ = begin("--text", text, *TINY, *folder)
+    tuned, _, _ = begin("--text", tmp_path / "other.txt", "--init_from", base, *folder)
+    line = ["--text", tmp_path / "other.txt", "--init_from", tuned, "--seed", 1, *folder]
+    assert "was trained on" not in begin(*line)[2]
+    _, _, said = begin(*line, "--valid_text", text)
+    [percent] = re.findall(
+        r"^--init_from was trained on about (\d+)% of the validation", said, re.M
+    )
+    assert 70 < int(percent) < 98, "a tenth was held out"
