@@ -803,9 +803,7 @@ def token_metrics(model, inputs, targets):
     return {"loss": nn.losses.cross_entropy(logits, targets)}
 
 
-def evaluate(
-    model, tokens, batch_size, stride=None, limit=None, interrupts=None, ranks=device.ALONE
-):
+def evaluate(model, tokens, batch_size, stride=0, limit=0, interrupts=None, ranks=device.ALONE):
     """The means of token_metrics, {name: number}, over all of `tokens` [N] but the first one.
 
     Each token counts once. Windows start `stride` tokens apart: by default context_size, so that
@@ -1105,15 +1103,14 @@ def evaluate_and_save(run, interrupts, ranks, reporter, time_limit):
 def validate(run, interrupts, ranks, reporter):
     """Evaluates the validation split, unless a signal arrives.
 
-    It scores runs.eval_size tokens. What only --max_minutes causes is shown and logged, but not
-    recorded: checkpoints do not depend on that flag. Raises RunError if the loss is not finite.
+    It scores run.origin.eval_size tokens. What only --max_minutes causes is shown, not recorded:
+    checkpoints do not depend on that flag. Raises RunError if the loss is not finite.
     """
     split = run.dataset.valid
-    size = runs.eval_size(run)
-    batch_size = run.flags.batch_size
+    size = run.origin.eval_size
     start = time.perf_counter()
     with run.using_average() as model:
-        metrics = evaluate(model, split.tokens, batch_size, None, size, interrupts, ranks)
+        metrics = evaluate(model, split.tokens, run.flags.batch_size, 0, size, interrupts, ranks)
     if metrics is None:
         return
     seconds = time.perf_counter() - start
@@ -2182,6 +2179,8 @@ def reload_data(flags, checkpoint):
     dataset = load_data(flags, tokenizer)
     if checkpoint.tokens_sha256 != dataset.sha256:
         why = " (what --test_text names is left out of --text)" if flags.test_text else ""
+        if checkpoint.origin.held_out != datasets.HELD_OUT:
+            why = f" (it held out validation text {checkpoint.origin.held_out}: see its code-*/)"
         remedy = "start a new run with --new_model, or from its weights with --init_from"
         if flags.evaluate:
             remedy = "to score another text, --evaluate test --test_text FILE"
@@ -2246,6 +2245,7 @@ def make_run(folder, inputs, contents=None, ranks=device.ALONE):
             run.evaluations = [run.evaluation] if run.evaluation else []
     elif "init_from" not in models:
         init_weights(model, flags.seed)
+    runs.choose_eval_size(run, contents and contents.checkpoint)
     hashes = code.hash_sources(sources)
     versions = device.list_versions(flags, ranks, fast) | {"support": code.hash_of_package(hashes)}
     segment = runs.Segment(run.iteration, flags.num_iters, hashes, versions)

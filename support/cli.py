@@ -9,7 +9,8 @@ PACKAGES = "numpy mlx requests urllib3 tokenizers tqdm yaml matplotlib huggingfa
 for name in sorted(os.listdir(FOLDER)):  # before a module is imported that may be hidden
     path = os.path.join(FOLDER, name)
     is_module = name.endswith(".py") or os.path.exists(f"{path}/__init__.py")
-    if is_module and name.removesuffix(".py") in (*sys.stdlib_module_names, *PACKAGES):
+    hidden = (*sys.stdlib_module_names, *PACKAGES)
+    if is_module and (name.removesuffix(".py") in hidden or name in ("main", "datasets")):
         print(f"{path} hides the module of this name from Python: rename it", file=sys.stderr)
         sys.exit(2)
 

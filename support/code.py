@@ -251,7 +251,8 @@ def describe_edit(checkpoint, code):
     changed = sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
     if not changed:
         return ""
-    both = [path for path in changed if path in old and path in new]
-    shown = both[0] if both else "main.py"
-    command = ["diff", str(code_folder(checkpoint) / shown), str(path_of(shown))]
-    return f"{', '.join(changed)}: {shlex.join(command)}"
+    text = ", ".join(changed)
+    for path in [path for path in changed if path in old and path in new][:1]:
+        command = ["diff", str(code_folder(checkpoint) / path), str(path_of(path))]
+        text += f": {shlex.join(command)}"
+    return text

@@ -9,6 +9,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 
+from support import code
 from support.cli import UsageError
 from support.machine import count_cores, make_kernel_dir, use_compiler
 
@@ -45,11 +46,11 @@ ALONE = SingleProcess()
 def refuse_launchers():
     """Raises UsageError if a launcher that MLX does not know has started several processes."""
     for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):  # torchrun's and accelerate's; srun's
-        size = os.environ.get(name, "1")
+        size = os.environ.get(name) or "1"
         if size != "1":
             raise UsageError(
                 f"a launcher other than MLX's has started {size} processes ({name}): use "
-                f"mlx.launch -n {size} -- python main.py, or unset {name}"
+                f"mlx.launch -n {size} -- python {code.main_file}, or unset {name}"
             )
 
 

@@ -24,9 +24,9 @@ def user_path(path):
     """
     if re.match(r"\w+://", str(path)):
         raise UsageError(f"{path} is an address: download the file, and name it by its path")
-    if os.path.isabs(path) and os.path.lexists(path):  # a folder's own name may have a $
+    if os.path.isabs(path) and os.path.lexists(os.path.dirname(path)):  # its own name may have a $
         return str(path)
-    expanded = os.path.expandvars(os.path.expanduser(path))
+    expanded = os.path.expanduser(os.path.expandvars(path))
     if (expanded.startswith("~") or "$" in expanded) and not os.path.lexists(expanded):
         raise UsageError(
             f"{path}: no such user or variable; write the folder out, or put ./ before a name "

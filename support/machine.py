@@ -81,7 +81,7 @@ def make_kernel_dir():
     It is in CACHE, one for each kind of system and CPU, as machines may share a home. If there is
     no home, or it cannot hold code, the folder is a temporary one, deleted at exit.
     """
-    if CACHE is not None:
+    if CACHE is not None and not re.search(r'[$`"\\]', str(CACHE)):  # MLX's shell would read these
         instructions = hash_of_data(re.findall("^(?:flags|Features).*", cpu_info(), re.M)[:1])[:8]
         # Raise the 3 if code that was compiled before must not be loaded again.
         words = ["code", "3", platform.machine(), *platform.libc_ver(), instructions]

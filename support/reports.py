@@ -17,7 +17,7 @@ from support.code import EDITED_NAMES, describe_edit, edited_files, read_code
 from support.files import atomic_write, open_no_follow
 from support.flags import ineffective_flag_notices
 from support.machine import REFERENCE_BLAS, available_cores
-from support.runs import best_evaluation, checkpoints_in, eval_size, resume_command
+from support.runs import best_evaluation, checkpoints_in, resume_command
 
 # How metrics are shown on the screen, and which of them in the bar: main.py fills these.
 METRIC_FORMATS = {}
@@ -114,7 +114,7 @@ def start_notices(run):
         yield f"This run was begun on {run.origin.cores} cores; on {cores}, it ends the same."
     dataset = run.dataset
     num_targets = len(dataset.valid.tokens) - 1
-    size = eval_size(run)
+    size = run.origin.eval_size
     if size < num_targets and flags.steps_per_eval:
         yield f"Evaluations score {size:,} of {num_targets:,} held-out tokens, evenly spread."
     if dataset.sha256["train"] == dataset.sha256["valid"]:

@@ -93,6 +93,7 @@ class Origin:
     recipe: str | None  # the --config of its first command
     held_out: str  # how validation text is chosen, see datasets.HELD_OUT
     eval_windows: str = EVAL_WINDOWS
+    eval_size: int = 0  # how many tokens are scored, see choose_eval_size
     trained_on: list = dataclasses.field(default_factory=list)  # see compare_texts
 
 
@@ -158,19 +159,22 @@ def comparable_evaluations(evaluations):
     return [each for each, place in zip(evaluations, scored) if place == scored[-1]]
 
 
-def eval_size(run):
-    """How many tokens an evaluation of a main.Run scores: whole windows, or all.
+def choose_eval_size(run, checkpoint):
+    """Fixes how many tokens each evaluation of a main.Run scores: whole windows, or all.
 
-    No more than were trained on between evaluations as the run began: short trials need not wait,
-    and a run that goes on for longer scores the same.
+    No more than are trained on between evaluations, so that short trials need not wait. It stays so
+    when the run is resumed, unless --eval_tokens has another value. checkpoint: the one that is
+    resumed, or None.
     """
     flags = run.flags
+    is_same = not checkpoint or checkpoint.flags["eval_tokens"] == flags.eval_tokens
+    if run.origin.eval_size and is_same:
+        return
     num_targets = len(run.dataset.valid.tokens) - 1
-    interval = min(flags.steps_per_eval, run.segments[0].num_iters)
+    interval = min(flags.steps_per_eval, flags.num_iters)
     size = min(flags.eval_tokens, interval * run.batches.rows_per_step * flags.context_size)
-    if size == 0 or size >= num_targets:
-        return num_targets
-    return min(num_targets, max(1, size // flags.context_size) * flags.context_size)
+    whole = max(1, size // flags.context_size) * flags.context_size
+    run.origin.eval_size = min(num_targets, whole) if size else num_targets
 
 
 def best_evaluation(evaluations):
@@ -452,7 +456,7 @@ def checkpoints_of_id(checkpoints, prefix):
 
     found = {}
     for checkpoint in sorted(checkpoints, key=by_origin):  # the last, oldest one of an id stays
-        if checkpoint.id.startswith(prefix):
+        if prefix and checkpoint.id.startswith(prefix):
             found[checkpoint.id] = checkpoint
     return list(found.values())
 
@@ -583,6 +587,8 @@ def describe_other(flags, other, edit):
     name = other.folder.name
     num_iters = flags.explicit.get("num_iters", other.flags["num_iters"])
     resume = resume_command(flags, name)
+    if num_iters != other.flags["num_iters"]:
+        resume += f" --num_iters {num_iters}"
     if other.iteration < num_iters and other.seconds > MAX_LOST_SECONDS:
         raise UsageError(
             f"the code was edited since {name} reached iteration {other.iteration:,} of "

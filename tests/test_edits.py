@@ -176,6 +176,22 @@ def test_a_run_of_any_length_has_a_score(steps, line, tmp_path):
         assert checkpoint.evaluation == score
 
 
+def test_the_tokens_of_scores_are_chosen_once(line, tmp_path):
+    """When the run begins: scores of one run, and of its branches, can be compared."""
+    more = ["--steps_per_eval", 2, "--num_iters"]
+    run(*line, *more, 2)
+    for change in (["--num_iters", 6], ["--num_iters", 7, "--steps_per_eval", 1]):
+        run(*line, *more, 2, *change)
+    first = newest(tmp_path / "lm")
+    run(
+        "--identifier", first.id, "--batch_size", 8, "--num_iters", 9, "--save_dir", tmp_path / "lm"
+    )
+    sizes = {each.num_tokens for each in first.evaluations + newest(tmp_path / "lm").evaluations}
+    assert sizes == {2 * 4 * 8}
+    run("--eval_tokens", 16, "--num_iters", 11, "--save_dir", tmp_path / "lm")
+    assert newest(tmp_path / "lm").evaluation.num_tokens == 16, "it was asked for"
+
+
 @pytest.mark.parametrize("flags, iteration", [
     ("--max_minutes 0", 0),
     ("--max_minutes 1e-9 --steps_per_eval 0", 2),  # the first step is not timed

@@ -289,7 +289,8 @@ def test_ten_minutes_of_training_are_not_left_behind_untold(line, folder, progra
 
     finished = [*line, "--seed", 7]
     name, _, _ = begin(*finished, **edited, **slow)
-    run(*finished, "--num_iters", 3, status=2, **plain)
+    _, err = run(*finished, "--num_iters", 3, status=2, **plain)
+    assert " --num_iters 3, or add --new_model" in err
     assert begin(*finished, **plain)[:2] == (f"{name}.2", 0)
 
 

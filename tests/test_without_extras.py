@@ -1,7 +1,5 @@
 """Without extras/: the program trains, is stopped, resumes exactly and samples."""
 
-import os
-import re
 import shutil
 import sys
 
@@ -154,9 +152,7 @@ def test_a_run_goes_on_where_extras_are_missing(alone, text, tmp_path):
     line = ["--save_dir", tmp_path]
     out, _ = run(*line, "--num_iters", 6, program=["-B", ROOT / "main.py"])
     others = "extras/features/fast.c, extras/features/fast.py, extras/features/ranks.py"
-    assert f"Code changed since iteration 3 ({others}: diff " in out
-    [compared] = re.findall(r": diff (\S+) (\S+)\)\.\n", out)
-    assert all(map(os.path.exists, compared))
+    assert f"Code changed since iteration 3 ({others}).\n" in out, "no file is there twice"
     assert "kernels main.py -> fast.py" in out
     assert "resume may not be bit-exact" in out
     assert "from iteration 3 to 6" in out
