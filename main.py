@@ -827,9 +827,9 @@ def evaluate(model, tokens, batch_size, stride=0, limit=0, interrupts=None, rank
     # No window starts after one that reaches the end of the text.
     last_start = max(num_targets - context_size, 0)
     starts = np.arange(0, last_start + stride, stride)
-    if limit and limit < num_targets:
+    if context_size <= limit < num_targets:
         starts = np.linspace(0, num_targets - context_size, limit // context_size).astype(int)
-        num_targets = limit
+        num_targets = limit // context_size * context_size
     batch_size = min(batch_size, len(starts))
     # Windows that start at the end, all masked, fill up each rank's last batch.
     num_padding = -len(starts) % (batch_size * ranks.size)

@@ -212,8 +212,10 @@ def read_checkpoint(metadata_path):
     if version != FORMAT_VERSION:
         raise ValueError(f"its format is version {version}: use the commit that wrote it")
     record["origin"] = from_untrusted(Origin, record["origin"])
-    if not all(type(each) is int and 0 <= each < 2**64 for each in record["origin"].trained_on):
-        raise ValueError("its training text is malformed")
+    origin = record["origin"]
+    numbers = all(type(each) is int and 0 <= each < 2**64 for each in origin.trained_on)
+    if not numbers or not 1 <= origin.cores <= 4096:
+        raise ValueError("its origin is malformed")
     record["segments"] = [from_untrusted(Segment, segment) for segment in record["segments"]]
     checkpoint = from_untrusted(Checkpoint, record)
     checkpoint.folder = metadata_path.parent
