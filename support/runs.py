@@ -271,9 +271,9 @@ def compare_texts(origin, dataset, base):
     if dataset.name != "text":
         return
     known = []
-    for path in base.files.values() if base else []:
-        if path.name == f"{base.id}.metadata":
-            known = read_checkpoint(path).origin.trained_on
+    path = base and base.files.get(f"{base.id}.metadata")
+    if path:  # it is a run of ours
+        known = read_checkpoint(path).origin.trained_on
     if known:
         was_seen = np.isin(hash_windows(dataset.valid.tokens, known[-1]), known)
         if was_seen.sum() > len(was_seen) / 20:
@@ -290,9 +290,9 @@ def hash_windows(tokens, limit=2**64 - 1):
     """The hashes up to a limit of all windows of 64 tokens [N], sorted, each once: uint64."""
     hashes = tokens[:MAX_HASHED].astype(np.uint64)
     for span in (1, 2, 4, 8, 16, 32):
-        hashes = hashes[:-span] * np.uint64(0x9E3779B97F4A7C15) + hashes[span:]
-        hashes ^= hashes >> np.uint64(29)
-    return np.unique(hashes[hashes <= np.uint64(limit)])
+        hashes = hashes[:-span] * 0x9E3779B97F4A7C15 + hashes[span:]
+        hashes ^= hashes >> 29
+    return np.unique(hashes[hashes <= limit])
 
 
 # ---- Arrays -------------------------------------------------------------------------------------
