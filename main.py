@@ -652,12 +652,12 @@ def linear_schedule(iteration, flags):
 
 
 def cooldown_progress(iteration, flags):
-    """The completed fraction of the cooldown: 0 until it begins, 1 at the last step.
+    """The completed fraction of the cooldown: 0 until it begins, 1 at `num_iters`.
 
     The cooldown is the last fraction `lr_cooldown` of the steps after warmup.
     """
     cooldown_steps = flags.lr_cooldown * (flags.num_iters - flags.lr_warmup)
-    return max(0, iteration + 1 - (flags.num_iters - cooldown_steps)) / max(1, cooldown_steps)
+    return max(0, iteration - (flags.num_iters - cooldown_steps)) / max(1, cooldown_steps)
 
 
 def min_factor(flags):

@@ -202,12 +202,12 @@ def test_bfloat16_computes_in_it_and_keeps_float32(text, tmp_path):
 DOWN = [0.4 + 0.4 * 0.5**0.5, 0.4, 0.4 - 0.4 * 0.5**0.5]  # a cosine's
 RATES = [  # schedule, flags, and the rates of a run with a peak of 0.8
     ("constant", dict(lr_warmup=1, num_iters=2, min_lr=0.2), [0.8, 0.8]),
-    ("linear", dict(num_iters=6), [0.4, 0.8, 0.62, 0.44, 0.26, 0.08]),
-    ("linear", dict(lr_cooldown=0.3125, min_lr=0), [0.4, *[0.8] * 6, 0.64, 0.32, 0]),  # between
+    ("linear", dict(num_iters=6), [0.4, 0.8, 0.8, 0.62, 0.44, 0.26]),
+    ("linear", dict(lr_cooldown=0.3125, min_lr=0), [0.4, *[0.8] * 7, 0.64, 0.32]),  # between steps
     ("linear", dict(lr_cooldown=0, min_lr=0), [0.4, *[0.8] * 9]),
     ("linear", dict(lr_warmup=20, num_iters=2), [0.04, 0.08]),
-    ("cosine", dict(lr_cooldown=0.5, min_lr=0), [0.4, *[0.8] * 5, *DOWN, 0]),
-    ("cosine", dict(num_iters=4, min_lr=0.2), [0.4, 0.8, 0.5, 0.2]),
+    ("cosine", dict(lr_cooldown=0.5, min_lr=0), [0.4, *[0.8] * 6, *DOWN]),
+    ("cosine", dict(num_iters=4, min_lr=0.2), [0.4, 0.8, 0.8, 0.5]),
 ]
 
 

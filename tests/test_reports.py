@@ -219,5 +219,5 @@ def test_the_schedule_in_words(line):
     """Its ends, and that of warmup."""
     given = "--learning_rate 5e-3 --lr_warmup 20 --lr_schedule linear --min_lr 0 --lr_cooldown 0.5"
     out, _ = run(*line, *given.split(), "--num_iters", 30)
-    shown = "0.00025 (step 1), 0.005 (step 20), 0 (step 30)"
+    shown = "0.00025 (step 1), 0.005 (step 20), 0.001 (step 30)"
     assert f"\nrate     linear: {shown}\n" in out

@@ -92,7 +92,7 @@ def test_another_length_says_where_schedules_end(line):
     run(*line, "--num_iters", 4)
     out, _ = run(*line, "--num_iters", 8)
     assert "Schedules of the learning rate and of dropout now end" in out
-    assert re.findall(r"  lr (\S+)", out)[0] == "3.75e-03"
+    assert re.findall(r"  lr (\S+)", out)[0] == "5.00e-03"
 
 
 @pytest.mark.parametrize("env", [{}, {"DISABLE_FAST": "1"}])
