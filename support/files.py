@@ -24,7 +24,8 @@ def user_path(path):
     """
     if re.match(r"\w+://", str(path)):
         raise UsageError(f"{path} is an address: download the file, and name it by its path")
-    if os.path.isabs(path) and os.path.lexists(os.path.dirname(path)):  # its own name may have a $
+    # A folder's own name may have a $.
+    if any("$" in str(each) and os.path.lexists(each) for each in (path, *Path(path).parents)):
         return str(path)
     expanded = os.path.expanduser(os.path.expandvars(path))
     if (expanded.startswith("~") or "$" in expanded) and not os.path.lexists(expanded):

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from datasets import SPLITS, TOKENIZERS, ByteTokenizer, CharTokenizer, PackageTokenizer
 from datasets import WordTokenizer, encode_after, load_dataset, tokenizer_from_dict
 from support.cli import UsageError
-from support.files import absolute_pattern, new_file, sync
+from support.files import absolute_pattern, new_file, sync, user_path
 
 # Line 1 ends at its \n only: \x0c, \x85, \u2028 and CR separate words but end no line. Line 2 is
 # blank.
@@ -368,6 +368,9 @@ def test_what_was_not_typed_is_no_pattern(folder, tmp_path, monkeypatch):
     lay(tmp_path / "notes1" / "in", {"a.txt": "other\n" * 9})
     lay(tmp_path / "axb" / "in", {"a.txt": "other\n" * 9})
     monkeypatch.chdir(here)
+    assert user_path(here / "new") == str(here / "new")
+    monkeypatch.setenv("FOLDER", str(tmp_path))
+    assert user_path("$FOLDER/new") == f"{tmp_path}/new"
     for path in ("*.txt", "a.txt", ".", here / "*.txt", absolute_pattern("*.txt")):
         if path != here / "*.txt" or folder == "$HOME":  # there, it was typed
             assert texts_of(tmp_path, path) == {"train": "own\n" * 8, "valid": "own\n"}
