@@ -1119,7 +1119,7 @@ def validate(run, interrupts, ranks, reporter):
     mark = ""
     if run.is_evaluation_due():
         bits = split.bits_per_byte(metrics["loss"])
-        evaluation = Evaluation(run.iteration, metrics["loss"], size, bits, runs.EVAL_WINDOWS)
+        evaluation = Evaluation(run.iteration, metrics["loss"], size, bits, run.origin.eval_windows)
         run.evaluations.append(evaluation)
         run.has_unsaved_changes = True
         if run.evaluation == runs.best_evaluation(run.evaluations):

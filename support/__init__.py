@@ -4,6 +4,7 @@
     files    folders, locks, files that appear whole, hashes
     flags    the table of flags, the types of their values, the parser, YAML files of flags
     machine  what this process may use: cores, memory, a folder for compiled code
+    device   what computes: CPU or GPU, the processes that share a run, their environment
     code     which files are the code of a run; keeping them, comparing them
     runs     records of checkpoints; which run a command means, its name, folder and lock
     reports  what a run says of itself: start screen, progress, log.csv, last lines

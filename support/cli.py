@@ -4,14 +4,15 @@ import os
 import sys
 
 FOLDER = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # the project's
-PACKAGES = "numpy mlx requests urllib3 tokenizers tqdm yaml matplotlib huggingface_hub".split()
+MODULES = "numpy mlx requests urllib3 tokenizers tqdm yaml matplotlib huggingface_hub".split()
+MODULES += sys.stdlib_module_names
 
-for name in sorted(os.listdir(FOLDER)):  # before a module is imported that may be hidden
-    path = os.path.join(FOLDER, name)
-    is_module = name.endswith(".py") or os.path.exists(f"{path}/__init__.py")
-    hidden = (*sys.stdlib_module_names, *PACKAGES)
-    if is_module and (name.removesuffix(".py") in hidden or name in ("main", "datasets")):
-        print(f"{path} hides the module of this name from Python: rename it", file=sys.stderr)
+# Before one is imported that a file or a folder beside main.py hides:
+for entry in sorted(os.scandir(FOLDER), key=lambda entry: entry.name):
+    is_package = os.path.exists(f"{entry.path}/__init__.py")
+    is_hiding = entry.name.removesuffix(".py") in MODULES or entry.name in ("main", "datasets")
+    if is_hiding and (is_package or entry.name.endswith(".py")):
+        print(f"{entry.path} hides the module of this name from Python: rename it", file=sys.stderr)
         sys.exit(2)
 
 import contextlib

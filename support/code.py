@@ -71,7 +71,7 @@ def what_counts(hashes):
     return {path: hash for path, hash in hashes.items() if not IS_SHARED.match(path)}
 
 
-# Files of which a run records no more than a hash.
+# Paths of files that are kept with a run, but do not make it another one.
 IS_SHARED = re.compile(r"(datasets\.py|support/.*)$")
 
 
@@ -85,7 +85,7 @@ def hash_of_package(hashes):
 
 # {path from this folder: source}, of files seen so far
 LOADED_SOURCES = {}
-main_file = "main.py"  # its name, which may be that of a copy
+main_file = "main.py"  # the name of the file that runs: perhaps that of a copy
 EDITED_NAMES = []  # of what was edited in main.py, for which fast.py no longer stands
 FAST_FILES = ["extras/features/fast.py", "extras/features/fast.c"]
 

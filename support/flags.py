@@ -317,7 +317,7 @@ NEEDS_ONE_OF = {
 
 
 # {flag: (another, its value with which the first has no effect)}
-USELESS_WITH = {
+NO_EFFECT_WITH = {
     "patience": ("steps_per_eval", 0),
     "eval_tokens": ("steps_per_eval", 0),
     "sample_prompt": ("sample_tokens", 0),
@@ -326,7 +326,7 @@ USELESS_WITH = {
 
 def ineffective_flag_notices(flags):
     """Yields a line for each explicit flag that has no effect without, or with, another one."""
-    for name, (other, value) in USELESS_WITH.items():
+    for name, (other, value) in NO_EFFECT_WITH.items():
         if name in flags.explicit and getattr(flags, other) == value:
             yield f"--{name} has no effect with --{other} {value}."
     defaults = FLAGS.defaults

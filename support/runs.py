@@ -69,7 +69,7 @@ class Evaluation(NamedTuple):
     loss: float  # in nats per token
     num_tokens: int
     bits_per_byte: float
-    windows: str = "the first"  # which tokens these were, see EVAL_WINDOWS
+    windows: str = "the first"  # which tokens these were: its run's Origin.eval_windows
 
 
 @dataclasses.dataclass
@@ -92,8 +92,8 @@ class Origin:
     cores: int  # that it could use
     recipe: str | None  # the --config of its first command
     held_out: str  # how validation text is chosen, see datasets.HELD_OUT
-    eval_windows: str = EVAL_WINDOWS
-    eval_size: int = 0  # how many tokens are scored, see choose_eval_size
+    eval_windows: str = EVAL_WINDOWS  # this and the next one: see choose_eval_size
+    eval_size: int = 0  # tokens that an evaluation in training scores; 0: not chosen yet
     trained_on: list = dataclasses.field(default_factory=list)  # see compare_texts
 
 
@@ -160,7 +160,7 @@ def comparable_evaluations(evaluations):
 
 
 def choose_eval_size(run, checkpoint):
-    """Fixes how many tokens each evaluation of a main.Run scores: whole windows, or all.
+    """Chooses how many tokens the evaluations of a main.Run score: whole windows, or all.
 
     No more than are trained on between evaluations, so that short trials need not wait. It stays so
     when the run is resumed, unless --eval_tokens has another value. checkpoint: the one that is
@@ -168,13 +168,14 @@ def choose_eval_size(run, checkpoint):
     """
     flags = run.flags
     is_same = not checkpoint or checkpoint.flags["eval_tokens"] == flags.eval_tokens
-    if run.origin.eval_size and is_same:
+    if not flags.steps_per_eval or (run.origin.eval_size and is_same):
         return
     num_targets = len(run.dataset.valid.tokens) - 1
     interval = min(flags.steps_per_eval, flags.num_iters)
     size = min(flags.eval_tokens, interval * run.batches.rows_per_step * flags.context_size)
     whole = max(1, size // flags.context_size) * flags.context_size
     run.origin.eval_size = min(num_targets, whole) if size else num_targets
+    run.origin.eval_windows = EVAL_WINDOWS
 
 
 def best_evaluation(evaluations):
@@ -213,8 +214,8 @@ def read_checkpoint(metadata_path):
         raise ValueError(f"its format is version {version}: use the commit that wrote it")
     record["origin"] = from_untrusted(Origin, record["origin"])
     origin = record["origin"]
-    numbers = all(type(each) is int and 0 <= each < 2**64 for each in origin.trained_on)
-    if not numbers or not 1 <= origin.cores <= 4096:
+    are_hashes = all(type(each) is int and 0 <= each < 2**64 for each in origin.trained_on)
+    if not are_hashes or not 1 <= origin.cores <= 4096:
         raise ValueError("its origin is malformed")
     record["segments"] = [from_untrusted(Segment, segment) for segment in record["segments"]]
     checkpoint = from_untrusted(Checkpoint, record)

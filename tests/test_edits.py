@@ -190,6 +190,9 @@ def test_the_tokens_of_scores_are_chosen_once(line, tmp_path):
     assert sizes == {2 * 4 * 8}
     run("--eval_tokens", 16, "--num_iters", 11, "--save_dir", tmp_path / "lm")
     assert newest(tmp_path / "lm").evaluation.num_tokens == 16, "it was asked for"
+    run(*line, "--steps_per_eval", 0, "--num_iters", 2, "--seed", 1)
+    run(*line, *more, 4, "--seed", 1)
+    assert newest(tmp_path / "lm").evaluation.num_tokens == 2 * 4 * 8, "chosen when it can be"
 
 
 @pytest.mark.parametrize("flags, iteration", [
