@@ -57,7 +57,7 @@ def main(arguments):
     parameters = count_by_part(run.model)
     flops = count_flops(run.model, parameters)
     result = {"parameters": parameters, "flops_per_token": flops}
-    result["memory"] = memory_of_step(run, run.flags)
+    result["memory"] = memory_of_step(run)
     result |= measure_training(run)
     result["flops_per_second"] = sum(flops.values()) * result["tokens_per_second"]
     result |= measure_decoding(run)

@@ -1,6 +1,5 @@
-"""How much memory a step of training takes, and what would fit, before anything is computed."""
+"""How much memory a step of training takes, before anything is computed."""
 
-import argparse
 import math
 
 import mlx.core as mx
@@ -8,17 +7,17 @@ import mlx.core as mx
 from main import fast
 from support.cli import UsageError, say
 from support.device import on_gpu
-from support.flags import arguments_of
 from support.machine import limit_of_memory
 from support.reports import count_parameters
 
 
-def memory_of_step(run, flags, num_ranks=1):
+def memory_of_step(run, num_ranks=1):
     """Estimates training's peak memory, {part: bytes}; it was measured within a factor of 1.5.
 
     It is that of a block's backward pass or of the update, which needs everything twice. MLX is
     lazy: nothing of this needs to exist yet.
     """
+    flags = run.flags
     config = run.model.config
     rows = flags.batch_size // num_ranks
     positions = rows * config.context_size
@@ -52,36 +51,21 @@ def memory_of_step(run, flags, num_ranks=1):
 
 
 def check_memory(run, ranks):
-    """Says that training may exceed the memory, and what would fit.
+    """Says that training may exceed the memory, and what needs less.
 
     Raises UsageError beyond 1.5 times the memory, as far as the estimate may be off.
     """
-    flags = run.flags
-
-    def needed(**changes):
-        changed = argparse.Namespace(**vars(flags) | changes)
-        return sum(memory_of_step(run, changed, ranks.size).values())
-
-    shortage = describe_shortage(needed())
+    needed = sum(memory_of_step(run, ranks.size).values())
+    shortage = describe_shortage(needed)
     if not shortage:
         return
-    fits = []
-    for is_checkpointed in {flags.grad_checkpoint, True}:
-        for parts in range(1, flags.batch_size // ranks.size + 1):
-            if flags.batch_size % parts:
-                continue
-            changes = {"grad_checkpoint": True} if is_checkpointed else {}
-            if parts > 1:
-                changes["batch_size"] = flags.batch_size // parts
-                changes["grad_accumulation"] = flags.grad_accumulation * parts
-            size = needed(**changes)
-            if not describe_shortage(size):
-                fits.append(f"{' '.join(arguments_of(changes))} ({size / 2**30:,.1f} GiB)")
-                break
-    remedy = " or ".join(fits) or "a smaller model or context"
-    if needed() > 1.5 * memory_size():
-        raise UsageError(f"{shortage}: give {remedy}")
-    say(f"Perhaps too much: {shortage}. It should fit with {remedy}.")
+    line = (
+        f"{shortage}: give --grad_checkpoint, a smaller --batch_size with more "
+        "--grad_accumulation, or a smaller model or context"
+    )
+    if needed > 1.5 * memory_size():
+        raise UsageError(line)
+    say(f"Perhaps too much: {line}.")
 
 
 def describe_shortage(needed):
