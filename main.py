@@ -914,7 +914,7 @@ FLAGS["session"] = {
         100000, COUNT, "validation tokens per evaluation in training, at most, spread; 0: all"
     ),
     "eval_test": Flag(False, bool, "evaluate on the test split at the end"),
-    "report_to": Flag(None, str, "tensorboard, wandb, both with a comma, or none"),
+    "report_to": Flag(None, str, "wandb, or none"),
     "sample_prompt": Flag(
         [], str, "what to continue after a save, unless by Ctrl+C (default: the start of a text)"
     ),
@@ -1130,13 +1130,13 @@ def validate(run, interrupts, ranks, reporter):
 
 
 def make_reporter(run, ranks):
-    """What reports the progress of a run: on the screen, in its folder, and to dashboards."""
+    """What reports the progress of a run: on the screen, in its folder, and to a dashboard."""
     if ranks.rank > 0:  # only rank 0 saves and reports
         return reports.SilentReporter()
-    dashboards = None
-    if run.flags.report_to:
-        dashboards = extra("report").Dashboards(run)
-    return reports.Reporter(run, dashboards)
+    dashboard = None
+    if run.flags.report_to == "wandb":
+        dashboard = extra("report").Dashboard(run)
+    return reports.Reporter(run, dashboard)
 
 
 # ---- Sampling -----------------------------------------------------------------------------------
@@ -2139,7 +2139,7 @@ def load_inputs(flags, checkpoint=None):
         dataset = load_data(flags, tokenizer)
         parents = {name: loaded.id for name, loaded in models.items()}
         origin = runs.Origin(machine.available_cores(), flags.config, datasets.HELD_OUT)
-        runs.compare_texts(origin, dataset, models.get("init_from"))
+        runs.compare_texts(origin, dataset, models.values())
     sources = code.read_code(vars(flags), dataset.reads_rows)
     return Inputs(flags, dataset, models, parents, sources, origin)
 

@@ -14,7 +14,6 @@ also from GROQ_API_KEY.
 # First: it chooses the BLAS before MLX takes one.
 from extras.common import make_parser, read_flags, start
 
-import json
 import os
 import re
 import time
@@ -46,9 +45,7 @@ def main(arguments):
         ),
         "teacher_model": Flag(None, nonempty, "the server's model", required=True),
         "output": Flag(None, path_name, "folder for answers.jsonl and corpus.txt", required=True),
-        "teacher_prompts": Flag(
-            None, path_name, "a prompt per line, or what extras.batch wrote (default: from a text)"
-        ),
+        "teacher_prompts": Flag(None, path_name, "a prompt per line (default: from a text)"),
         "num_prompts": Flag(
             1000, number(int, 1), "from evenly spaced places of the text, without --teacher_prompts"
         ),
@@ -79,18 +76,9 @@ def take_prompts(flags):
 
 
 def read_prompts(path):
-    """The prompts in a file: its lines or, for a .jsonl, the texts that a model has started.
-
-    A .jsonl is written by extras.batch. Each of its prompts is joined with the completion, so the
-    teacher continues what the student has written.
-    """
-    wanted = "a UTF-8 file or, if it is named .jsonl, what extras.batch writes"
-    with explain_errors(f"--teacher_prompts {path} must be {wanted}", *FAULTS):
-        lines = read_prompt_lines(path)
-        if path.endswith(".jsonl"):
-            begun = [json.loads(line) for line in lines]
-            lines = ["".join([text["prompt"], text["completion"]]) for text in begun]
-        prompts = [line for line in lines if line.strip()]
+    """The prompts in a file: its lines."""
+    with explain_errors(f"--teacher_prompts {path} must be a UTF-8 file", OSError, ValueError):
+        prompts = [line for line in read_prompt_lines(path) if line.strip()]
         if not prompts:
             raise ValueError("it has no prompt")
         return prompts

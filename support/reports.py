@@ -1,4 +1,4 @@
-"""What a run says of itself: on the screen, in its folder, and to dashboards."""
+"""What a run says of itself: on the screen, in its folder, and to a dashboard."""
 
 import contextlib
 import csv
@@ -117,6 +117,9 @@ def start_notices(run):
     size = run.origin.eval_size
     if size < num_targets and flags.steps_per_eval:
         yield f"Evaluations score {size:,} of {num_targets:,} held-out tokens, evenly spread."
+    if run.origin.seen:
+        share = f"{run.origin.seen:.0%}"
+        yield f"--init_from or --teacher was trained on about {share} of the validation text."
     if dataset.sha256["train"] == dataset.sha256["valid"]:
         yield "The validation text is the training text."
     is_new = run.checkpoint_id is None
@@ -212,12 +215,12 @@ BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]
 
 
 class Reporter:
-    """Reports a run's metrics and samples: on the screen, in its folder, and to dashboards."""
+    """Reports a run's metrics and samples: on the screen, in its folder, and to a dashboard."""
 
-    def __init__(self, run, dashboards=None):
-        """dashboards: of report.py in extras."""
+    def __init__(self, run, dashboard=None):
+        """dashboard: of report.py in extras."""
         self.run = run
-        self.dashboards = dashboards
+        self.dashboard = dashboard
         self.timed_from = None  # (iteration, seconds) at the last report or after the first step
         self.failed_files = set()  # names of files that could not be written
         total = max(run.flags.num_iters, run.iteration)
@@ -228,8 +231,8 @@ class Reporter:
 
     def close(self):
         self.bar.close()
-        if self.dashboards:
-            self.dashboards.close()
+        if self.dashboard:
+            self.dashboard.close()
 
     def report_step(self, metrics):
         """Advances the bar; every --steps_per_report steps, shows and logs metrics, {name: number}.
@@ -289,15 +292,15 @@ class Reporter:
         self.log_metrics("valid", metrics | {"bits_per_byte": bits})
 
     def log_metrics(self, split, metrics):
-        """Adds metrics, {name: number}, to the log, and sends them to the dashboards."""
+        """Adds metrics, {name: number}, to the log, and sends them to the dashboard."""
         place = {"iteration": self.run.iteration, "split": split}
         totals = {"tokens_seen": self.run.tokens_seen, "seconds": self.run.seconds}
         # `place` comes first, for the order of columns, and last, so that no metric replaces it.
         row = place | metrics | totals | place
         with self.writing("log.csv"):
             self.log.append(row)
-        if self.dashboards:
-            self.dashboards.append(row)
+        if self.dashboard:
+            self.dashboard.append(row)
 
     def report_sample(self, prompt, text):
         """Shows a sample, and adds it to the run's samples.jsonl."""

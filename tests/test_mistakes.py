@@ -156,7 +156,7 @@ MISTAKES = [
     ("--dim 1000000", "--dim: must be at least 1 and at most 65536", "not 1000000"),
     ("--evaluate test.txt", "--evaluate: must be one of train, valid, test", "not test.txt"),
     ("--quantize int3", "--quantize: must be one of 4, 8, 16", "not 3"),
-    ("--report_to 'wandb, board'", "--report_to: must be one of tensorboard, wandb", "not board"),
+    ("--report_to tensorboard", "--report_to: must be wandb or none", "not tensorboard"),
     ("--identifier ''", "--identifier: is empty", "leave it out"),
     ("--text text.txt ''", "--text: is empty", "leave it out"),
     # Values that do not fit each other
@@ -166,7 +166,7 @@ MISTAKES = [
     ("--list --inference", "--inference", "not allowed with --list"),
     ("--identifier latest --new_model", "--identifier resumes a run", "use only one"),
     # Sizes that no machine has
-    ("--text text.txt --dim 65536", "this needs about", "give a smaller model"),
+    ("--text text.txt --dim 65536", "this needs about", "or a smaller model"),
     (
         "--text text.txt --batch_size 1048576 --context_size 9999",
         "this needs about",

@@ -62,7 +62,7 @@ MISSING = [  # what is typed; the file that it needs
     ("--prompt the --draft hf", "decode"),
     ("--prompt the --draft latest", "decode"),
     ("--text rows.jsonl --new_model", "formats"),
-    ("--text text.txt --new_model --report_to tensorboard", "report"),
+    ("--text text.txt --new_model --report_to wandb", "report"),
 ]
 # Modules that are not there, and what the two programs say then.
 NOT_THERE = [

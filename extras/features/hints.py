@@ -92,7 +92,7 @@ NOT_HERE = {
         "--text names files of yours, --dataset a corpus"
     ),
     "logger wandb wandb_log wandb_project wandb_run_name tensorboard": (
-        "--report_to wandb,tensorboard"
+        "--report_to wandb; log.csv in the run's folder has all"
     ),
     "compile torch_compile": "steps are always compiled",
     "stream streaming": "continuations are always streamed",

@@ -196,13 +196,6 @@ def test_other_files_are_left_alone(tmp_path, server, collect, name, content, st
     assert not server.asked
 
 
-def test_the_texts_that_a_student_has_begun(tmp_path, server, collect):
-    begun = [{"prompt": "the", "completion": " end"}, {"prompt": "a", "completion": "\n☃"}]
-    (tmp_path / "begun.jsonl").write_text("\n".join(map(json.dumps, begun)))
-    collect("--teacher_prompts", "begun.jsonl")
-    assert prompts_of(server) == ["the end", "a\n☃"]
-
-
 @pytest.mark.parametrize("typed, said", [
     ("--distill_from localhost:8000", "give an address like http://localhost:8000/v1"),
     ("--distill_from http://user:word@x/v1", "the key comes from TEACHER_API_KEY"),
@@ -210,11 +203,9 @@ def test_the_texts_that_a_student_has_begun(tmp_path, server, collect):
     ("--distill_from http://127.0.0.1:99999/v1", "Port out of range"),
     ("--teacher_prompts none.txt", "none.txt must be a UTF-8 file"),
     ("--teacher_prompts blank.txt", "it has no prompt"),
-    ("--teacher_prompts bad.jsonl", "bad.jsonl must be a UTF-8 file or, if it is named"),
     ("--output prompts.txt", "cannot write to --output prompts.txt"),
 ])  # fmt: skip
 def test_mistakes(tmp_path, collect, typed, said):
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": 3}\n')
     (tmp_path / "blank.txt").write_text("\n \n")
     _, err = collect(*typed.split(), status=2)
     assert said in err.splitlines()[-1] and "word" not in err
