@@ -21,8 +21,8 @@ import numpy as np
 
 from support.cli import UsageError, explain_errors
 from support.files import user_path
+from support.flags import FLAGS, IDENTITY
 from support.reports import read_log
-from extras.features.list import distinguishing_flags
 
 # Training losses are many and noisy, so they are pale; validation losses have markers.
 STYLES = {"train": {"alpha": 0.4}, "valid": {"marker": "o", "markersize": 4}}
@@ -37,7 +37,7 @@ def main(arguments):
 
 
 def plot_runs(checkpoints, path):
-    """Plots training and validation losses against iterations and against minutes of training.
+    """Plots training and validation losses against iterations.
 
     checkpoints: some of each run, newest first. The legend names the flags in which the runs
     differ, and each run's best validation loss. The first twentieth of a curve is not drawn. Losses
@@ -51,27 +51,25 @@ def plot_runs(checkpoints, path):
     if len({str(checkpoint.tokens_sha256.get("train")) for checkpoint in checkpoints}) > 1:
         column = "bits_per_byte"
         unit = "bits per byte"
-    figure = make_figure(12, 5)
-    figure.suptitle("Training (pale) and validation losses")
-    by_iteration, by_minute = figure.subplots(1, 2, sharey=True)
-    by_iteration.set(xlabel="iteration", ylabel=f"loss ({unit})")
-    by_minute.set(xlabel="minutes of training")
+    figure = make_figure(8, 4.5)
+    axis = figure.subplots()
+    axis.set(xlabel="iteration", ylabel=f"loss ({unit})")
+    axis.set_title("Training (pale) and validation losses")
     for i, folder in enumerate(sorted(folders)):
         for split, style in STYLES.items():
-            iterations, seconds, losses = columns_of(folder / "log.csv", split, column)
+            iterations, losses = columns_of(folder / "log.csv", split, column)
             if not len(losses):
                 continue
             label = f"{split} {folder.name}"
             if split == "valid":
                 best = losses.argmin()
                 label += f": best {losses[best]:.4f} at {iterations[best]:,.0f}"
-                flags = textwrap.wrap(flags_by_run[folder.name], 50)
+                flags = textwrap.wrap(flags_by_run[folder.name].strip(), 50)
                 label = "\n".join([label, *flags])
             first = len(losses) // 20  # those before are so high that others would look flat
             style = style | {"color": f"C{i}"}
-            by_iteration.plot(iterations[first:], losses[first:], label=label, **style)
-            by_minute.plot(seconds[first:] / 60, losses[first:], **style)
-    if not by_iteration.lines:
+            axis.plot(iterations[first:], losses[first:], label=label, **style)
+    if not axis.lines:
         raise UsageError(
             f"the runs in {checkpoints[0].folder.parent} have reported nothing yet (see "
             "--steps_per_report): train them on, or check --save_dir"
@@ -82,8 +80,23 @@ def plot_runs(checkpoints, path):
     save_figure(figure, path)
 
 
+def distinguishing_flags(checkpoints):
+    """The flags that tell the runs of these checkpoints apart, {run: "--dim=32 --seed=1"}.
+
+    checkpoints: newest first. Of each run, the newest counts.
+    """
+    newest = {checkpoint.folder.name: checkpoint for checkpoint in reversed(checkpoints)}
+    texts = dict.fromkeys(newest, "")
+    for name in FLAGS.names(IDENTITY):
+        values = {run: str(checkpoint.flags[name]) for run, checkpoint in newest.items()}
+        if len({*values.values()}) > 1:
+            for run, value in values.items():
+                texts[run] += f" --{name}={value}"
+    return texts
+
+
 def columns_of(log, split, column):
-    """Iterations, seconds of training and losses of a split, as floats [3, N].
+    """Iterations and losses of a split, as floats [2, N].
 
     log: the path; column: the name of the losses. Rows in which one of these is no finite number
     are skipped.
@@ -91,12 +104,12 @@ def columns_of(log, split, column):
     values = []
     for row in read_log(log):
         try:
-            numbers = [float(row[name]) for name in ("iteration", "seconds", column)]
+            numbers = [float(row[name]) for name in ("iteration", column)]
         except (ValueError, KeyError):  # a row without this metric, or a damaged one
             continue
         if row["split"] == split and np.isfinite(numbers).all():
             values.append(numbers)
-    return np.array(values, float).reshape(-1, 3).T  # also without any values
+    return np.array(values, float).reshape(-1, 2).T  # also without any values
 
 
 def make_figure(width, height):

@@ -313,24 +313,16 @@ NEEDS_ONE_OF = {
     "max_tokens": ["prompt", "inference"],
     "quantize": ["prompt", "inference", "evaluate"],
     "eval_stride": ["evaluate", "eval_test"],
+    "patience": ["steps_per_eval"],
+    "eval_tokens": ["steps_per_eval"],
+    "sample_prompt": ["sample_tokens"],
 }
-
-
-# {flag: (another, its value with which the first has no effect)}
-NO_EFFECT_WITH = {
-    "patience": ("steps_per_eval", 0),
-    "eval_tokens": ("steps_per_eval", 0),
-    "sample_prompt": ("sample_tokens", 0),
-}
+OFF = (None, False, 0, [], "constant")  # values with which a flag asks for nothing
 
 
 def ineffective_flag_notices(flags):
-    """Yields a line for each explicit flag that has no effect without, or with, another one."""
-    for name, (other, value) in NO_EFFECT_WITH.items():
-        if name in flags.explicit and getattr(flags, other) == value:
-            yield f"--{name} has no effect with --{other} {value}."
-    defaults = FLAGS.defaults
+    """Yields a line for each explicit flag that has no effect without another one."""
     for name, others in NEEDS_ONE_OF.items():
-        has_effect = any(getattr(flags, other) != defaults[other] for other in others)
+        has_effect = any(getattr(flags, other) not in OFF for other in others)
         if name in flags.explicit and not has_effect:
             yield f"--{name} has no effect without --{' or --'.join(others)}."

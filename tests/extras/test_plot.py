@@ -19,22 +19,20 @@ def test_losses(trained, figures, count):
     folders = run_folders(trained)[-count:]
     line = ["x.png", "--save_dir", str(trained), "--identifier"]
     plot.main([*line, *[folder.name for folder in folders]])
-    by_iteration, by_minute = figures[0].axes
-    curves = iter(zip(by_iteration.lines, by_minute.lines, strict=True))
+    [axis] = figures[0].axes
+    curves = iter(axis.lines)
     for folder in folders:
         for split in ("train", "valid"):
             rows = rows_of(folder / "log.csv", split)
-            steps, minutes = next(curves)
-            assert steps.get_xydata().tolist() == [[row["iteration"], row["loss"]] for row in rows]
-            expected = [[row["seconds"] / 60, row["loss"]] for row in rows]
-            assert minutes.get_xydata().tolist() == expected
+            curve = next(curves)
+            assert curve.get_xydata().tolist() == [[row["iteration"], row["loss"]] for row in rows]
             label = f"{split} {folder.name}"
             if split == "valid":
                 best = min(rows, key=lambda row: row["loss"])
                 label += f": best {best['loss']:.4f} at {best['iteration']}"
                 if count == 2:
                     label += f"\n--seed={saved(trained, folder.name)[0].flags['seed']}"
-            assert steps.get_label() == label
+            assert curve.get_label() == label
     assert next(curves, None) is None
 
 
@@ -53,7 +51,7 @@ def run_of(trained, tmp_path):
 
 @pytest.mark.parametrize("row", [
     "20,train,,60,",
-    "20,train,1.5,nan,",
+    "20,train,nan,60,",
     f"{'9' * 5000},train,1.5,60,",
     "20,train,1.5",
     "\0\0\0,,",
@@ -63,8 +61,8 @@ def test_damaged_rows_are_skipped(row, run_of, figures):
     """And the last line, if it was cut off."""
     folder = run_of("10,train,1.5,60,7", row, "30,train,1.25,180,", "40,train,1")
     plot.main(["x.png", "--save_dir", str(folder)])
-    by_iteration, _ = figures[0].axes
-    assert by_iteration.lines[0].get_xydata().tolist() == [[10, 1.5], [30, 1.25]]
+    [axis] = figures[0].axes
+    assert axis.lines[0].get_xydata().tolist() == [[10, 1.5], [30, 1.25]]
 
 
 def test_the_first_steps_do_not_take_the_y_axis(run_of, figures):
@@ -79,9 +77,9 @@ def test_losses_of_different_texts_are_in_bits_per_byte(run_of, text, figures):
     line = ["--text", text, "--tokenizer=char", *TINY, "--num_iters=10", "--save_dir", folder]
     run(*line, "--steps_per_eval=0")
     plot.main(["x.png", "--save_dir", str(folder)])
-    by_iteration, _ = figures[0].axes
-    assert by_iteration.get_ylabel() == "loss (bits per byte)"
+    [axis] = figures[0].axes
+    assert axis.get_ylabel() == "loss (bits per byte)"
     [other] = [each for each in run_folders(folder) if each.name != "byte"]
     rows = rows_of(other / "log.csv", "train")
-    [curve] = by_iteration.lines
+    [curve] = axis.lines
     assert curve.get_ydata().tolist() == [row["bits_per_byte"] for row in rows]
