@@ -95,6 +95,7 @@ class Origin:
     eval_windows: str = EVAL_WINDOWS  # this and the next one: see choose_eval_size
     eval_size: int = 0  # tokens that an evaluation in training scores; 0: not chosen yet
     trained_on: list = dataclasses.field(default_factory=list)  # see compare_texts
+    seen: float = 0.0  # about this share of the validation text: by its models
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -263,24 +264,26 @@ def check_range(name, value):
         raise ValueError(f"its {name} is out of range")
 
 
-def compare_texts(origin, dataset, base):
-    """Records what text a new run trains on, and says if it is validated on its base's.
+def compare_texts(origin, dataset, models):
+    """Records what text a new run trains on, and whether it is validated on that of its models.
 
     By the smallest hashes of all windows of 64 tokens: a text that holds much of another one has
-    many of these. base: the main.LoadedModel that the run begins with, or None.
+    many of these. models: the main.LoadedModels with which it begins or from which it learns.
     """
     if dataset.name != "text":
         return
-    known = []
-    path = base and base.files.get(f"{base.id}.metadata")
-    if path:  # it is a run of ours
-        known = read_checkpoint(path).origin.trained_on
-    if known:
-        was_seen = np.isin(hash_windows(dataset.valid.tokens, known[-1]), known)
-        if was_seen.sum() > len(was_seen) / 20:
-            say(f"--init_from was trained on about {was_seen.mean():.0%} of the validation text.")
-    smallest = hash_windows(dataset.train.tokens)[:NUM_HASHES].tolist()
-    origin.trained_on = sorted({*known, *smallest})[:NUM_HASHES]
+    trained_on = {*hash_windows(dataset.train.tokens)[:NUM_HASHES].tolist()}
+    for loaded in models:
+        path = loaded.files.get(f"{loaded.id}.metadata")
+        known = (
+            read_checkpoint(path).origin.trained_on if path else []
+        )  # else, it is no run of ours
+        if known:
+            was_seen = np.isin(hash_windows(dataset.valid.tokens, known[-1]), known)
+            if was_seen.sum() > len(was_seen) / 20:
+                origin.seen = float(was_seen.mean())
+            trained_on |= {*known}
+    origin.trained_on = sorted(trained_on)[:NUM_HASHES]
 
 
 NUM_HASHES = 200  # some 4 KB in a record

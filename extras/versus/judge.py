@@ -154,14 +154,14 @@ class Judge(Worker):
     def check_evaluation(self, valid, recorded):
         """What is wrong if the run itself has found another loss than the judge, or None.
 
-        recorded: see recorded_evaluation in runs.py.
+        recorded: a list of its last Evaluation, as its record has it, or of none.
         """
-        count, loss, are_spread = recorded
-        spans = [(0, max(1, count))]
-        if are_spread and count:
-            spans = choose_spans(len(valid.tokens) - 1, self.side.context_size, count)
+        if not recorded:
+            return "the run has not scored itself"
+        _, loss, count, *_ = recorded[0]
+        spans = choose_spans(len(valid.tokens) - 1, self.side.context_size, count)
         judged = self.mean_loss(valid._replace(spans=spans))
-        if abs(loss - judged) > self.tolerance * max(1, judged):
+        if not abs(loss - judged) <= self.tolerance * max(1, judged):  # also if it is nan
             return (
                 f"the run's own loss, {loss:.4f} for {count:,} tokens, is not the judge's, "
                 f"{judged:.4f}"

@@ -17,8 +17,7 @@ def read_results(path):
     for number, line in enumerate(lines, 1):
         problem = f"{path}, line {number} is no comparison: if a disk has damaged it, delete it"
         with explain_errors(problem, ValueError, TypeError, KeyError, raises=RunError):
-            older = {"look": 1, "asked": None, "baseline": None}  # older commits lack these
-            result = older | json.loads(line)
+            result = json.loads(line)
             key = (result["comparison"], str(result["asked"]), result["look"])
             results.pop(key, None)  # so that the newest comes last
             results[key] = result

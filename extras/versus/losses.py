@@ -46,7 +46,6 @@ def main(arguments):
         condition += f" ({setting}: {best_values[0]} before, {best_values[1]} after)"
     best = None
     if tuning_seeds:
-        print_means(setting, means, tuning_seeds)
         best = describe_best(setting, best_values, losses.values())
         condition = best
     all_seeds = {*itertools.chain(*losses["before"].values(), *losses["after"].values())}
@@ -131,20 +130,6 @@ def mean_losses(side, setting, losses):
     if min(means.values()) == math.inf:
         raise UsageError(f"no {setting} of {side!r} has a finite loss for each of these seeds")
     return means
-
-
-def print_means(setting, means, seeds):
-    """Prints the mean loss of each value: what a change seems to do where nothing is tuned.
-
-    means: {value: loss} before and after.
-    """
-    print(f"mean loss by {setting}, seeds {', '.join(sorted(seeds))}")
-    print(f"{'':>10}{'before':>10}{'after':>10}{'difference':>14}")
-    for value in sorted({*means[0], *means[1]}, key=float):
-        losses = [by_value.get(value, math.nan) for by_value in means]
-        cells = [f"{losses[0]:.4f}", f"{losses[1]:.4f}", f"{losses[1] - losses[0]:+.4f}"]
-        before, after, difference = ["" if cell.endswith("nan") else cell for cell in cells]
-        print(f"{value:>10}{before:>10}{after:>10}{difference:>14}".rstrip())
 
 
 def print_verdict(seeds, before, after, options, best, condition):

@@ -54,7 +54,6 @@ class Comparison:
             words = [*common, *copy.typed_flags, *last_flags]
             sides.append(retry_once(make_side, copy, words))
         before, after = sides
-        check_models(sides)
         texts = [read_texts(sides, split, options.tokens) for split in ("valid", "test")]
         self.first_seed = before.flags["seed"] if options.seeds is None else options.seeds
         self.on_gpu = before.flags["gpu"] or after.flags["gpu"]
@@ -203,8 +202,7 @@ class Comparison:
             valid, test, fault = json.loads(path.read_text("utf-8"))
             return valid, test, fault
         with Judge(side, record["path"], self.environment) as judge:
-            recorded = recorded_evaluation(record)
-            judged = judge.examine_run(side.valid, side.test, recorded)
+            judged = judge.examine_run(side.valid, side.test, record["evaluations"][-1:])
         path.write_text(json.dumps(judged), "utf-8")
         return judged
 
@@ -232,13 +230,6 @@ class Comparison:
             "patch": self.patch,
             "tuned": self.tuning_note,
         }
-
-
-def recorded_evaluation(record):
-    """How many tokens a run has scored at its end, their loss, and whether they were spread."""
-    for _, loss, count, _, *windows in record["evaluations"][-1:]:
-        return count, loss, bool(windows)  # 96d0b4a scores the first ones
-    return 0, math.inf, False
 
 
 def tune(options, common, copies):
@@ -292,22 +283,12 @@ def share_cores(jobs):
     return [{*cores[i * size : (i + 1) * size]} for i in range(jobs)]
 
 
-def check_models(sides):
-    """Raises UsageError if a model that a Side begins with has learned the validation text."""
-    for side in sides:
-        for name, path in side.files.items():
-            learned = name.endswith(".metadata") and read_record(path)["tokens_sha256"]["train"]
-            if learned == side.tokens_sha256["valid"]:
-                fault = "was trained on the validation text: name another, or another --valid_text"
-                raise UsageError(f"{side.name}: the model in {name.partition('/')[0]} {fault}")
-
-
 def read_record(path):
     """The record of a checkpoint, from its .metadata. Raises OSError."""
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     record = json.loads(header["__metadata__"]["record"])
-    return record | record.get("counters", {})  # which commits up to 96d0b4a lack
+    return record | record["counters"]
 
 
 def newest_record(folder, seed):

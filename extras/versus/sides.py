@@ -24,7 +24,6 @@ HERE = WORKER.parents[2]  # not resolved: extras/ may be a link
 # Paths of tests, hidden files, pages, and what programs leave: they do not decide how a run ends.
 IGNORED_FILES = r"tests/|(.*/)?\.|.*(\.(md|rst|ipynb|svg|png|jpg|pdf|pyc|log|out)|~)$"
 MAX_COPIED_FILE_BYTES = 1 << 20  # a larger file is linked instead of copied
-MAX_COPIED_BYTES = 20 << 20  # in all; further files are linked
 TIMEOUT_SECONDS = 3600  # that a side has for its texts and a first step, or for being judged
 
 
@@ -84,7 +83,8 @@ def copy_side(typed, folder):
         names = list_files("--cached", "--others") or files_without_git()
     else:
         commit = typed
-        names = copy_commit(typed, folder) + list_files("--others")
+        copy_commit(typed, folder)
+        names = list_files("--others")
     linked = copy_files(names, folder)
     code_words = {}
     for path in sorted(folder.rglob("*")):
@@ -122,10 +122,7 @@ def files_without_git():
 
 
 def copy_commit(commit, folder):
-    """Copies the program as it is in a commit; returns the paths of repositories in it.
-
-    These are not copied, as git does not keep their files.
-    """
+    """Copies the program as it is in a commit."""
     # Its SHA1, or why there is none.
     tree = git("rev-parse", f"{commit}:./", stderr=subprocess.STDOUT).decode(errors="replace")
     tree = one_line(tree)
@@ -135,12 +132,6 @@ def copy_commit(commit, folder):
     if not (folder / "datasets.py").exists():
         what = f"is no commit with this program, in a git repository at {HERE}"
         raise UsageError(f"{commit} {what} ({tree[-200:]})")
-    names = []
-    for path, folders, files in os.walk(folder):
-        if not folders + files:  # git keeps no empty folder: this is a submodule's
-            os.rmdir(path)
-            names.append(os.path.relpath(path, folder))
-    return names
 
 
 def copy_files(names, folder):
@@ -150,20 +141,17 @@ def copy_files(names, folder):
     repository in this one; returns their names.
     """
     linked = []
-    total = 0  # bytes
     for name in names:
         path = HERE / name
         target = folder / name
         if os.path.lexists(target) or not path.exists():  # git also lists deleted files
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        size = path.stat().st_size
-        if path.is_dir() or size > MAX_COPIED_FILE_BYTES or total + size > MAX_COPIED_BYTES:
+        if path.is_dir() or path.stat().st_size > MAX_COPIED_FILE_BYTES:
             target.symlink_to(path)
             linked.append(name)
         else:
             shutil.copy(path, target)
-            total += size
     return linked
 
 

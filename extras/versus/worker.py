@@ -3,7 +3,7 @@
     python worker.py FOLDER describe FLAGS       what these flags mean, and what a run of them needs
     python worker.py FOLDER serve METADATA GPU   logits of a checkpoint, for the tokens on stdin
 
-FOLDER has the side's files, perhaps of an older commit, from 96d0b4a on. Answers go to stdout; what
+FOLDER has the side's files, perhaps of an older commit, from fc7a359 on. Answers go to stdout; what
 the side's own code prints goes to stderr.
 """
 
@@ -24,20 +24,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from main import RunError, UsageError
-
-if hasattr(main, "RECORDED_FLAGS"):  # 96d0b4a has all of this in main.py
-    from main import EDITED_FUNCTIONS as EDITED_NAMES
-    from main import PATH_FLAGS, RECORDED_FLAGS, arguments_of, is_hugging_face, read_checkpoint
-
-    read_contents = main.Checkpoint.open
-else:
-    from main import read_contents
-    from support.code import EDITED_NAMES
-    from support.flags import FLAGS, RECORDED, arguments_of
-    from support.runs import PATH_FLAGS, is_hugging_face, read_checkpoint
-
-    RECORDED_FLAGS = FLAGS.names(RECORDED)
+from main import RunError, UsageError, read_contents
+from support.code import EDITED_NAMES
+from support.flags import FLAGS, RECORDED, arguments_of
+from support.runs import PATH_FLAGS, is_hugging_face, read_checkpoint
 
 
 def describe(*words):
@@ -48,6 +38,9 @@ def describe(*words):
     flags = main.resolve_flags(main.read_command_line([*map(in_copy, words)]))
     main.use_device(flags.gpu)
     inputs = main.load_inputs(flags)
+    if inputs.origin.seen:
+        remedy = "name another, or another --valid_text"
+        raise UsageError(f"its --init_from or --teacher has learned the validation text: {remedy}")
     flags = inputs.flags
     run = main.make_run(flags.save_dir, inputs)
     check_seed(run, inputs)
@@ -58,7 +51,7 @@ def describe(*words):
         if name in ("identifier", "inference", "prompt", "evaluate", "list"):
             raise UsageError(f"--{name} has no effect on a comparison: leave it out")
         # Only the judge gets the test text.
-        if name in {*RECORDED_FLAGS, "gpu"} - {"test_text", "eval_test"}:
+        if name in {*FLAGS.names(RECORDED), "gpu"} - {"test_text", "eval_test"}:
             values[name] = getattr(flags, name)
     files = {}
     for name, source in inputs.models.items():
@@ -67,7 +60,7 @@ def describe(*words):
             for file, path in source.files.items():
                 files[f"{name}/{file}"] = str(path.resolve())
     # Not the paths, as hashes stand for their content; nor what does not decide how a run ends.
-    names = {*RECORDED_FLAGS} - {*PATH_FLAGS, "test_text", "seed"}
+    names = {*FLAGS.names(RECORDED)} - {*PATH_FLAGS, "test_text", "seed"}
     identity = {name: getattr(flags, name) for name in sorted(names)}
     dataset = inputs.dataset
     for name in ("valid", "test"):

@@ -62,7 +62,7 @@ def test_scores_are_those_of_main(kind, edits, base, text, tmp_path):
     tokens = load_dataset("text", folder, [text], tokenizer=tokenizer).valid.tokens
     side = side_of(checkpoint, program.parent)
     count = len(tokens) - 1
-    recorded = count, checkpoint.evaluation.loss, True
+    recorded = [checkpoint.evaluation]
     with judge.Judge(side, checkpoint.metadata_path, None) as referee:
         score, _, fault = referee.examine_run(whole(tokens), None, recorded)
         assert fault is None
@@ -141,7 +141,9 @@ class FakeJudge(judge.Judge):
 
     def recorded(self):
         """What its run has scored at its end: the same."""
-        return 1000, self.mean_loss(whole(TOKENS[:1001])), False
+        count = 10 * WIDTH
+        spans = judge.choose_spans(len(TOKENS) - 1, WIDTH, count)
+        return [(1, self.mean_loss(Text(TOKENS, spans, 1)), count, 0.0)]
 
 
 def hiding(model, value):
@@ -214,13 +216,14 @@ def test_a_test_text_with_what_is_never_predicted():
 
 
 def test_a_score_that_the_side_finds_otherwise():
-    """Or of no tokens, or not at all."""
+    """Or not at all."""
     referee = FakeJudge(causal)
-    count, loss, _ = referee.recorded()
-    recorded = [(count, 0.999 * loss, False), (0, loss, False), (count, math.inf, False)]
-    for each, what in zip(recorded, [r"3[.]\d+ for 1,000", r"3[.]\d+ for 0", "inf for 1,000"]):
-        *_, fault = referee.examine_run(whole(TOKENS), None, each)
-        assert re.match(f"the run's own loss, {what} tokens, is not the judge's", fault)
+    [(_, loss, count, _)] = referee.recorded()
+    for wrong in (0.999 * loss, math.inf, math.nan):
+        *_, fault = referee.examine_run(whole(TOKENS), None, [(1, wrong, count, 0.0)])
+        assert re.match(r"the run's own loss, \S+ for 1,000 tokens, is not the judge's", fault)
+    *_, fault = referee.examine_run(whole(TOKENS), None, [])
+    assert fault == "the run has not scored itself"
 
 
 def test_a_side_that_fails_is_named(base):

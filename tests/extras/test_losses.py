@@ -106,14 +106,9 @@ def test_a_table_of_a_spreadsheet(judge):
 def test_tuned_sides_are_compared_at_their_best_values(judge):
     others = ["before,7,3,9.0", "after,7,2,1.0"]  # at values that lost
     lines = [*TUNING, *at(lines_of(PAIRS), 2.0, 3), *others]
-    title, *rest, numbers, choice, _, _, verdict = judge(lines, header=TUNED).splitlines()
-    assert title == "mean loss by learning_rate, seeds 1, 2"
-    assert rest.pop(4).endswith(" to compare: 7")
-    assert [*map(str.split, rest[:6])] == [
-        ["before", "after", "difference"],
-        ["1", "3.3000"],
-        ["2", "3.1000", "3.0000", "-0.1000"],
-        ["3", "3.2000", "2.9000", "-0.3000"],
+    unpaired, *rest, numbers, choice, _, _, verdict = judge(lines, header=TUNED).splitlines()
+    assert unpaired.endswith(" to compare: 7")
+    assert [*map(str.split, rest[:2])] == [
         ["seed", "before", "after", "difference"],
         ["3", "3.0000", "2.9000", "-0.1000"],
     ]
@@ -125,9 +120,8 @@ def test_tuned_sides_are_compared_at_their_best_values(judge):
 
 def test_a_diverged_value_is_not_the_best(judge):
     out = judge(["after,1,9,nan", "after,2,9,-inf", *TUNING], header=TUNED)
-    assert "\n         9                 inf\n" in out
     best = "each at its best learning_rate: 2 before, 3 after"  # now within the list
-    assert out.endswith(f"\nNext: train both sides on other seeds, {best}.\n")
+    assert out == f"Next: train both sides on other seeds, {best}.\n"
 
 
 def test_a_seed_that_has_chosen_for_one_side_is_not_compared(judge):
