@@ -14,6 +14,10 @@ from support.cli import UsageError
 from support.machine import count_cores, make_kernel_dir, use_compiler
 
 
+# mlx-cpu and mlx-cuda-13 have a library of the same name: the one installed last is used.
+CUDA = "pip uninstall -y mlx-cpu; pip install --force-reinstall 'mlx[cuda13]'"
+
+
 class SingleProcess:
     """The processes (ranks) that train a run together: here, only one.
 
@@ -66,8 +70,7 @@ def use_device(gpu, fast):
     fast: extras/features/fast.py, or None. Raises UsageError if there is no GPU.
     """
     if gpu and not mx.is_available(mx.gpu):
-        # mlx-cpu and mlx-cuda-13 have a library of the same name: the one installed last is used.
-        remedy = "pip uninstall mlx-cpu; pip install --force-reinstall 'mlx[cuda13]' (NVIDIA GPUs)"
+        remedy = f"{CUDA} (NVIDIA GPUs)"
         if sys.platform == "darwin":
             remedy = "in a Python for arm64, on Apple silicon with macOS 14 or newer"
         raise UsageError(f"--gpu: MLX sees no GPU; omit --gpu, or install MLX for it: {remedy}")

@@ -1,8 +1,9 @@
 """extras.check, with something planted that varies: it has to say where."""
 
-import random
+import re
+from functools import partial
+from types import SimpleNamespace
 
-import mlx.core as mx
 import pytest
 from conftest import ROOT, TINY, run
 
@@ -30,44 +31,51 @@ def env(tmp_path):
     return {"PYTHONPATH": ":".join(map(str, path)), "GPU_NAME": str(tmp_path)}
 
 
-# The program, without its second run, and with fewer repetitions.
+# The program, without its second run.
 CHECK = """
 from extras import check
-check.REPETITIONS = 3
 check.RUNS.popitem()
 check.start("check", check.main)
 """
+ROW = r"\| \d{4}-\d\d-\d\d \| Linux \w+ \| (\w+), .* \| [\d.]+ \| \w* \| (.*) \| [\d,]+ \|"
 
 
 def test_a_gpu_that_repeats(env, tmp_path):
+    """Its losses are compared with those of a CPU; the row can be pasted into tested.md."""
     line = ["--gpu", "--save_dir", tmp_path / "check"]
     out, _ = run(*line, "--", *SHORT, program=["-c", CHECK], env=env)
     *_, last = out.splitlines()
-    assert last == "Exact here: GPU."
-    assert out.count("\n   ") == 11 + 1
+    assert re.fullmatch(ROW, last).groups() == ("gpu", "exact")
+    assert last.count("|") == (ROOT / "docs" / "tested.md").read_text().splitlines()[-1].count("|")
     assert out.count("; struck: ") == 1
     assert not list((tmp_path / "check").iterdir())
 
 
-def test_what_varies_is_named(tmp_path, monkeypatch, capsys):
-    """Operations, and runs: here, the float32 run ends otherwise where it was struck."""
-    norm = mx.linalg.norm
+FLAGS = partial(SimpleNamespace, training=[], dtype="float32", batch_size=1, context_size=8)
+WRONG = [
+    {"id": "b"},  # where it was struck
+    {"sample": "b"},
+    {"loss": "1.1"},  # on the CPU
+    {"loss": "nan"},
+]
 
-    def varying(*arguments, **options):
-        return norm(*arguments, **options) * (1 + 1e-5 * random.random())
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_what_varies_is_marked(wrong, tmp_path, monkeypatch, capsys):
+    """Here, of the float32 run alone."""
 
     def train(line, strikes):
-        id = "b" if strikes and "bfloat16" not in line else "a"
-        return {"loss": "1.0", "speed": "1 tokens/s", "id": id}
+        result = {"loss": "1.0", "speed": "1", "id": "a", "sample": "a"}
+        is_cpu = line[-1].endswith("cpu")
+        is_wrong = is_cpu if "loss" in wrong else bool(strikes)
+        return result | (wrong if is_wrong and "bfloat16" not in line else {})
 
-    monkeypatch.setattr(mx.linalg, "norm", varying)
     monkeypatch.setattr(check, "train", train)
-    monkeypatch.setattr(check, "REPETITIONS", 3)
-    assert check.main(["--save_dir", str(tmp_path)]) == 1
+    monkeypatch.setattr(check, "read_flags", lambda *_: FLAGS(gpu=True, save_dir=tmp_path))
+    assert check.main([]) == 1
     out = capsys.readouterr().out
-    names = "norm of gradients, Muon, a float32 run"
-    assert out.endswith(f"\nNot exact, or not right, here: {names}.\n")
-    assert out.count("\n!! ") == 3
+    assert out.count("\n!! ") == 1 and "\n!! float32: " in out
+    assert re.search(r" \| not exact \| 1 \|\n$", out)
 
 
 def test_a_run_that_does_not_begin_says_why():
