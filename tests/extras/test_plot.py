@@ -1,11 +1,15 @@
 """Plots of losses: what is drawn is compared with the log."""
 
+import math
 import shutil
+from collections import Counter
 
+import numpy as np
 import pytest
-from conftest import TINY, rows_of, run, run_extra, run_folders, saved
+from conftest import TINY, log_rows, rows_of, run, run_extra, run_folders, saved
 
 from extras import plot
+from extras.plot import losses_of_ngrams
 
 
 def test_a_file_of_losses(trained, tmp_path):
@@ -20,20 +24,33 @@ def test_losses(trained, figures, count):
     line = ["x.png", "--save_dir", str(trained), "--identifier"]
     plot.main([*line, *[folder.name for folder in folders]])
     [axis] = figures[0].axes
-    curves = iter(axis.lines)
+    curves = [curve for curve in axis.lines if curve.get_marker() != "v"]
+    labels = []
     for folder in folders:
         for split in ("train", "valid"):
             rows = rows_of(folder / "log.csv", split)
-            curve = next(curves)
-            assert curve.get_xydata().tolist() == [[row["iteration"], row["loss"]] for row in rows]
-            label = f"{split} {folder.name}"
-            if split == "valid":
-                best = min(rows, key=lambda row: row["loss"])
-                label += f": best {best['loss']:.4f} at {best['iteration']}"
-                if count == 2:
-                    label += f"\n--seed={saved(trained, folder.name)[0].flags['seed']}"
-            assert curve.get_label() == label
-    assert next(curves, None) is None
+            shown = [[row["iteration"], row["loss"]] for row in rows]
+            assert curves.pop(0).get_xydata().tolist() == shown
+        best = min(row["loss"] for row in rows)
+        seed = saved(trained, folder.name)[0].flags["seed"]
+        labels.append(f"{folder.name if count == 1 else f' --seed={seed}'}: {best:.4f}")
+    assert not curves
+    assert sorted(text.get_text() for text in axis.texts) == sorted(labels)
+    heights = sorted(text.xy[1] for text in axis.texts)
+    bottom, top = axis.get_ylim()
+    assert all(np.diff(heights) > 0.049 * (top - bottom)), "none lies over another"
+
+
+def test_where_a_run_was_resumed_is_marked(text, tmp_path, figures):
+    line = ["--text", text, *TINY, "--steps_per_report=1", "--save_dir", tmp_path, "--num_iters"]
+    for end in (30, 40, 60):
+        run(*line, end)
+    plot.main(["x.png", "--save_dir", str(tmp_path)])
+    [axis] = figures[0].axes
+    [marks] = [curve for curve in axis.lines if curve.get_marker() == "v"]
+    assert marks.get_xdata().tolist() == [30, 40]
+    losses = {row["iteration"]: row["loss"] for row in log_rows(tmp_path, "train")}
+    assert marks.get_ydata().tolist() == [losses[30], losses[40]]
 
 
 @pytest.fixture
@@ -81,5 +98,46 @@ def test_losses_of_different_texts_are_in_bits_per_byte(run_of, text, figures):
     assert axis.get_ylabel() == "loss (bits per byte)"
     [other] = [each for each in run_folders(folder) if each.name != "byte"]
     rows = rows_of(other / "log.csv", "train")
-    [curve] = axis.lines
+    curve, _ = axis.lines  # the other one has no mark
     assert curve.get_ydata().tolist() == [row["bits_per_byte"] for row in rows]
+
+
+# ---- What counting reaches ----------------------------------------------------------------------
+
+
+def probability(token, history, counts, size):
+    """Witten and Bell's, by the definition; history: None before single tokens."""
+    if history is None:
+        return 1 / size
+    shorter = history[1:] if history else None
+    lower = probability(token, shorter, counts, size)
+    followed = [counts[(*history, other)] for other in range(size)]
+    kinds = sum(count > 0 for count in followed)
+    if not kinds:
+        return lower
+    return (followed[token] + kinds * lower) / (sum(followed) + kinds)
+
+
+def test_ngrams_are_those_of_the_books():
+    random = np.random.default_rng(0)
+    train = random.integers(0, 7, 300).astype(np.uint16) % 5  # two ids never occur
+    valid = random.integers(0, 7, 80).astype(np.uint16)
+    found = losses_of_ngrams(train, valid, 7)
+    for length, loss in enumerate(found):
+        counts = Counter()
+        for size in range(1, length + 2):  # what follows the third token, as all have a history
+            for end in range(4, len(train) + 1):
+                counts[tuple(train[end - size : end])] += 1
+        nats = 0.0
+        for place in range(3, len(valid)):
+            history = tuple(valid[place - length : place])
+            nats -= math.log(probability(valid[place], history, counts, 7))
+        assert loss == pytest.approx(nats / (len(valid) - 3))
+
+
+def test_lines_of_ngrams(trained, figures):
+    plot.main(["x.png", "--save_dir", str(trained), "--identifier=latest", "--ngrams"])
+    [axis] = figures[0].axes
+    first, second, third, fourth = [line.get_ydata()[0] for line in axis.lines[-4:]]
+    assert first > second > third > fourth, "the text has few words"
+    assert sum("-grams, counted: " in text.get_text() for text in axis.texts) == 4
