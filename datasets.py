@@ -1339,12 +1339,17 @@ TEXT_FLAGS = {
     },
     "session": {"test_text": Flag([], nonempty, "test files, beside --text or --dataset")},
     "command": {
-        "save_dir": Flag("runs", path_name, "folder with a folder for each run"),
+        "save_dir": Flag(
+            "runs",
+            path_name,
+            "folder with a folder for each run; /dev/shm/NAME or "
+            "/Volumes/RAMDisk/NAME is a RAM disk",
+        ),
         "data_dir": Flag(
             None,
             nonempty,
-            "folder for downloads and tokens (default: save_dir, if given; else a "
-            "RAM disk, if mounted; else ~/.cache/transformer-lm)",
+            "folder for downloads and tokens (default: save_dir, if given; else a RAM disk mounted "
+            "at /Volumes/RAMDisk; else ~/.cache/transformer-lm); /dev/shm/NAME is one on Linux",
         ),
         "mirror": Flag(
             None, nonempty, "URL or folder of <dataset>/<file>, instead of the usual hosts"

@@ -675,7 +675,9 @@ FLAGS["training"] |= {
     "lr_schedule": Flag("constant", one_of(SCHEDULES), "schedule after warmup"),
     "lr_warmup": Flag(200, COUNT, "warmup steps"),
     "lr_cooldown": Flag(1.0, FRACTION, "last fraction of steps after warmup that decays the rate"),
-    "min_lr": Flag(None, NONNEGATIVE, "final learning rate (default: a tenth of the peak)"),
+    "min_lr": Flag(
+        None, NONNEGATIVE, "learning rate after the last step (default: a tenth of the peak)"
+    ),
     "average": Flag(0.0, FRACTION, "average the weights over about this last fraction of steps"),
 }
 
@@ -909,6 +911,11 @@ FLAGS["session"] = {
     "steps_per_save": Flag(
         1000, SIZE, "checkpoint interval in steps, besides evaluations and the end"
     ),
+    "minutes_per_save": Flag(
+        10.0,
+        NONNEGATIVE,
+        "also save after so many minutes of training, over the last such; 0: never",
+    ),
     "keep": Flag(3, SIZE, "newest checkpoints to keep, besides the best"),
     "eval_tokens": Flag(
         100000, COUNT, "validation tokens per evaluation in training, at most, spread; 0: all"
@@ -918,7 +925,9 @@ FLAGS["session"] = {
     "sample_prompt": Flag(
         [], str, "what to continue after a save, unless by Ctrl+C (default: the start of a text)"
     ),
-    "sample_tokens": Flag(200, COUNT, "maximum number of tokens of these samples; 0: none"),
+    "sample_tokens": Flag(
+        60, COUNT, "maximum number of tokens of these samples; by default five lines; 0: none"
+    ),
     "grad_checkpoint": Flag(False, bool, "gradient checkpointing: less memory, more compute"),
 } | datasets.TEXT_FLAGS["session"]
 
@@ -1029,6 +1038,7 @@ def train(run, interrupts, ranks):
     Returns a signal that has arrived, if any. Raises RunError if the run diverges.
     """
     flags = run.flags
+    run.starts.append(run.iteration)
     step_fn = make_step(run.model, run.optimizer, flags, ranks, run.teacher)
     time_limit = math.inf  # in seconds of training
     if flags.max_minutes is not None:
@@ -1097,6 +1107,8 @@ def evaluate_and_save(run, interrupts, ranks, reporter, time_limit):
             save_and_sample(run, interrupts, reporter)
         # A signal that arrived meanwhile ends the run before the next step.
         stop_signal, _ = ranks.agree(interrupts.stop_signal)
+    elif ranks.rank == 0 and run.is_save_overdue():  # others need not know
+        save(run, interrupts, is_interim=True)
     return is_done, stop_signal
 
 
@@ -1485,6 +1497,8 @@ def sample_checkpoint(flags):
             warn_about_prompt(conversation, flags.prompt)
         else:
             print("-" * 15)  # as nanoGPT does
+        if sys.stdout.isatty() and not flags.stop:
+            print(for_terminal(flags.prompt), end="")
         print_pieces(conversation.reply(flags.prompt, flags, flags.seed + i))
     speed = f"{conversation.tokens_per_second:,.1f} tokens/s"  # of the last sample
     if draft:
@@ -1581,6 +1595,7 @@ class Run(Counters):
     has_stepped: bool = False  # in this process
     checkpoint_id: str | None = None  # of the last checkpoint
     saved_at: float = 0.0  # see Checkpoint
+    saved_seconds: float = 0.0  # the seconds of training then
     has_unsaved_changes: bool = False  # steps or evaluations since the last save
 
     def snapshot(self):
@@ -1657,6 +1672,11 @@ class Run(Counters):
         """Whether the schedule calls for a save at the current iteration."""
         return self.iteration % self.flags.steps_per_save == 0 or self.is_evaluation_due()
 
+    def is_save_overdue(self):
+        """Whether --minutes_per_save have passed in training since the last save."""
+        limit = 60 * self.flags.minutes_per_save or math.inf
+        return self.seconds - self.saved_seconds >= limit
+
     def evaluations_since_best(self):
         """How many evaluations in a row brought no new best, for --patience."""
         return runs.evaluations_since_best(self.evaluations, self.flags.steps_per_eval)
@@ -1701,7 +1721,7 @@ def save_and_sample(run, interrupts, reporter):
                 reporter.report_sample(prompt, text)
 
 
-def save(run, interrupts):
+def save(run, interrupts, is_interim=False):
     """Saves the run; retries until the disk accepts it.
 
     It waits out a full disk or a missing folder: training state is in memory, and the last
@@ -1710,7 +1730,7 @@ def save(run, interrupts):
     for attempt in itertools.count():
         try:
             run.folder.mkdir(parents=True, exist_ok=True)
-            write_checkpoint(run)
+            write_checkpoint(run, is_interim)
             return
         except OSError as error:
             how_often = "again" if interrupts.stop_signal else "twice"
@@ -1722,7 +1742,7 @@ def save(run, interrupts):
             time.sleep(pause)
 
 
-def write_checkpoint(run):
+def write_checkpoint(run, is_interim=False):
     """Tries once to save both files of a checkpoint.
 
     A checkpoint is never half-written: a file is complete on disk before it gets its name, and a
@@ -1744,6 +1764,7 @@ def write_checkpoint(run):
         record |= {  # with these, the fields of a Checkpoint
             "counters": numbers,
             "format_version": runs.FORMAT_VERSION,
+            "is_interim": is_interim,
             "run_name": run.folder.name,
             "flags": get_values(run.flags, FLAGS.names(RECORDED)),
             "config": dataclasses.asdict(run.model.config),
@@ -1764,6 +1785,7 @@ def write_checkpoint(run):
     files.sync(run.folder.parent)  # which holds the folder's own name
     run.checkpoint_id = sha1
     run.saved_at = saved_at
+    run.saved_seconds = run.seconds
     run.has_unsaved_changes = False
     if device.on_gpu():
         mx.clear_cache()  # no step may reuse what the CPU has read, see arrays_to_save
@@ -1825,6 +1847,7 @@ class Contents(NamedTuple):
             run.restore(numbers, self.state | weights)
         run.checkpoint_id = checkpoint.id
         run.saved_at = checkpoint.saved_at
+        run.saved_seconds = checkpoint.seconds
         run.segments = [*checkpoint.segments]
 
 
@@ -2358,7 +2381,7 @@ def main(arguments):
         files.check_save_dir(flags.save_dir)
         use_device(flags.gpu)
         if flags.list:
-            return extra("list").list_runs(flags.save_dir)
+            return extra("list").list_runs(flags, find_checkpoint)
         if flags.evaluate:
             return evaluate_checkpoint(flags)
         if flags.inference or flags.prompt is not None:
@@ -2385,7 +2408,7 @@ def main(arguments):
                 ranks.broadcast_run(run)
                 say("")  # the end of the start screen
                 stop_signal = train(run, interrupts, ranks)
-                say(reports.describe_end(run, stop_signal, note))
+                say(reports.describe_end(run, stop_signal, arguments, note))
     for stream in (sys.stdout, sys.stderr):
         flush_or_drop(stream)  # a closed pipe must not fail a saved run
     return 128 + stop_signal if stop_signal else 0  # how shells report the end by a signal

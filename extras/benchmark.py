@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from main import Decoder, fast, load_inputs, make_run, make_step, open_checkpoint
 from main import read_command_line, resolve_flags, train_step, use_device
-from support.cli import UsageError
+from support.cli import UsageError, format_interval
 from support.flags import FLAGS, ineffective_flag_notices
 from support.reports import count_parameters
 from extras.features.memory import memory_of_step
@@ -61,7 +61,10 @@ def main(arguments):
     result |= measure_training(run)
     result["flops_per_second"] = sum(flops.values()) * result["tokens_per_second"]
     result |= measure_decoding(run)
+    seconds = run.flags.num_iters * run.batches.rows_per_step * run.flags.context_size
+    seconds /= result["tokens_per_second"]
     print_result(result)
+    print(f"{'all steps':<18}{format_interval(seconds)}")
     print(json.dumps(result))
 
 

@@ -178,6 +178,14 @@ with first_imports():
 tqdm.set_lock(threading.RLock())  # tqdm's own lock starts another Python process
 
 
+def format_interval(seconds, short=tqdm.format_interval):
+    """Seconds as tqdm writes them, like 2:05 or 23:10:00, but from a day on like 1.5 days."""
+    return short(seconds) if seconds < 86400 else f"{seconds / 86400:.1f} days"
+
+
+tqdm.format_interval = staticmethod(format_interval)  # also in bars
+
+
 def extra(name):
     """The module `extras.features.<name>`. Raises UsageError if its file is missing.
 

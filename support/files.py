@@ -108,6 +108,20 @@ def make_writable(folder):
     tempfile.TemporaryFile(dir=folder).close()  # it may exist but be read-only
 
 
+def is_on_ram_disk(path):
+    """Whether a path lies in one of the folders that --help names for that."""
+    return os.path.realpath(path).startswith((f"{RAM_DISK}/", "/dev/shm/"))
+
+
+def size_of(folder):
+    """The bytes of all files in a folder."""
+    size = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # deleted meanwhile
+            size += path.lstat().st_size
+    return size
+
+
 # ---- Files that appear whole --------------------------------------------------------------------
 
 

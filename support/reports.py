@@ -6,6 +6,8 @@ import io
 import json
 import math
 import os
+import shlex
+import shutil
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -13,9 +15,10 @@ from tqdm import tqdm
 
 from support.cli import RunError, for_terminal, one_line, plural, printable, progress_bar, say
 from support.cli import warning
+from support import code
 from support.code import EDITED_NAMES, describe_edit, edited_files, read_code
-from support.files import atomic_write, open_no_follow
-from support.flags import ineffective_flag_notices
+from support.files import atomic_write, is_on_ram_disk, open_no_follow, size_of
+from support.flags import FLAGS, ineffective_flag_notices
 from support.machine import REFERENCE_BLAS, available_cores
 from support.runs import best_evaluation, checkpoints_in, resume_command
 
@@ -122,6 +125,18 @@ def start_notices(run):
         yield f"--init_from or --teacher was trained on about {share} of the validation text."
     if dataset.sha256["train"] == dataset.sha256["valid"]:
         yield "The validation text is the training text."
+    _, arrays = run.snapshot()
+    # Beside those that are kept, the best one, and the one that is being written.
+    needed = (flags.keep + 2) * sum(array.nbytes for _, array in tree_flatten(arrays)) / 2**30
+    free = (shutil.disk_usage(run.folder).free + size_of(run.folder)) / 2**30
+    if needed > free:
+        yield (
+            f"Checkpoints may take {needed:.1f} GiB, and {flags.save_dir} has {free:.1f}: give a "
+            "smaller --keep, or another --save_dir."
+        )
+    for folder in (run.folder.parent, dataset.folder):
+        if is_on_ram_disk(folder):
+            yield f"{folder} is on a RAM disk: it takes memory, and is gone after a restart."
     is_new = run.checkpoint_id is None
     if is_new and "config" in flags.explicit and not {"dataset", "text"} & {*flags.explicit}:
         yield f"The --config names no text, so this is {run.dataset.name}; --text FILE names yours."
@@ -166,8 +181,11 @@ def describe_changes(old, new, prefix=""):
     return ", ".join(f"{prefix}{name} {old[name]} -> {new.get(name)}" for name in changed)
 
 
-def describe_end(run, stop_signal, note=None):
-    """The last lines of a command: where the run is, and what to type next; note: one more."""
+def describe_end(run, stop_signal, arguments, note=None):
+    """The last lines of a command: where the run is, and what to type next.
+
+    arguments: those of the command; note: one more line.
+    """
     flags = run.flags
     if run.checkpoint_id is None:
         return f"Stopped at iteration {run.iteration:,}; nothing was saved yet."
@@ -177,8 +195,13 @@ def describe_end(run, stop_signal, note=None):
         best = best_evaluation(run.evaluations)
         trained += f", best: valid {best.loss:.4f} nats at iteration {best.iteration:,}"
     if stop_signal:
-        way = "" if flags.new_model else "the same command or, after an edit: "
-        ended = f"Stopped at iteration {run.iteration:,}. To resume: {way}{resume_command(flags)}"
+        way = resume_command(flags)
+        typed = shlex.join(["python", code.main_file, *map(str, arguments)])
+        if run.versions["ranks"] > 1:
+            way = "the same command"
+        elif typed != way and not flags.new_model:
+            way = f"the same command ({typed}); after an edit: {way}"
+        ended = f"Stopped at iteration {run.iteration:,}. To resume: {way}"
     else:
         ended = f"Ended at iteration {run.iteration:,} of {flags.num_iters:,}"
         more = ""
@@ -188,7 +211,8 @@ def describe_end(run, stop_signal, note=None):
             ended = f"Run complete ({run.iteration:,}/{flags.num_iters:,})"
             more += f" --num_iters {2 * run.iteration}"
         ended += f". To sample: {resume} --inference\nTo train on: {resume}{more}"
-    return "\n".join(filter(None, [trained, ended, note]))
+    where = f"Files: {run.folder.absolute()}, {size_of(run.folder) / 2**20:,.0f} MiB"
+    return "\n".join(filter(None, [trained, where, ended, note]))
 
 
 def divergence_error(run, what, iteration):
@@ -222,6 +246,7 @@ class Reporter:
         self.run = run
         self.dashboard = dashboard
         self.timed_from = None  # (iteration, seconds) at the last report or after the first step
+        self.has_warned = False
         self.failed_files = set()  # names of files that could not be written
         total = max(run.flags.num_iters, run.iteration)
         self.bar = progress_bar(
@@ -252,6 +277,7 @@ class Reporter:
         seconds = run.seconds - start_seconds
         if seconds:  # none after the first step, which is not timed
             steps = run.iteration - start_iteration
+            self.warn_once(seconds / steps * (self.bar.total - run.iteration))
             num_tokens = steps * run.batches.rows_per_step * run.flags.context_size
             metrics["ms_per_step"] = 1000 * seconds / steps
             metrics["tokens_per_second"] = num_tokens / seconds
@@ -262,6 +288,14 @@ class Reporter:
             metrics["bits_per_byte"] = train_split.bits_per_byte(metrics["loss"])
         self.log_metrics("train", metrics)
         self.timed_from = (run.iteration, run.seconds)
+
+    def warn_once(self, seconds):
+        """Says how long a run of the defaults will take, if that is more than an hour."""
+        is_default = self.run.flags.num_iters == FLAGS.defaults["num_iters"]
+        if seconds > 3600 and is_default and not self.has_warned:
+            time = tqdm.format_interval(seconds)
+            say(f"This will take {time}; python main.py --config first takes two minutes.")
+        self.has_warned = True
 
     def show(self, metrics):
         """Shows the metrics of the steps up to the current iteration."""
@@ -304,7 +338,10 @@ class Reporter:
 
     def report_sample(self, prompt, text):
         """Shows a sample, and adds it to the run's samples.jsonl."""
-        say(f"sample: {for_terminal(prompt + text)}")
+        shown = prompt + text
+        if self.run.flags.sample_tokens == FLAGS.defaults["sample_tokens"]:
+            shown = "\n".join(shown.split("\n")[:5])
+        say(f"sample: {for_terminal(shown)}")
         row = {"iteration": self.run.iteration, "prompt": prompt, "text": text}
         with self.writing("samples.jsonl"):
             path = self.run.folder / "samples.jsonl"

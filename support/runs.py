@@ -105,6 +105,7 @@ class Progress:
     iteration: int = 0  # steps done
     seconds: float = 0.0  # of training, without the first step after each start, which compiles
     evaluations: list = dataclasses.field(default_factory=list)  # of type Evaluation
+    starts: list = dataclasses.field(default_factory=list)  # iterations where training was begun
 
     @property
     def evaluation(self):
@@ -134,6 +135,7 @@ class Checkpoint(Progress):
     segments: list  # of type Segment
     counters: dict  # further numbers that main.Run.restore needs
     format_version: int
+    is_interim: bool = False  # saved because of --minutes_per_save: goes when a newer one is good
 
     folder: Path = dataclasses.field(init=False)  # of its run; not in the record
 
@@ -228,6 +230,8 @@ def read_checkpoint(metadata_path):
             raise ValueError("its evaluations are malformed")
     if not checkpoint.segments or not all(map(SHA1_PATTERN.fullmatch, checkpoint.parents.values())):
         raise ValueError("its history is malformed")
+    if not {*map(type, checkpoint.starts)} <= {int}:
+        raise ValueError("its starts are malformed")
     for name, value in checkpoint.counters.items():
         check_range(name, value)
     # A flag that was added after the checkpoint was saved, or was None, gets its default.
@@ -657,7 +661,7 @@ def locked_folder(folder):
 def prune_checkpoints(run):
     """Deletes old checkpoints of a run, and leftovers of killed saves in its folder.
 
-    The newest --keep checkpoints, the best and the current one stay.
+    The newest --keep checkpoints, the newest interim one if it is newer, and the best one stay.
     """
     with contextlib.suppress(OSError):
         checkpoints = checkpoints_in(run.folder)  # newest first
@@ -665,7 +669,8 @@ def prune_checkpoints(run):
         history = [
             checkpoint for checkpoint in checkpoints if checkpoint.evaluation in run.evaluations
         ]
-        kept = [*checkpoints[: run.flags.keep], best_checkpoint(history)]
+        lasting = [checkpoint for checkpoint in checkpoints if not checkpoint.is_interim]
+        kept = [*checkpoints[:1], *lasting[: run.flags.keep], best_checkpoint(history)]
         for checkpoint in checkpoints:
             if checkpoint not in kept and checkpoint.id != run.checkpoint_id:
                 checkpoint.weights_path.unlink(missing_ok=True)

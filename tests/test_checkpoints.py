@@ -249,6 +249,19 @@ def test_keep_and_best(line, folder):
     assert [checkpoint.iteration for checkpoint in saved(folder)] == [5, 4, 1]
 
 
+def test_what_the_clock_saves_pushes_nothing_out(line, folder, tmp_path):
+    """Of what the schedule asks for, two stay; of the others, the newest. Weights stay the same."""
+    line += ["--num_iters", 35, "--steps_per_save", 10, "--steps_per_eval", 0, "--keep", 2]
+    line += ["--learning_rate", 1e-3]
+    name, _, out = begin(*line, "--minutes_per_save", 1e-9)
+    assert [checkpoint.iteration for checkpoint in saved(folder, name)] == [35, 34, 30, 20]
+    assert out.count("\nsaved ") == 4, "the clock's are not announced"
+    run(*line, "--minutes_per_save", 0, "--save_dir", tmp_path / "plain")
+    kept = saved(tmp_path / "plain")
+    assert [checkpoint.iteration for checkpoint in kept] == [35, 30, 20]
+    assert kept[0].id == saved(folder, name)[0].id
+
+
 def test_the_best_of_a_run_that_goes_on_from_before_its_newest(line, folder):
     """The newest would be the best, but is damaged: it is none of this past."""
     line += ["--seed", 1, "--learning_rate", 0.01, "--num_iters", 3]

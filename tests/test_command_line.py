@@ -229,32 +229,39 @@ def test_each_hint_can_be_found():
 
 
 def test_list(text, tmp_path):
-    """The best run first, one without a score last."""
-    far = tmp_path / "a folder" / "text.txt"
-    far.parent.mkdir()
-    far.write_text(text.read_text()[::-1])
+    """The newest run first, the best loss of each; one without a checkpoint, too."""
     folder = ["--save_dir", tmp_path]
-    common = [*TINY, *folder, "--steps_per_eval", 2, "--learning_rate", 0.01, "--text"]
-    common[-1:-1] = ["--lr_warmup", 1]
-    bad, _, _ = begin(*common, text, "--num_iters", 2)
-    other, _, _ = begin(*common, text, "--seed", 1, "--num_iters", 1, "--steps_per_eval", 0)
-    good, _, _ = begin(*common, *[far] * 4, "--num_iters", 9)
-    header, *rows = run("--list", *folder)[0].splitlines()
-    assert header.split() == "run trained valid nats of tokens iteration checkpoint".split()
+    common = [*TINY, *folder, "--steps_per_eval", 2, "--learning_rate", 0.01, "--lr_warmup", 1]
+    config = tmp_path / "mine.yaml"
+    config.write_text("num_iters: 9\n")
+    names = []
+    for line in (
+        ["--text", text, "--config", config],
+        ["--text", text, "--seed", 1, "--num_iters", 1, "--steps_per_eval", 0],
+        ["--text", text, "--tokenizer", "char", "--num_iters", 9],
+    ):
+        names.append(begin(*common, *line)[0])
+    good, unscored, char = names
+    (tmp_path / "text-01234567").mkdir()
+    header, *rows = run("--list", *folder, env={"COLUMNS": "200"})[0].splitlines()
+    assert header.split("  ")[-1] == "MiB"
     cells = [re.split("  +", row) for row in rows]
-    scored = [each for each in saved(tmp_path, good) if each.evaluation]
-    best = min(scored, key=lambda each: each.evaluation.loss)
-    place = [f"{best.evaluation.loss:.4f}", "64", str(best.iteration), best.id[:12]]
-    assert cells[0][:6] == [good, "9 of 9", *place]
-    assert [each[0] for each in cells] == [good, bad, other]
-    assert cells[2][1:5] == ["1 of 1", "-", "-", "1"]
-    char, _, _ = begin(*common, far, "--tokenizer", "char", "--num_iters", 9)
-    header, *rows = run("--list", *folder)[0].splitlines()
-    assert header.split()[2:5] == ["bits/byte", "of", "tokens"], "where tokenizers differ"
-    bits = {}
-    for name in (good, bad, char):
-        bits[name] = saved(tmp_path, name)[0].evaluation.bits_per_byte
-    assert [row.split()[0] for row in rows] == [*sorted(bits, key=bits.get), other]
+    assert [row[1] for row in cells] == [char, unscored, good, "text-01234567"]
+    assert [row[2] for row in cells[:3]] == ["text.txt", "text.txt", "mine.yaml"]
+    assert [row[3] for row in cells[:3]] == ["9 of 9", "1 of 1", "9 of 9"]
+    scored = [each.evaluation for each in saved(tmp_path, good) if each.evaluation]
+    best = min(scored, key=lambda evaluation: evaluation.loss)
+    assert cells[2][4:6] == [f"{best.loss:.4f}", f"{best.bits_per_byte:.4f}"]
+    assert cells[3][2] == "nothing saved"
+    narrow, _ = run("--list", *folder, env={"COLUMNS": "60"})
+    assert all(len(row) <= 60 for row in narrow.splitlines())
+    flags, *checkpoints = run("--list", "--identifier", good, *folder)[0].splitlines()
+    assert flags.startswith(f"{good}: ") and f" --text={text} " in flags
+    assert "--num_iters=9" in flags and "--seed" not in flags, (
+        "those with other values than their defaults"
+    )
+    listed = [(each.id, f"{each.iteration}") for each in saved(tmp_path, good)]
+    assert [(row.split()[1], row.split()[0]) for row in checkpoints] == listed
 
 
 def test_runs_are_saved_here_unless_a_folder_is_named(text, tmp_path):

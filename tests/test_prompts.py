@@ -198,6 +198,15 @@ def test_session_in_a_terminal(word_model):
         assert terminal.leave(CTRL_D) == 0
 
 
+def test_a_terminal_shows_the_prompt_before_its_continuation(word_model):
+    """Where it is piped, or cut at --stop, only what is new."""
+    line = ["--prompt", "the company", "--max_tokens", 3, "--save_dir", word_model]
+    piped, _ = run(*line)
+    for more, begin in (([], "the company"), (["--stop", "?"], "")):
+        with Terminal(*line, *more) as terminal:
+            assert f"\n{begin}{piped}" in terminal.wait_for("tokens/s")
+
+
 def test_ctrl_c_ends_the_reply_and_then_the_session(byte_model):
     with Terminal("--inference", "--save_dir", byte_model, "--max_tokens", 100000) as terminal:
         terminal.wait_for(PROMPT)

@@ -1,16 +1,19 @@
 """Reports against independent computations: logs, samples, the screen."""
 
+import contextlib
 import json
 import re
+import tempfile
 from argparse import Namespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import copy_program, ids, log_rows, newest, rows_of, run, run_folder, saved
+from conftest import ROOT, copy_program, ids, interrupt, log_rows, newest, rows_of, run
+from conftest import run_folder, saved, start
 from test_prompts import Terminal
 
-from support.reports import Log
+from support.reports import Log, Reporter
 
 
 # ---- Logs ---------------------------------------------------------------------------------------
@@ -221,3 +224,52 @@ def test_the_schedule_in_words(line):
     out, _ = run(*line, *given.split(), "--num_iters", 30)
     shown = "0.00025 (step 1), 0.005 (step 20), 0.001 (step 30)"
     assert f"\nrate     linear: {shown}\n" in out
+
+
+# What takes 10,000 times as long on this clock, and a disk that is nearly full.
+SLOW = """
+import shutil, sys, time
+from types import SimpleNamespace
+
+clock = time.perf_counter
+time.perf_counter = lambda: 10_000 * clock()
+shutil.disk_usage = lambda path: SimpleNamespace(free=99)
+
+import main
+
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_what_a_first_run_costs_is_said(line, tmp_path):
+    """Its days, after the first report; where its files lie, and how large they are."""
+    process = start(*line, "--steps_per_report", 2, program=["-c", SLOW], cwd=ROOT)
+    begun = ""
+    while "\n20/100,000 " not in begun:
+        begun += process.stdout.readline()
+    out, _ = interrupt(process)
+    assert re.search(r"^This will take \S+ days; python main.py --config first takes", begun, re.M)
+    assert begun.count("This will take") == 1
+    assert "left 1" in begun
+    assert re.search(
+        r"^Checkpoints may take \S+ GiB, and .* has 0.0: give a smaller --keep", begun, re.M
+    )
+    folder = run_folder(tmp_path)
+    size = sum(path.stat().st_size for path in folder.rglob("*")) / 2**20
+    assert f"\nFiles: {folder}, {size:,.0f} MiB\n" in out
+
+
+def test_a_ram_disk_is_named(line):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        out, _ = run(*line, "--num_iters", 1, "--save_dir", folder)
+    assert f"\n{folder} is on a RAM disk: it takes memory, and is gone after a restart.\n" in out
+
+
+def test_a_sample_of_the_default_length_is_five_lines(tmp_path, capsys):
+    for length, shown in ((60, 5), (100, 10)):
+        run = Namespace(flags=Namespace(sample_tokens=length), iteration=1, folder=tmp_path)
+        reporter = Namespace(run=run, writing=contextlib.nullcontext)
+        Reporter.report_sample(reporter, "a\n", "b\n" * 8)
+        assert capsys.readouterr().out.count("\n") == shown
+    rows = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(row)["text"] for row in rows] == 2 * ["b\n" * 8], "kept whole"

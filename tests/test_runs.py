@@ -164,7 +164,7 @@ def test_a_runs_folder_is_the_run(line, folder, tmp_path):
     assert ended == {newest(elsewhere).id}
     assert files_of(folder / f"{name}.bak") == backup
     listed, _ = run("--list", "--save_dir", folder)
-    assert f"\n{name}.bak " in listed
+    assert f"  {name}.bak  " in listed
 
 
 def test_a_base_that_was_trained_on_is_another_base(line, folder):
@@ -484,7 +484,9 @@ def test_the_command_that_was_stopped_resumes_itself(odd_line, tmp_path):
     wait_for(process, "20/120 ")
     out, _ = interrupt(process)
     stopped = newest(tmp_path / ODD_FOLDER)
-    way = "To resume: the same command or, after an edit: "
-    for command in (odd_line, typed(way, out.splitlines()[-1])):
+    way = r"To resume: the same command \(.*\); after an edit: "
+    same = r"To resume: the same command \("
+    last = out.splitlines()[-1]
+    for command in (typed(same, last.partition("); ")[0]), typed(way, last)):
         name, iteration, _ = begin(*command, "--num_iters", 120, "--max_minutes", 1e-9)
         assert name == stopped.folder.name and iteration >= stopped.iteration

@@ -86,5 +86,5 @@ def test_evaluate(name, folder):
 
 def test_list(folder):
     out, err = run("--list", "--save_dir", folder)
-    rows = dict(re.findall(r"^(text-\w+) +([\d,]+ of [\d,]+) ", out, re.M))
+    rows = dict(re.findall(r"  (text-\w+) +[\w.]+ +([\d,]+ of [\d,]+) ", out))
     assert rows == {name: f"{end} of {end}" for name, end in ENDS.items()} and not err

@@ -1,42 +1,62 @@
-"""The table of runs: python main.py --list"""
+"""The runs in a folder, python main.py --list, or one of them, with --identifier RUN."""
 
-import math
+import re
+import shlex
+import shutil
+import time
+from pathlib import Path
 
-from support.runs import NO_CHECKPOINT, Evaluation, best_checkpoint, list_checkpoints
+from support.cli import printable, utf8
+from support.files import size_of
+from support.flags import FLAGS, arguments_of
+from support.runs import NO_CHECKPOINT, best_checkpoint, checkpoints_in, list_run_folders
+
+COLUMNS = "saved", "run", "of", "iteration", "best valid", "bits/byte", "MiB"
+NAME = re.compile(r".+-[0-9a-f]{8}(\.\d+)?")  # of a run, see run_name
 
 
-def list_runs(save_dir):
-    """Prints a table of the runs in `save_dir`, those with the lowest losses first.
+def list_runs(flags, find_checkpoint):
+    """Prints a line for each run in --save_dir, newest first, or all about that of --identifier.
 
-    Each has its best checkpoint, or the newest if none has a loss. Losses on fewer tokens come
-    later; where tokenizers differ, those of all are compared in bits per byte.
+    A line has at most the width of the terminal. It gives the best loss in nats per token.
     """
-    checkpoints = list_checkpoints(save_dir, warn=True)  # newest first
+    if flags.identifier:
+        return print_run(find_checkpoint(flags, flags.identifier).folder)
+    rows = []
+    for folder in list_run_folders(flags.save_dir):
+        checkpoints = checkpoints_in(folder, warn=True)
+        if checkpoints or NAME.fullmatch(folder.name):
+            rows.append(describe(folder, checkpoints))
+    if not rows:
+        return print(NO_CHECKPOINT.format(flags.save_dir))
+    rows = [COLUMNS, *sorted(rows, reverse=True)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        line = "  ".join(map(str.ljust, row, widths))
+        print(line[: shutil.get_terminal_size().columns].rstrip())
+
+
+def describe(folder, checkpoints):
+    """The line of a run, in COLUMNS; checkpoints: newest first, perhaps none."""
+    size = f"{size_of(folder) / 2**20:,.0f}"
     if not checkpoints:
-        print(NO_CHECKPOINT.format(save_dir))
-        return
-    runs = {}  # {run: its checkpoints, newest first}
+        return "-", folder.name, "", "nothing saved", "", "", size
+    newest = checkpoints[0]
+    saved = time.strftime("%y-%m-%d %H:%M", time.localtime(newest.saved_at))
+    names = [newest.origin.recipe, *newest.flags["text"], newest.flags["dataset"]]
+    text = Path(next(filter(None, names))).name
+    iteration = f"{newest.iteration:,} of {newest.flags['num_iters']:,}"
+    best = best_checkpoint(checkpoints).evaluation
+    losses = (f"{best.loss:.4f}", f"{best.bits_per_byte:.4f}") if best else ("", "")
+    return saved, folder.name, printable(utf8(text))[:16], iteration, *losses, size
+
+
+def print_run(folder):
+    """Prints the flags of a run, as they would be typed, and its checkpoints."""
+    checkpoints = checkpoints_in(folder)
+    defaults = FLAGS.defaults
+    flags = {name: value for name, value in checkpoints[0].flags.items() if value != defaults[name]}
+    print(printable(utf8(f"{folder.name}: {shlex.join(arguments_of(flags))}")))
     for checkpoint in checkpoints:
-        runs.setdefault(checkpoint.folder.name, []).append(checkpoint)
-    tokenizers = set()
-    for newest, *_ in runs.values():
-        tokenizers.add((newest.flags["tokenizer"], str(newest.config.get("vocab_size"))))
-    in_bits = len(tokenizers) > 1
-
-    def sort_key(checkpoint):
-        evaluation = checkpoint.evaluation or Evaluation(0, math.inf, 0, math.inf)
-        return evaluation.bits_per_byte if in_bits else (-evaluation.num_tokens, evaluation.loss)
-
-    columns = f"{'trained':>20}{'bits/byte' if in_bits else 'valid nats':>12}{'of tokens':>12}"
-    print(f"{'run':<24}{columns}{'iteration':>12}  checkpoint")
-    for checkpoint in sorted(map(best_checkpoint, runs.values()), key=sort_key):
-        run = checkpoint.folder.name
-        newest = runs[run][0]
-        trained = f"{newest.iteration:,} of {newest.flags['num_iters']:,}"
-        columns = f"{'-':>12}{'-':>12}"
-        evaluation = checkpoint.evaluation
-        if evaluation:
-            loss = evaluation.bits_per_byte if in_bits else evaluation.loss
-            columns = f"{loss:>12.4f}{evaluation.num_tokens:>12,}"
-        columns += f"{checkpoint.iteration:>12,}  {checkpoint.id[:12]}"
-        print(f"{run:<24}{trained:>20}{columns}")
+        loss = f"{checkpoint.evaluation.loss:.4f}" if checkpoint.evaluation else ""
+        print(f"{checkpoint.iteration:>12,}  {checkpoint.id}  {loss}")

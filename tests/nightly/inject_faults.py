@@ -461,7 +461,8 @@ class Work:
         newest = max(kept, key=attrgetter("iteration"))
         scored = [each for each in kept if each.score is not None]
         best = min(scored, key=attrgetter("score"), default=newest)
-        assert f"  {best.id[:12]}\n" in self.leg(["--list"]).out, f"--list has no {best}"
+        listed = self.leg(["--list", "--identifier", folder.name]).out
+        assert f"  {best.id}  " in listed, f"--list has no {best}"
         files = {str(path.relative_to(folder)) for path in folder.rglob("*")}
         return {
             "newest": newest,
