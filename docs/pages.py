@@ -1,11 +1,13 @@
 """Writes the pages that are made from others, or runs the notebook.
 
-    python docs/pages.py               writes tutorial.ipynb, and the tables of flags.md
+    python docs/pages.py               writes tutorial.ipynb, and tables of flags.md and README.md
     python docs/pages.py --check       says which of them are not as this would write them
     python docs/pages.py --run FOLDER  runs the notebook there; needs nbclient, nbformat, ipykernel
 
 The notebook is tutorial.md: a block of bash becomes a cell of commands, one of diff a cell that
-edits main.py, one of python a file; what commands print stays text. The tables of flags are FLAGS.
+edits main.py, one of python a file; what commands print stays text. The tables of flags are FLAGS;
+those of README.md say in which lines of main.py its sections begin, and what tested.md says of each
+kind of machine.
 """
 
 import json
@@ -19,6 +21,29 @@ ROOT = DOCS.parent
 TUTORIAL = DOCS / "tutorial.md"
 NOTEBOOK = DOCS / "tutorial.ipynb"
 TABLES = DOCS / "flags.md"
+README = ROOT / "README.md"
+# Sections of main.py, and what one edits there.
+SECTIONS = {
+    "Model": "attend, MLPS, Block, LanguageModel",
+    "Loss and optimizer": "training_loss, Muon, OPTIMIZERS, SCHEDULES",
+    "Batches": "Batches",
+    "Evaluation": "token_metrics, evaluate",
+    "Training": "make_step, train",
+    "Sampling": "process_logits, Decoder, Conversation",
+    "Checkpoints": "",
+}
+# Kinds of machines: how to use one, and a pattern in the rows of tested.md.
+MACHINES = {
+    "Linux, x86-64": ("as above", r"Linux x86_64 \| cpu"),
+    "Linux, ARM": ("as above", r"Linux aarch64 \| cpu"),
+    "NVIDIA GPU": ("{CUDA}; then add `--gpu`", r"Linux \w+ \| gpu"),
+    "Mac, Apple silicon": (
+        "macOS 14, `xcode-select --install`, a newer Python than Apple's 3.9, then as above, also "
+        "with `--gpu`",
+        r"Darwin arm64",
+    ),
+    "Windows": ("as above, in WSL", r"microsoft"),
+}
 BEGIN = """\
 from IPython.display import Image, display
 
@@ -118,10 +143,47 @@ def fill_tables():
     return page
 
 
+def fill_readme():
+    """The text of README.md with its tables: lines of main.py, and machines."""
+    from support.device import CUDA
+
+    source = (ROOT / "main.py").read_text("utf-8")
+    lines = ["| line | section of `main.py` | |", "|---|---|---|"]
+    for section, names in SECTIONS.items():
+        begin = source.index(f"\n# ---- {section} ---")
+        part = source[begin : source.index("\n# ---- ", begin + 1)]
+        names = names.split(", ") if names else []
+        missing = [
+            name for name in names if not re.search(rf"^(def|class )?\b{name}\b", part, re.M)
+        ]
+        assert not missing, f"{section} of main.py lacks {missing}"
+        what = ", ".join(f"`{name}`" for name in names) or "from here on: how a run is kept"
+        lines.append(f"| {source.count(chr(10), 0, begin) + 2} | {section} | {what} |")
+    page = fill(README.read_text("utf-8"), "lines", lines)
+    rows = re.findall(r"^\| (\d.*?) \|$", (DOCS / "tested.md").read_text("utf-8"), re.M)
+    lines = ["| machine | how | last tested |", "|---|---|---|"]
+    for kind, (how, pattern) in MACHINES.items():
+        tested = "never"
+        for row in sorted(rows):  # the newest is last
+            if re.search(pattern, row):
+                date, _, device, mlx, commit, result, *_ = row.split(" | ")
+                tested = f"{date}, {device.partition(', ')[2]}: {result}"
+        lines.append(f"| {kind} | {how.format(CUDA=f'`{CUDA}`')} | {tested} |")
+    return fill(page, "machines", lines)
+
+
+def fill(page, name, lines):
+    """A page with these lines between <!-- name --> and <!-- end -->."""
+    block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    assert len(block.findall(page)) == 1, name
+    table = "\n".join(lines)
+    return block.sub(lambda found: f"{found[1]}\n{table}\n\n{found[2]}", page)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
         sys.exit(run_notebook(sys.argv[2]))
-    made = {NOTEBOOK: make_notebook(), TABLES: fill_tables()}
+    made = {NOTEBOOK: make_notebook(), TABLES: fill_tables(), README: fill_readme()}
     stale = [path.name for path in made if path.read_text("utf-8") != made[path]]
     if sys.argv[1:] == ["--check"]:
         sys.exit(f"python docs/pages.py: {', '.join(stale)}" if stale else 0)
