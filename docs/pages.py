@@ -154,19 +154,19 @@ def fill_readme():
         part = source[begin : source.index("\n# ---- ", begin + 1)]
         names = names.split(", ") if names else []
         missing = [
-            name for name in names if not re.search(rf"^(def|class )?\b{name}\b", part, re.M)
+            name for name in names if not re.search(rf"^(def |class )?{name}\b", part, re.M)
         ]
         assert not missing, f"{section} of main.py lacks {missing}"
         what = ", ".join(f"`{name}`" for name in names) or "from here on: how a run is kept"
         lines.append(f"| {source.count(chr(10), 0, begin) + 2} | {section} | {what} |")
     page = fill(README.read_text("utf-8"), "lines", lines)
-    rows = re.findall(r"^\| (\d.*?) \|$", (DOCS / "tested.md").read_text("utf-8"), re.M)
+    rows = re.findall(r"^\| \d.*", (DOCS / "tested.md").read_text("utf-8"), re.M)
     lines = ["| machine | how | last tested |", "|---|---|---|"]
     for kind, (how, pattern) in MACHINES.items():
         tested = "never"
         for row in sorted(rows):  # the newest is last
             if re.search(pattern, row):
-                date, _, device, mlx, commit, result, *_ = row.split(" | ")
+                _, date, _, device, _, _, result, *_ = map(str.strip, row.split("|"))
                 tested = f"{date}, {device.partition(', ')[2]}: {result}"
         lines.append(f"| {kind} | {how.format(CUDA=f'`{CUDA}`')} | {tested} |")
     return fill(page, "machines", lines)

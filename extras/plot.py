@@ -110,7 +110,7 @@ def plot_runs(checkpoints, path, ngram_losses):
     figure = make_figure(8, 4.5)
     axis = figure.subplots()
     axis.set(xlabel="iteration", ylabel=f"loss ({unit})")
-    axis.set_title("Training (pale) and validation losses")
+    axis.set_title("Losses in training (pale) and on held-out text; resumed at triangles")
     names = distinguishing_flags(runs)
     labels = []  # see add_labels
     for i, folder in enumerate(sorted(runs)):
