@@ -748,9 +748,11 @@ def find_text_files(path, program_folders):
             files[entry] = os.path.relpath(entry, base)
     splits = {*map(named_split, files.values())}
     left_out = []  # names
+    windows = []
     for file in sorted(files):
         try:
-            check_text(file)
+            if check_text(file):
+                windows.append(files[file])
         except UsageError as error:
             reason = error
             left_out.append(f"{files.pop(file)} ({file.stat().st_size:,} bytes)")
@@ -761,6 +763,8 @@ def find_text_files(path, program_folders):
         if not files or is_train_lost:
             raise reason
         say(f"{path}: leaving out what is no readable UTF-8 text: {shorten_list(left_out)}")
+    if windows:
+        say(f"{path}: with line ends of Windows, CR LF, which stay: {shorten_list(windows)}")
     marked_up = [name for name in files.values() if MARKUP.fullmatch(name)]
     if marked_up:
         say(f"{path}: read as they stand, with all their signs: {shorten_list(marked_up)}")
@@ -785,7 +789,10 @@ NO_TEXT = {
 
 
 def check_text(path):
-    """Raises UsageError, with a remedy, if a file cannot be read or does not begin as a text."""
+    """Raises UsageError, with a remedy, if a file cannot be read or does not begin as a text.
+
+    Returns whether it begins with line ends of Windows.
+    """
     if path.is_dir():
         raise UsageError(f"{path} is a folder that you may not read: chmod u+rx, or leave it out")
     if not path.is_file():
@@ -800,13 +807,14 @@ def check_text(path):
         if begin.startswith(magic_bytes):
             raise UsageError(f"{path} is {NO_TEXT[magic_bytes]}")
     if has_rows:
-        return
+        return False
     if b"\0" in begin:
         raise UsageError(
             f"{path} holds null characters: it is no plain text; leave it out, or convert it "
             f"(if it is UTF-16, by iconv -f UTF-16 -t UTF-8 {shlex.quote(str(path))} > NEW)"
         )
     next(read_chunks(whole(path, errors="strict")), "")
+    return b"\r\n" in begin
 
 
 def set_aside(files):

@@ -153,9 +153,7 @@ def fill_readme():
         begin = source.index(f"\n# ---- {section} ---")
         part = source[begin : source.index("\n# ---- ", begin + 1)]
         names = names.split(", ") if names else []
-        missing = [
-            name for name in names if not re.search(rf"^(def |class )?{name}\b", part, re.M)
-        ]
+        missing = [name for name in names if not re.search(rf"^(def |class )?{name}\b", part, re.M)]
         assert not missing, f"{section} of main.py lacks {missing}"
         what = ", ".join(f"`{name}`" for name in names) or "from here on: how a run is kept"
         lines.append(f"| {source.count(chr(10), 0, begin) + 2} | {section} | {what} |")

@@ -251,7 +251,7 @@ def test_list(text, tmp_path):
     assert [row[3] for row in cells[:3]] == ["9 of 9", "1 of 1", "9 of 9"]
     scored = [each.evaluation for each in saved(tmp_path, good) if each.evaluation]
     best = min(scored, key=lambda evaluation: evaluation.loss)
-    assert cells[2][4:6] == [f"{best.loss:.4f}", f"{best.bits_per_byte:.4f}"]
+    assert cells[2][4:6] == [f"{best.loss:.4f} at {best.iteration}", f"{best.bits_per_byte:.4f}"]
     assert cells[3][2] == "nothing saved"
     narrow, _ = run("--list", *folder, env={"COLUMNS": "60"})
     assert all(len(row) <= 60 for row in narrow.splitlines())

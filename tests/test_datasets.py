@@ -377,10 +377,14 @@ def test_what_was_not_typed_is_no_pattern(folder, tmp_path, monkeypatch):
 
 
 def test_markup_is_read_as_it_stands_which_is_said(tmp_path, capsys):
+    """So are line ends of Windows."""
     files = {name: f"<b>{name}</b>\n" * 9 for name in ("a.HTML", "b.csv", "c.ipynb", "d.txt")}
-    texts_of(tmp_path, lay(tmp_path / "c", files))
-    said = "read as they stand, with all their signs: c/a.HTML, c/b.csv, c/c.ipynb\n"
-    assert said in capsys.readouterr().out
+    folder = lay(tmp_path / "c", files)
+    (folder / "e.txt").write_bytes(b"yes\r\nno\r\n")
+    texts_of(tmp_path, folder)
+    said = capsys.readouterr().out
+    assert "read as they stand, with all their signs: c/a.HTML, c/b.csv, c/c.ipynb\n" in said
+    assert f"{folder}: with line ends of Windows, CR LF, which stay: c/e.txt\n" in said
 
 
 def test_links_are_followed_once(find, tmp_path):

@@ -47,7 +47,9 @@ def describe(folder, checkpoints):
     text = Path(next(filter(None, names))).name
     iteration = f"{newest.iteration:,} of {newest.flags['num_iters']:,}"
     best = best_checkpoint(checkpoints).evaluation
-    losses = (f"{best.loss:.4f}", f"{best.bits_per_byte:.4f}") if best else ("", "")
+    losses = "", ""
+    if best:
+        losses = f"{best.loss:.4f} at {best.iteration:,}", f"{best.bits_per_byte:.4f}"
     return saved, folder.name, printable(utf8(text))[:16], iteration, *losses, size
 
 
