@@ -121,7 +121,7 @@ def test_edits_can_be_made():
     assert all(source.count(line) == 1 for line in lines), lines
 
 
-OF_OTHERS = "--backend --hosts --bind --starting --logdir --group --install".split()
+OF_OTHERS = "--backend --hosts --bind --starting --logdir --group --install --force".split()
 
 
 def test_named_flags_exist():
