@@ -146,7 +146,7 @@ def test_losses_are_compared_without_what_windows_lacks(tmp_path):
     hide(tmp_path, "fcntl", "mlx", "yaml", "requests", "tokenizers")
     command = ["-B", "-m", "extras.versus.losses", "extras/versus/nanogpt.csv"]
     out, _ = run(program=command, env={"PYTHONPATH": str(tmp_path)}, cwd=ROOT)
-    assert out.splitlines()[-1].startswith("Helped, unconfirmed")
+    assert out.splitlines()[-1].startswith("Helped, if both")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python has no -P yet")

@@ -643,6 +643,7 @@ def drawn(chance, scenario, before):
     line += f" --steps_per_save {chance.randint(2, 6)} --steps_per_eval {chance.randint(5, 9)}"
     line += f" --steps_per_report {chance.randint(1, 3)} --keep {chance.randint(1, 3)}"
     line += f" --sample_tokens 1 --seed {chance.randint(1, 9)}"
+    line += f" --minutes_per_save {chance.choice([0, 1e-9, 1e-4])}"
     if chance.random() < 0.3:  # so long an evaluation that signals come in it
         (scenario.place / "valid.txt").write_text("0" * 3000)
         line += " --eval_tokens 0"
