@@ -155,8 +155,12 @@ def fill_readme():
         names = names.split(", ") if names else []
         missing = [name for name in names if not re.search(rf"^(def |class )?{name}\b", part, re.M)]
         assert not missing, f"{section} of main.py lacks {missing}"
-        what = ", ".join(f"`{name}`" for name in names) or "from here on: how a run is kept"
-        lines.append(f"| {source.count(chr(10), 0, begin) + 2} | {section} | {what} |")
+        what = (
+            ", ".join(f"`{name}`" for name in names) or "… how a run is kept: you need not read it"
+        )
+        line = source.count("\n", 0, begin) + 2
+        end = "" if names else f" to {source.count(chr(10)):,}"
+        lines.append(f"| {line:,}{end} | {section} | {what} |")
     page = fill(README.read_text("utf-8"), "lines", lines)
     rows = re.findall(r"^\| \d.*", (DOCS / "tested.md").read_text("utf-8"), re.M)
     lines = ["| machine | how | last tested |", "|---|---|---|"]
