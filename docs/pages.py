@@ -37,11 +37,7 @@ MACHINES = {
     "Linux, x86-64": ("as above", r"Linux x86_64 \| cpu"),
     "Linux, ARM": ("as above", r"Linux aarch64 \| cpu"),
     "NVIDIA GPU": ("{CUDA}; then add `--gpu`", r"Linux \w+ \| gpu"),
-    "Mac, Apple silicon": (
-        "macOS 14, `xcode-select --install`, a newer Python than Apple's 3.9, then as above, also "
-        "with `--gpu`",
-        r"Darwin arm64",
-    ),
+    "Mac, Apple silicon": ("see below", r"Darwin arm64"),
     "Windows": ("as above, in WSL", r"microsoft"),
 }
 BEGIN = """\
