@@ -110,7 +110,7 @@ def plot_runs(checkpoints, path, ngram_losses):
     figure = make_figure(8, 4.5)
     axis = figure.subplots()
     axis.set(xlabel="iteration", ylabel=f"loss ({unit})")
-    axis.set_title("Losses in training (pale) and on held-out text; resumed at triangles")
+    axis.set_title("Losses in training (pale) and on held-out text (dots); triangles: resumed")
     names = distinguishing_flags(runs)
     labels = []  # see add_labels
     for i, folder in enumerate(sorted(runs)):
@@ -123,10 +123,12 @@ def plot_runs(checkpoints, path, ngram_losses):
             axis.plot(iterations[first:], losses[first:], color=color, **style)
             if split == "train":
                 starts = [start for start in runs[folder].starts if start > iterations[first]]
-                axis.plot(starts, np.interp(starts, iterations, losses), "v", color=color)
-            label = (losses[-1], f"{names[folder] or folder.name}: {losses.min():.4f}", color)
+                axis.plot(
+                    starts, np.interp(starts, iterations, losses), "v", color=color, alpha=0.6
+                )
+            label = f"{names[folder] or folder.name}: {split} {losses.min():.4f}"
         if axis.lines:
-            labels.append(label)
+            labels.append((losses[-1], label, color))
     if not axis.lines:
         raise UsageError(
             f"the runs in {checkpoints[0].folder.parent} have reported nothing yet (see "

@@ -33,7 +33,7 @@ def test_losses(trained, figures, count):
             assert curves.pop(0).get_xydata().tolist() == shown
         best = min(row["loss"] for row in rows)
         seed = saved(trained, folder.name)[0].flags["seed"]
-        labels.append(f"{folder.name if count == 1 else f' --seed={seed}'}: {best:.4f}")
+        labels.append(f"{folder.name if count == 1 else f' --seed={seed}'}: valid {best:.4f}")
     assert not curves
     assert sorted(text.get_text() for text in axis.texts) == sorted(labels)
     heights = sorted(text.xy[1] for text in axis.texts)
