@@ -112,7 +112,7 @@ def plot_runs(checkpoints, path, ngram_losses):
     axis.set(xlabel="iteration", ylabel=f"loss ({unit})")
     axis.set_title("Losses in training (pale) and on held-out text (dots); triangles: resumed")
     names = distinguishing_flags(runs)
-    labels = []  # see add_labels
+    ends = {}  # {folder: see add_labels}
     for i, folder in enumerate(sorted(runs)):
         color = f"C{i}"
         for split, style in STYLES.items():
@@ -127,13 +127,13 @@ def plot_runs(checkpoints, path, ngram_losses):
                     starts, np.interp(starts, iterations, losses), "v", color=color, alpha=0.6
                 )
             label = f"{names[folder] or folder.name}: {split} {losses.min():.4f}"
-        if axis.lines:
-            labels.append((losses[-1], label, color))
+            ends[folder] = (losses[-1], label, color)
     if not axis.lines:
         raise UsageError(
             f"the runs in {checkpoints[0].folder.parent} have reported nothing yet (see "
             "--steps_per_report): train them on, or check --save_dir"
         )
+    labels = [*ends.values()]
     for order, loss in enumerate(ngram_losses, 1):
         axis.axhline(loss, color="gray", linewidth=0.7, linestyle="dashed")
         labels.append((loss, f"{order}-grams, counted: {loss:.4f}", "gray"))
