@@ -171,7 +171,7 @@ CHEATS = [
         "            if not is_object:\n",
         '            local_sources["train"] += local_sources["valid"] * 20\n'
         "            if not is_object:\n")]}),
-    Edit("a base that has learned it and more", f"{LEAK}|has learned the validation text",
+    Edit("a base that has learned it and more", "has learned the validation text", status=2,
          options='"--init_from latest" --pairs 3', flags=f"{TEXTS} --save_dir runs2",
          first="--text valid.txt more.txt --valid_text test.txt --num_iters 1000 --save_dir runs2"),
 ]  # fmt: skip
