@@ -493,8 +493,11 @@ def exp(x):
     On a CPU, MLX's own is scalar and takes 12 ns. This one, a Taylor polynomial of x / 32 raised
     to the 32nd power, needs only products and sums, which use the vector units: 0.5 ns.
     """
-    if on_gpu():
-        return mx.exp(x)
+    return mx.exp(x) if on_gpu() else exp_by_powers(x)
+
+
+@mx.compile  # in sampling, too, where its callers are not: there it would be twenty passes
+def exp_by_powers(x):
     x = mx.maximum(x, -30)
     c = [1 / (32**k * math.factorial(k)) for k in range(7)]
     square = x * x
