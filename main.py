@@ -1208,7 +1208,9 @@ def keep_top_p(logits, p):
     """
     if p >= 1:
         return logits
-    ascending = mx.sort(logits, axis=-1)
+    # Only what top-k has left needs to be sorted, not all of a large vocabulary.
+    num_left = max(1, (logits > -math.inf).sum(axis=-1).max().item())
+    ascending = mx.sort(mx.topk(logits, num_left, axis=-1), axis=-1)
     mass_above = 1 - mx.cumsum(mx.softmax(ascending, axis=-1), axis=-1)  # of larger logits
     threshold = mx.where(mass_above < p, ascending, math.inf).min(axis=-1, keepdims=True)  # [B, 1]
     threshold = mx.minimum(threshold, ascending[..., -1:])  # p = 0 keeps the largest
