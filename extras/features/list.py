@@ -11,7 +11,7 @@ from support.files import size_of
 from support.flags import FLAGS, arguments_of
 from support.runs import NO_CHECKPOINT, best_checkpoint, checkpoints_in, list_run_folders
 
-COLUMNS = "saved", "run", "of", "iteration", "best valid", "bits/byte", "MiB"
+COLUMNS = "saved", "run", "of", "iteration", "best valid", "bpb", "MiB"  # bpb: bits per byte
 NAME = re.compile(r".+-[0-9a-f]{8}(\.\d+)?")  # of a run, see run_name
 
 
