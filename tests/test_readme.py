@@ -25,6 +25,7 @@ REPLACED = {
     "--dataset ptb": "--text notes.txt --tokenizer byte",
     "--text \"$(python -c 'import logging; print(logging.__file__)')\"": "--text notes.txt",
     "Qwen/Qwen2.5-0.5B": "python-XXXXXX",
+    "--inference --gpu": "--inference",
 }
 MODELS = ["ptb-XXXXXX", "ptb-YYYYYY", "python-XXXXXX"]
 
