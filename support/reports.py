@@ -196,7 +196,7 @@ def describe_end(run, stop_signal, arguments, note=None):
         trained += f", best: valid {best.loss:.4f} nats at iteration {best.iteration:,}"
     if stop_signal:
         way = resume_command(flags)
-        typed = shlex.join(["python", code.main_file, *map(str, arguments)])
+        typed = one_line(shlex.join(["python", code.main_file, *map(str, arguments)]))
         if run.versions["ranks"] > 1:
             way = "the same command"
         elif typed != way and not flags.new_model:

@@ -480,9 +480,12 @@ def test_command_of_a_run_that_was_stopped(odd_line, tmp_path):
 
 
 def test_the_command_that_was_stopped_resumes_itself(odd_line, tmp_path):
-    process = start(*odd_line, "--num_iters", 120)
+    """It is shown without the password in it."""
+    mirror = ["--mirror", "https://me:passw0rd@example.org/x"]  # not used by one's own text
+    process = start(*odd_line, "--num_iters", 120, *mirror)
     wait_for(process, "20/120 ")
     out, _ = interrupt(process)
+    assert "--mirror https://example.org/x" in out and "passw0rd" not in out
     stopped = newest(tmp_path / ODD_FOLDER)
     way = r"To resume: the same command \(.*\); after an edit: "
     same = r"To resume: the same command \("
