@@ -95,7 +95,7 @@ class Origin:
     eval_windows: str = EVAL_WINDOWS  # this and the next one: see choose_eval_size
     eval_size: int = 0  # tokens that an evaluation in training scores; 0: not chosen yet
     trained_on: list = dataclasses.field(default_factory=list)  # see compare_texts
-    seen: float = 0.0  # about this share of the validation text: by its models
+    seen: float = 0.0  # about the share of the validation text that its models were trained on
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -279,9 +279,9 @@ def compare_texts(origin, dataset, models):
     trained_on = {*hash_windows(dataset.train.tokens)[:NUM_HASHES].tolist()}
     for loaded in models:
         path = loaded.files.get(f"{loaded.id}.metadata")
-        known = (
-            read_checkpoint(path).origin.trained_on if path else []
-        )  # else, it is no run of ours
+        if path is None:  # it is no run of ours
+            continue
+        known = read_checkpoint(path).origin.trained_on
         if known:
             was_seen = np.isin(hash_windows(dataset.valid.tokens, known[-1]), known)
             if was_seen.sum() > len(was_seen) / 20:

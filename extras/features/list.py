@@ -18,7 +18,7 @@ NAME = re.compile(r".+-[0-9a-f]{8}(\.\d+)?")  # of a run, see run_name
 def list_runs(flags, find_checkpoint):
     """Prints a line for each run in --save_dir, newest first, or all about that of --identifier.
 
-    A line has at most the width of the terminal. It gives the best loss in nats per token.
+    A line is at most as wide as the terminal, and gives the best loss in nats per token.
     """
     if flags.identifier:
         return print_run(find_checkpoint(flags, flags.identifier).folder)
