@@ -1254,12 +1254,26 @@ def is_greedy(flags):
     return flags.temperature < 1e-6
 
 
+@fast_version
+def sample_tokens(logits, flags, windows, keys):
+    """An id for each row of logits [B, V], a list.
+
+    windows: for each row, the list of ids in the model's window; keys: [B, 2] numbers. A row's id
+    does not depend on the other rows.
+    """
+    logits = process_logits(logits, flags, windows)
+
+    def sample_one(row, key):
+        return sample_token(row, flags, key)
+
+    return mx.vmap(sample_one)(logits, mx.array(keys, mx.uint32)).tolist()
+
+
 class KVCache:
     """The keys and values of the tokens that one Attention has read so far."""
 
-    mask = "causal"  # for `attend`
-
     def __init__(self):
+        self.mask = "causal"  # for `attend`
         self.keys = None  # [B, K, capacity, d], in the order of the positions
         self.values = None
         self.offset = 0  # positions read so far
@@ -1288,17 +1302,39 @@ class KVCache:
             self.values = mx.concatenate([self.values, zeros], axis=2)
 
 
+@fast_version
+class Reader:
+    """A model that reads texts in parts: keys and values of what it has read are cached."""
+
+    def __init__(self, model):
+        self.model = model
+        self.restart()
+
+    def restart(self):
+        """Forgets what it has read."""
+        self.caches = [KVCache() for _ in self.model.model.layers]
+
+    def read(self, parts, count=1):
+        """Logits [B, count, V] after each of the last `count` tokens.
+
+        parts: for each text, the list of ids that follow what was read of it, all equally long.
+        """
+        return self.model(mx.array(parts), self.caches, logits_to_keep=count)
+
+
 class Decoder:
     """A model that continues a text.
 
     ids: the text so far, a list; callers may append to it, too. `generate` needs at least one id.
-    Keys and values of what it has read are cached. When the text outgrows the context, its last
-    context_size // 2 tokens are read again. So logits equal those of a pass without a cache over
-    ids[window_start:].
+    When the text outgrows the context, its last context_size // 2 tokens are read again. So logits
+    equal those of a pass without a cache over ids[window_start:].
     """
 
+    tokens_per_pass = 1024  # of a prompt: attention takes memory for each pair of them
+
     def __init__(self, model, ids):
-        self.model = model
+        self.context_size = model.config.context_size
+        self.reader = Reader(model)
         self.ids = ids
         self.begin_window(0)
 
@@ -1310,16 +1346,28 @@ class Decoder:
     def begin_window(self, start):
         """Forgets what was read; the next pass reads the text from index `start`."""
         self.window_start = start
-        self.caches = [KVCache() for _ in self.model.model.layers]
+        self.num_read = start  # of the text
+        self.reader.restart()
+
+    def read(self, end):
+        """Logits [1, V] of the token that follows ids[:end], after reading up to there."""
+        part = self.ids[self.num_read : end]
+        self.num_read = end
+        return self.reader.read([part])[:, 0]
+
+    def read_prompt(self):
+        """Reads a long text but for its end; yields after each pass, so that a loop can stop it."""
+        if len(self.ids) - self.window_start > self.context_size:
+            self.begin_window(len(self.ids) - max(1, self.context_size // 2))
+        while len(self.ids) - self.num_read > self.tokens_per_pass:
+            mx.eval(self.read(self.num_read + self.tokens_per_pass))
+            yield
 
     def next_token_logits(self):
         """Logits [1, V] of the token that follows the text."""
-        context_size = self.model.config.context_size
-        if len(self.ids) - self.window_start > context_size:
-            self.begin_window(len(self.ids) - max(1, context_size // 2))
-        num_read = self.window_start + self.caches[0].offset
-        unread = mx.array([self.ids[num_read:]])
-        return self.model(unread, self.caches, logits_to_keep=1).squeeze(1)
+        for _ in self.read_prompt():
+            pass
+        return self.read(len(self.ids))
 
     def generate(self, max_tokens, flags, seed):
         """Samples `max_tokens` ids, appends each to the text and yields it.
@@ -1328,10 +1376,8 @@ class Decoder:
         """
         for _ in range(max_tokens):
             logits = self.next_token_logits()
-            logits = process_logits(logits, flags, [self.ids[self.window_start :]])
-            key = mx.array([seed, len(self.ids)], mx.uint32)
-            # Sample from [V], not [1, V], so that BatchDecoder draws the same tokens.
-            token = sample_token(logits[0], flags, key).item()
+            window = self.ids[self.window_start :]
+            [token] = sample_tokens(logits, flags, [window], [[seed, len(self.ids)]])
             self.ids.append(token)
             yield token
 
@@ -1445,6 +1491,9 @@ class Conversation:
         detokenizer = Detokenizer(tokenizer, self.ids)
         times = []  # when each token arrived
         try:
+            for _ in self.decoder.read_prompt():
+                if interrupts and interrupts.stop_signal:
+                    return
             for token in self.decoder.generate(flags.max_tokens, flags, seed):
                 times.append(time.perf_counter())
                 if token == end:

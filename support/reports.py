@@ -90,8 +90,7 @@ def start_notices(run):
     flags = run.flags
     for path in edited_files(run.code):
         yield f"{path} was edited since it was loaded: the edit is not in this run."
-    if EDITED_NAMES:
-        yield f"edited   {', '.join(EDITED_NAMES)}: computed by main.py, not by fast.py"
+    yield from describe_edited()
     tokenizer = run.dataset.tokenizer
     if tokenizer.bos:
         yield f"Each text begins with {tokenizer.decode(tokenizer.bos)}, as for the base model."
@@ -148,7 +147,13 @@ def announce(checkpoint):
     line = f"{checkpoint}, in {checkpoint.folder.parent}"
     if describe_edit(checkpoint, code_of(checkpoint)):
         line += ", trained by other code than this"
-    warning(line)
+    warning("\n".join([line, *describe_edited()]))
+
+
+def describe_edited():
+    """A line that names the edited functions, in a list; [] without any."""
+    names = ", ".join(EDITED_NAMES)
+    return [f"edited   {names}: computed by main.py, not by fast.py"] if names else []
 
 
 def code_of(checkpoint):

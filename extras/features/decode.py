@@ -10,7 +10,7 @@ are tied up to rounding: the random numbers depend only on the seed and the posi
 import mlx.core as mx
 import numpy as np
 
-from main import Decoder, KVCache, open_model, process_logits, sample_token
+from main import KVCache, fast, open_model, sample_tokens
 from support.cli import UsageError
 
 
@@ -57,6 +57,54 @@ class BatchCache(KVCache):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+class BatchReader:
+    """main.py's Reader in plain MLX, for texts of different lengths.
+
+    num_read: how many ids of each text it has read, [B]. If a number is lowered, the ids after that
+    are forgotten.
+    """
+
+    def __init__(self, model, num_texts):
+        self.model = model
+        self.caches = [BatchCache() for _ in model.model.layers]
+        self.num_read = np.zeros(num_texts, np.int64)
+
+    def read(self, parts, count=1):
+        """Logits [B, count, V] after each of the last `count` tokens of every text.
+
+        parts: for each text, the list of ids that follow what was read of it, at least `count`.
+        """
+        lengths = [len(part) for part in parts]
+        if min(lengths) < max(lengths):
+            # One pass reads the same number of tokens of each text, so those with more are first
+            # read alone, except for their last ones.
+            for row in np.flatnonzero(np.array(lengths) > count):
+                self.prefill(row, parts[row][:-count])
+            parts = [part[-count:] for part in parts]
+        tokens = mx.array(parts)  # [B, L]
+        for cache in self.caches:
+            cache.begin(self.num_read)
+        self.num_read = self.num_read + tokens.shape[1]
+        return self.model(tokens, self.caches, logits_to_keep=count)
+
+    def prefill(self, row, part):
+        """Reads the ids `part` of one text alone, into its row of the caches."""
+        start = int(self.num_read[row])
+        end = start + len(part)
+        alone = [KVCache() for _ in self.caches]
+        for cache, other in zip(self.caches, alone):
+            if start:
+                other.keys, other.values = cache.keys[row, None], cache.values[row, None]
+                other.offset = start
+        self.model(mx.array([part]), alone, logits_to_keep=1)
+        B = len(self.num_read)
+        for cache, other in zip(self.caches, alone):
+            cache.reserve(end, mx.repeat(other.keys, B, 0), mx.repeat(other.values, B, 0))
+            cache.keys[row, :, start:end] = other.keys[0, :, start:end]
+            cache.values[row, :, start:end] = other.values[0, :, start:end]
+        self.num_read[row] = end
+
+
 class BatchDecoder:
     """A model that continues B texts: lists of one id or more.
 
@@ -65,79 +113,52 @@ class BatchDecoder:
     """
 
     def __init__(self, model, texts):
-        self.model = model
+        self.context_size = model.config.context_size
         self.texts = texts
-        self.caches = [BatchCache() for _ in model.model.layers]
+        quick = fast.quick_reader(model, len(texts)) if fast else None
+        self.reader = quick or BatchReader(model, len(texts))
         self.begin_windows()
 
     def begin_windows(self):
         """Forgets what was read; the next pass reads the texts from their beginnings."""
-        self.window_starts = np.zeros(len(self.texts), np.int32)
-        self.num_read = np.zeros(len(self.texts), np.int32)  # tokens of each window
+        self.window_starts = np.zeros(len(self.texts), np.int64)
+        self.reader.num_read[:] = 0
 
     def truncate(self, length):
         """Truncates the texts to `length`, which lies within their windows."""
         for text in self.texts:
             del text[length:]
-        self.num_read = np.minimum(self.num_read, length - self.window_starts)
+        num_read = self.reader.num_read
+        num_read[:] = np.minimum(num_read, length - self.window_starts)
 
     def next_token_logits(self, count=1):
         """Next-token logits [B, count, V] after each of the last `count` tokens of every text."""
         for row in range(len(self.texts)):
             self.place_window(row, count)
-        windows = [text[start:] for text, start in zip(self.texts, self.window_starts)]
-        unread = np.array([len(window) for window in windows]) - self.num_read  # [B]
-        if unread.min() < unread.max():
-            # One pass reads the same number of tokens of each text, so those with more are first
-            # read alone, except for their last ones.
-            for row in np.flatnonzero(unread > count):
-                self.prefill(row, windows[row][:-count])
-        rows = [window[length:] for window, length in zip(windows, self.num_read)]
-        tokens = mx.array(rows)  # [B, unread]
-        for cache in self.caches:
-            cache.begin(self.num_read)
-        logits = self.model(tokens, self.caches, logits_to_keep=count)
-        self.num_read = self.num_read + tokens.shape[1]
-        return logits
+        begins = self.window_starts + self.reader.num_read
+        return self.reader.read([text[i:] for text, i in zip(self.texts, begins)], count)
 
     def place_window(self, row, count):
         """Moves a text's window if the text has outgrown it or has under `count` tokens in it."""
-        context_size = self.model.config.context_size
+        num_read = self.reader.num_read
         length = len(self.texts[row])
-        if not count <= length - self.window_starts[row] <= context_size:
-            self.window_starts[row] = max(0, length - max(count, context_size // 2))
-            self.num_read[row] = 0
+        if not count <= length - self.window_starts[row] <= self.context_size:
+            self.window_starts[row] = max(0, length - max(count, self.context_size // 2))
+            num_read[row] = 0
         # The last `count` tokens are always read, again if necessary: their logits are needed.
-        most = length - self.window_starts[row] - count
-        self.num_read[row] = min(self.num_read[row], most)
-
-    def prefill(self, row, window):
-        """Reads the ids `window` of one text alone, into its row of the caches."""
-        alone = Decoder(self.model, window)
-        alone.next_token_logits()
-        B = len(self.texts)
-        length = len(window)
-        for cache, other in zip(self.caches, alone.caches):
-            cache.reserve(length, mx.repeat(other.keys, B, 0), mx.repeat(other.values, B, 0))
-            cache.keys[row, :, :length] = other.keys[0, :, :length]
-            cache.values[row, :, :length] = other.values[0, :, :length]
-        self.num_read[row] = length
+        num_read[row] = min(num_read[row], length - self.window_starts[row] - count)
 
     def sample(self, flags, seeds, count=1):
         """Ids [B, count], sampled after each of the last `count` tokens of every text."""
-        logits = self.next_token_logits(count).flatten(0, 1)  # [B * count, V]
-        prefixes = []  # the window up to each of those tokens
+        logits = self.next_token_logits(count)  # [B, count, V]
+        windows = []  # up to each of those tokens
         keys = []
         for text, start, seed in zip(self.texts, self.window_starts, seeds):
             for end in range(len(text) - count + 1, len(text) + 1):
-                prefixes.append(text[start:end])
+                windows.append(text[start:end])
                 keys.append([seed, end])
-        logits = process_logits(logits, flags, prefixes)
-
-        def sample_one(row, key):
-            return sample_token(row, flags, key)
-
-        ids = mx.vmap(sample_one)(logits, mx.array(keys, mx.uint32))
+        logits = logits.reshape(len(keys), -1)
+        ids = sample_tokens(logits, flags, windows, keys)
         return np.array(ids).reshape(-1, count)
 
     def generate(self, max_tokens, flags, seeds):
@@ -167,6 +188,10 @@ class SpeculativeDecoder:
         self.num_proposed = 0  # tokens of the draft
         self.num_accepted = 0
 
+    def read_prompt(self):
+        """For main.py's Decoder, which could be stopped here; this one reads a prompt at once."""
+        return []
+
     def generate(self, max_tokens, flags, seed):
         """Yields `max_tokens` ids and appends them to the text."""
         num_final = len(self.ids)  # tokens that are final
@@ -183,7 +208,7 @@ class SpeculativeDecoder:
         """Samples between one and `max_tokens` ids and appends them to the text."""
         num_final = len(self.ids)
         # Beyond this, the window would move.
-        room = self.decoder.model.config.context_size - (num_final - self.decoder.window_starts[0])
+        room = self.decoder.context_size - (num_final - self.decoder.window_starts[0])
         num_wanted = max(0, min(self.num_draft_tokens, room, max_tokens - 1))
         proposals = [token for [token] in self.draft_decoder.generate(num_wanted, flags, [seed])]
         ids = self.decoder.sample(flags, [seed], num_wanted + 1)[0].tolist()

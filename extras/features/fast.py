@@ -13,6 +13,8 @@ of the same names:
     sum_over_shards   a sum over the rows of a batch, of which each core computes a shard
     clip_grad_norm    gradient clipping on all cores
     parallelize       an optimizer that distributes its work over the cores
+    Reader            what the next token of a text may be, by step.c; see step.py
+    sample_tokens     the choice of that token
 
 It also makes three of MLX's own layers faster: nn.Linear, with a gradient that is stored like the
 matrix; nn.RMSNorm, in fewer operations; nn.Embedding, with repeatable gradients on a GPU.
@@ -53,7 +55,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numpy as np
 
-from support.cli import UsageError
+from support.cli import UsageError, extra
 from support.code import EDITED_NAMES, LOADED_SOURCES, hash_of_code
 from support.files import atomic_write, hash_of_data, hold_lock
 from support.machine import (
@@ -80,21 +82,40 @@ PLAIN_HASHES = {
     "clip_grad_norm": "0c8fde6feb41b8a56564a6e7994890144d22fb6a1bd1f702258ce1c2d5ae46d8",
     "Muon": "592dd79087cc7b99efdf1c04643fe59e1ea0d40337a72354b509ec5105c0db81",
     "parallelize": "5bcf5213bf4e69b0781cd138d94fb27781514de467dc06a752b28abca81688a8",
+    "Attention": "0c6e19ea3c40ad217efa0512c47f87fa7c70642f7e1469fc0adb9f5e3471eccc",
+    "MLP": "57d2c173ba4dec2f1c5cf4cf991a3e0d6076e6e4b6010ee0045c46cde423ce61",
+    "Block": "6bf4424e94d17c103c3ef7bcbe8c6dece2a610f0abaff4acd0201add852d6e45",
+    "Transformer": "13368491c0e9c9daf0dcee6fcbf931fbb9958efa345544a372207726e83ae9af",
+    "KVCache": "676f412ee5eab4755065385119a5b501abac00a1b94b5a77275310a97cd3972f",
+    "Reader": "a30e451bd1ab115e6a747ddc27e1d9104cbdce99d01a56e0de4def3e982d945a",
+    "dropout": "0f2cec29e034d17e932bc59453486aa462421bc44356f66e77957f299e7d9b1f",
+    "sample_tokens": "85f8c060f1346ca700605c80f36ca53ba9a0c3b68023ccc5177d22fc5561c0cb",
+    "sample_token": "8337586102b7b2a4b48a12a245140bb371bd6353457d389ff032f5dfa0d8751e",
+    "is_greedy": "cc839b1479f58129bfc61d2b44a704c5fbfbf8c56c39af94dc7d78a10dd2b73e",
+    "process_logits": "4c34fad2482483765ce85d7b994e6bf1f0c1443a459d61f794a2512cdba1dd04",
+    "penalize": "28d34aec681a414c58cfc0b9c28dd005180364f458c5da3ed64c33470d541ae4",
+    "keep_top_k": "4978547399e1e393d5e8f136b5773fe0db6999bb45576b66fae0fe74d14d8b45",
+    "keep_top_p": "c9dff4d4628ca10172688feb7454ecfaad547d25c5b8f10236a7cdb686d5558c",
+    "keep_min_p": "b6f26f7d7cd7feba66af2d25418981084eafed75643ee016dd509cb264e39b79",
 }
 # {a function here: what else it stands for}
+SAMPLING = ["Attention", "MLP", "Block", "Transformer", "LanguageModel", "KVCache", "Reader"]
+SAMPLING += ["attend", "rotate", "relu2", "dropout", "sample_tokens", "sample_token", "is_greedy"]
+SAMPLING += ["process_logits", "penalize", "keep_top_k", "keep_top_p", "keep_min_p"]
 STANDS_FOR = {
     "training_loss": ["LanguageModel"],
     "token_metrics": ["LanguageModel"],
     "parallelize": ["Muon"],
+    "Reader": SAMPLING,
+    "sample_tokens": SAMPLING,
 }
 REPLACED = {}  # {name: main.py's function}
 
 
 def source_of_definition(name, source):
-    """The source of a function or class, without decorators; "" if it is not there."""
+    """The source of a function or class, without decorators; of two of them, both."""
     lines = rf"^(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # to the next statement
-    found = re.search(lines, source, flags=re.MULTILINE)
-    return found[0] if found else ""
+    return "".join(re.findall(lines, source, flags=re.MULTILINE))
 
 
 def fast_version(function):
@@ -150,7 +171,7 @@ def use_fast_blas():
     keep_freed_memory()
     name, functions = find_blas()
     if functions:
-        forwarder = load_forwarder()
+        forwarder = compile_library(Path(__file__).with_suffix(".c"), ctypes.RTLD_GLOBAL)
     if forwarder is None:
         return REFERENCE_BLAS
     for pointer, function in functions.items():
@@ -219,9 +240,8 @@ def find_blas():
     return "", {}
 
 
-def load_forwarder():
-    """fast.c as a library, compiled once; None if that fails."""
-    source = Path(__file__).with_suffix(".c")
+def compile_library(source, mode=ctypes.DEFAULT_MODE):
+    """A C file as a library, compiled once; None if that fails. mode: ctypes'."""
     compiler = next(filter(shutil.which, ["cc", "gcc", "clang"]), "cc")
     # Without the last three, sums would stay scalar.
     vectors = ["-march=native", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
@@ -230,9 +250,9 @@ def load_forwarder():
         # UsageError: no folder can hold code, so MLX cannot compile, either.
         with contextlib.suppress(UsageError, OSError, subprocess.SubprocessError):
             about = [source.read_text("utf-8"), options]
-            path = make_kernel_dir() / f"blas-{hash_of_data(about)[:12]}.so"
-            compile_once(path, [compiler, "-shared", "-fPIC", "-O3", *options, source])
-            return ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+            path = make_kernel_dir() / f"{source.stem}-{hash_of_data(about)[:12]}.so"
+            compile_once(path, [compiler, "-shared", "-fPIC", "-O3", *options, source, "-lm"])
+            return ctypes.CDLL(str(path), mode)
     return None
 
 
@@ -319,10 +339,10 @@ def linear(layer, x):
     """nn.Linear, with a gradient w.r.t. its weight [O, I] that is stored by rows; x: [..., I].
 
     MLX's own is a transposed view, which clip_grad_norm copies element by element and AdamW reads
-    with a stride: at dim 1024, they took a fifth of a step. In decoding, MLX's own costs less.
+    with a stride: at dim 1024, they took a fifth of a step.
     """
     weight = layer.weight
-    if on_gpu() or x.ndim < 2 or x.shape[-2] == 1:
+    if on_gpu() or x.ndim < 2:
         product = x @ weight.T
     else:
         positions = x.flatten(0, -2)  # [N, I]
@@ -352,19 +372,12 @@ def rms_norm(layer, x):
     if on_gpu():
         normed = mx.fast.rms_norm(x, None, layer.eps)
         return (normed * weight.astype(mx.float32)).astype(x.dtype)
-    if x.ndim < 2 or x.shape[-2] == 1:
-        return norm_of_one(x, weight, layer.eps)
-    normed, _ = normalize(x.flatten(0, -2), weight, layer.eps)
+    normed, _ = normalize(x.reshape(-1, x.shape[-1]), weight, layer.eps)
     return normed.reshape(x.shape)
 
 
-@mx.compile
-def norm_of_one(x, weight, eps):
-    """RMSNorm of one position, as in decoding: three operations instead of eleven."""
-    return mx.fast.rms_norm(x, weight, eps)
-
-
 @mx.custom_function
+@mx.compile  # for a cached pass, in which its callers are not: three operations instead of eleven
 def normalize(x, weight, eps):
     """RMSNorm of x [N, D], and the factors [N, 1] that normalize the rows."""
     squares = row_sums(x * x)
@@ -432,14 +445,9 @@ nn.Embedding.__call__ = embedding
 
 # ---- RoPE ---------------------------------------------------------------------------------------
 def rotate(x, frequencies, offset):
-    """main.py's `rotate`; the sines and cosines are constants of a compiled graph.
-
-    In decoding, a product rotates: MLX's own takes some twenty operations on a CPU.
-    """
+    """main.py's `rotate`; the sines and cosines are constants of a compiled graph."""
     B, H, L, d = x.shape
-    if L == 1 and type(offset) is int and not on_gpu():
-        return x @ rotation_matrix(offset, frequencies.tobytes())
-    if L == 1 or on_gpu():
+    if on_gpu() or not isinstance(offset, int):
         periods = mx.array(1 / frequencies)
         return mx.fast.rope(
             x, d, traditional=False, base=None, scale=1.0, offset=offset, freqs=periods
@@ -459,6 +467,7 @@ def rotation_table(offset, length, frequencies):
 
 
 @mx.custom_function
+@mx.compile
 def rotate_pairs(pairs, table):
     """RoPE of pairs [B, H, L, 2, d / 2]; table: see rotation_table."""
     return pairs * table[0] + pairs[..., ::-1, :] * table[1]
@@ -475,15 +484,6 @@ def rotate_gradients(inputs, gradient, output):
     gradient = gradient.swapaxes(1, 2)  # [B, L, H, 2, d / 2]
     d_pairs = gradient * cosines - gradient[..., ::-1, :] * sines
     return d_pairs.swapaxes(1, 2), mx.zeros_like(table)
-
-
-@lru_cache(maxsize=1)
-def rotation_matrix(offset, frequencies):
-    """RoPE at one position as a matrix [d, d], which all blocks share; frequencies: bytes."""
-    angles = offset * np.frombuffer(frequencies)  # [d / 2]
-    cosines = np.diag(np.cos(angles))
-    sines = np.diag(np.sin(angles))
-    return mx.array(np.block([[cosines, sines], [-sines, cosines]]).astype(np.float32))
 
 
 # ---- Attention ----------------------------------------------------------------------------------
@@ -514,14 +514,11 @@ def attend(queries, keys, values, mask="causal"):
     """Causal attention: queries [B, H, L, d], keys and values [B, K, N, d] -> [B, H, L, d].
 
     Like main.py's `attend`, with a softmax that uses the vector units and a gradient of few
-    operations. In decoding, where nothing is compiled, it is slower, so there MLX's own is used.
+    operations. With a cache, where nothing is compiled, it is slower: there MLX's own is used.
     """
     B, H, L, d = queries.shape
     K = keys.shape[1]
-    is_causal = isinstance(mask, str)
-    if on_gpu() or keys.shape[2] > L or L == 1 or not is_causal:
-        if L == 1 and is_causal:
-            mask = None
+    if on_gpu() or L == 1 or keys.shape[2] > L or not isinstance(mask, str):
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=d**-0.5, mask=mask)
     queries = queries.reshape(B, K, -1, d)  # [B, K, H / K * L, d]
     # [L, H / K * L]: 0 for the past, -1e9 for the future, which then weighs 1e-13 at most. Sums use
@@ -561,9 +558,7 @@ def attend_gradients(inputs, gradients, outputs):
 
 def relu2(x):
     """main.py's `relu2`, with a gradient 3 times as fast because it compares nothing."""
-    if on_gpu() or x.shape[-2] == 1:
-        return mx.square(mx.maximum(x, 0))
-    return squared_relu(x)
+    return mx.square(mx.maximum(x, 0)) if on_gpu() else squared_relu(x)
 
 
 @mx.custom_function
@@ -1006,3 +1001,23 @@ def adamw_update(optimizer, gradient, parameter, state):
     state["m"] = m
     state["v"] = v
     return decay * parameter - rate * m / (mx.sqrt(v) * correction + optimizer.eps)
+
+
+# ---- Sampling: step.py, which imports main.py, so only when it is needed ------------------------
+def Reader(model):
+    """main.py's Reader, or that of step.py."""
+    return quick_reader(model) or REPLACED["Reader"](model)
+
+
+def quick_reader(model, num_texts=1):
+    """step.py's Reader; None on a GPU, on a Mac, and where plain MLX has to sample the model."""
+    if on_gpu() or sys.platform != "linux" or "Reader" not in REPLACED:
+        return None
+    return extra("step").make_reader(model, num_texts)
+
+
+def sample_tokens(logits, flags, windows, keys):
+    """main.py's sample_tokens; step.py's for the logits of its Reader, which are NumPy's."""
+    if isinstance(logits, mx.array):
+        return REPLACED["sample_tokens"](logits, flags, windows, keys)
+    return extra("step").sample_tokens(logits, flags, windows, keys)

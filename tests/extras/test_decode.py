@@ -12,7 +12,15 @@ import pytest
 from conftest import flags, run, run_folders
 from test_sampling import Script, make_model, tokens_of
 
+from extras.features import fast
 from extras.features.decode import BatchDecoder, SpeculativeDecoder
+
+
+@pytest.fixture(params=["step.c", "plain MLX"])
+def way(request, monkeypatch):
+    """Each test with it is about both ways to read texts, and to sample."""
+    if request.param == "plain MLX":
+        monkeypatch.setattr(fast, "quick_reader", lambda *arguments: None)
 
 
 # ---- Many texts together ------------------------------------------------------------------------
@@ -45,6 +53,7 @@ def test_what_is_drawn_has_the_right_distribution(rules, weights):
     assert chi_squared < thresholds[possible.sum() - 1]
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("context_size", [1, 7, 16])
 @pytest.mark.parametrize("rules", [
     dict(),
@@ -62,6 +71,7 @@ def test_texts_together_are_continued_like_each_alone(context_size, rules):
         assert [ids[row] for ids in together] == tokens_of(model, prompt, 40, seed=row, **rules)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_text_can_be_cut_and_go_on_otherwise():
     model = make_model(context_size=16)
     text = [1, 2, 3, 4, 5, 6]
@@ -88,6 +98,7 @@ def speculated(model, draft, prompt, count, seed=0, **values):
     return given, decoder
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("context_size, draft_context, prompt_length", [
     (1, 8, 1),
     (2, 2, 20),

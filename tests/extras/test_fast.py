@@ -87,7 +87,7 @@ def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
         f"with {name} in fast.py, change that accordingly, and then enter "
         f'"{name}": "{digest}" in PLAIN_HASHES'
     )
-    if isinstance(getattr(main, name), type):  # a class has no other version
+    if name not in fast.REPLACED:  # another one stands for it, too
         return
     quick = getattr(fast, name)
     assert getattr(main, name) is quick
