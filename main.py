@@ -1308,11 +1308,7 @@ class Reader:
 
     def __init__(self, model):
         self.model = model
-        self.restart()
-
-    def restart(self):
-        """Forgets what it has read."""
-        self.caches = [KVCache() for _ in self.model.model.layers]
+        self.caches = [KVCache() for _ in model.model.layers]
 
     def read(self, parts, count=1):
         """Logits [B, count, V] after each of the last `count` tokens.
@@ -1333,8 +1329,7 @@ class Decoder:
     tokens_per_pass = 1024  # of a prompt: attention takes memory for each pair of them
 
     def __init__(self, model, ids):
-        self.context_size = model.config.context_size
-        self.reader = Reader(model)
+        self.model = model
         self.ids = ids
         self.begin_window(0)
 
@@ -1347,7 +1342,7 @@ class Decoder:
         """Forgets what was read; the next pass reads the text from index `start`."""
         self.window_start = start
         self.num_read = start  # of the text
-        self.reader.restart()
+        self.reader = Reader(self.model)
 
     def read(self, end):
         """Logits [1, V] of the token that follows ids[:end], after reading up to there."""
@@ -1357,8 +1352,9 @@ class Decoder:
 
     def read_prompt(self):
         """Reads a long text but for its end; yields after each pass, so that a loop can stop it."""
-        if len(self.ids) - self.window_start > self.context_size:
-            self.begin_window(len(self.ids) - max(1, self.context_size // 2))
+        context_size = self.model.config.context_size
+        if len(self.ids) - self.window_start > context_size:
+            self.begin_window(len(self.ids) - max(1, context_size // 2))
         while len(self.ids) - self.num_read > self.tokens_per_pass:
             mx.eval(self.read(self.num_read + self.tokens_per_pass))
             yield

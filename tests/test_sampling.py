@@ -99,6 +99,28 @@ def test_each_greedy_token_is_that_of_a_fresh_pass(context_size, prompt_length):
         window.append(token)
 
 
+@pytest.mark.parametrize("context_size", [16, 64])
+def test_a_long_prompt_is_read_in_parts(context_size, monkeypatch):
+    model = make_model(context_size)
+    prompt = np.random.default_rng(1).integers(31, size=50).tolist()
+    at_once = tokens_of(model, prompt, 30)
+    monkeypatch.setattr(main.Decoder, "tokens_per_pass", 3)
+    assert tokens_of(model, prompt, 30) == at_once
+
+
+def test_a_signal_ends_a_long_prompt(monkeypatch):
+    """After the part that is read; the text goes on from there."""
+    monkeypatch.setattr(main.Decoder, "tokens_per_pass", 8)
+    given = flags(max_tokens=5, temperature=0)
+    conversation = main.Conversation(ByteTokenizer(), make_model(64, vocab_size=257))
+    reply = conversation.reply("x" * 40, given, 0, Namespace(stop_signal=2))
+    assert [*reply] == []
+    assert conversation.decoder.num_read == 8
+    answer = [*conversation.reply("", given, 0)]
+    fresh = main.Conversation(ByteTokenizer(), make_model(64, vocab_size=257))
+    assert answer == [*fresh.reply("x" * 40 + "\n", given, 0)]
+
+
 def test_drawn_tokens_are_independent_of_those_before():
     model = Script(lambda token: [0.0, 0.0, 0.0, 0.0])
     tokens = np.array(tokens_of(model, [0], 3200, seed=6, temperature=1.0))

@@ -113,16 +113,16 @@ class BatchDecoder:
     """
 
     def __init__(self, model, texts):
-        self.context_size = model.config.context_size
+        self.model = model
         self.texts = texts
-        quick = fast.quick_reader(model, len(texts)) if fast else None
-        self.reader = quick or BatchReader(model, len(texts))
         self.begin_windows()
 
     def begin_windows(self):
         """Forgets what was read; the next pass reads the texts from their beginnings."""
-        self.window_starts = np.zeros(len(self.texts), np.int64)
-        self.reader.num_read[:] = 0
+        B = len(self.texts)
+        self.window_starts = np.zeros(B, np.int64)
+        quick = fast.quick_reader(self.model, B) if fast else None
+        self.reader = quick or BatchReader(self.model, B)
 
     def truncate(self, length):
         """Truncates the texts to `length`, which lies within their windows."""
@@ -140,10 +140,11 @@ class BatchDecoder:
 
     def place_window(self, row, count):
         """Moves a text's window if the text has outgrown it or has under `count` tokens in it."""
+        context_size = self.model.config.context_size
         num_read = self.reader.num_read
         length = len(self.texts[row])
-        if not count <= length - self.window_starts[row] <= self.context_size:
-            self.window_starts[row] = max(0, length - max(count, self.context_size // 2))
+        if not count <= length - self.window_starts[row] <= context_size:
+            self.window_starts[row] = max(0, length - max(count, context_size // 2))
             num_read[row] = 0
         # The last `count` tokens are always read, again if necessary: their logits are needed.
         num_read[row] = min(num_read[row], length - self.window_starts[row] - count)
@@ -208,7 +209,7 @@ class SpeculativeDecoder:
         """Samples between one and `max_tokens` ids and appends them to the text."""
         num_final = len(self.ids)
         # Beyond this, the window would move.
-        room = self.decoder.context_size - (num_final - self.decoder.window_starts[0])
+        room = self.decoder.model.config.context_size - (num_final - self.decoder.window_starts[0])
         num_wanted = max(0, min(self.num_draft_tokens, room, max_tokens - 1))
         proposals = [token for [token] in self.draft_decoder.generate(num_wanted, flags, [seed])]
         ids = self.decoder.sample(flags, [seed], num_wanted + 1)[0].tolist()

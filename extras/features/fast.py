@@ -43,6 +43,7 @@ import re
 import shlex
 import shutil
 import site
+import struct
 import subprocess
 import sys
 from functools import lru_cache, partial, reduce
@@ -87,7 +88,7 @@ PLAIN_HASHES = {
     "Block": "6bf4424e94d17c103c3ef7bcbe8c6dece2a610f0abaff4acd0201add852d6e45",
     "Transformer": "13368491c0e9c9daf0dcee6fcbf931fbb9958efa345544a372207726e83ae9af",
     "KVCache": "676f412ee5eab4755065385119a5b501abac00a1b94b5a77275310a97cd3972f",
-    "Reader": "a30e451bd1ab115e6a747ddc27e1d9104cbdce99d01a56e0de4def3e982d945a",
+    "Reader": "c500d4e8b5c69ae4c753df0487462f7770fd813581274fd2a2a02c2e1b9d123a",
     "dropout": "0f2cec29e034d17e932bc59453486aa462421bc44356f66e77957f299e7d9b1f",
     "sample_tokens": "85f8c060f1346ca700605c80f36ca53ba9a0c3b68023ccc5177d22fc5561c0cb",
     "sample_token": "8337586102b7b2a4b48a12a245140bb371bd6353457d389ff032f5dfa0d8751e",
@@ -251,9 +252,20 @@ def compile_library(source, mode=ctypes.DEFAULT_MODE):
         with contextlib.suppress(UsageError, OSError, subprocess.SubprocessError):
             about = [source.read_text("utf-8"), options]
             path = make_kernel_dir() / f"{source.stem}-{hash_of_data(about)[:12]}.so"
+            if path.exists() and is_cut_off(path):  # it would end the process, when it is used
+                path.unlink()
             compile_once(path, [compiler, "-shared", "-fPIC", "-O3", *options, source, "-lm"])
             return ctypes.CDLL(str(path), mode)
     return None
+
+
+def is_cut_off(path):
+    """Whether the last part of a 64-bit Linux library is missing: its table of sections."""
+    data = path.read_bytes()
+    if len(data) < 64:
+        return True
+    begin, size, count = struct.unpack("<40xQ10xHH2x", data[:64])
+    return len(data) < begin + size * count
 
 
 def compile_once(path, command):

@@ -154,7 +154,7 @@ static long share(long n, int next) {
 typedef struct { atomic_int arrived, round; } Meeting;
 
 // Waits until all threads are here. OpenMP's own barrier would soon sleep, as training needs it:
-// then a token took up to three times as long. After a while, other programs get the core.
+// then a token took up to three times as long. Soon, other programs get the core meanwhile.
 static void meet(Meeting* meeting) {
   int round = atomic_load(&meeting->round);
   if (atomic_fetch_add(&meeting->arrived, 1) == omp_get_num_threads() - 1) {
@@ -163,7 +163,7 @@ static void meet(Meeting* meeting) {
     return;
   }
   for (int i = 0; atomic_load(&meeting->round) == round; i++) {
-    if (i > 10000) sched_yield();
+    if (i > 100) sched_yield();
 #ifdef __x86_64__
     else __builtin_ia32_pause();
 #endif

@@ -215,13 +215,9 @@ class Reader:
     def __init__(self, model, num_texts=1):
         self.language_model = model
         self.weights = Weights(model)
+        self.is_new = True
         self.capacity = 0  # positions for which there is memory
-        self.num_texts = num_texts
-        self.restart()
-
-    def restart(self):
-        """Forgets what it has read."""
-        self.num_read = np.zeros(self.num_texts, np.int64)
+        self.num_read = np.zeros(num_texts, np.int64)
 
     def read(self, parts, count=1):
         """Logits [B, count, V] after each of the last `count` tokens of every text.
@@ -229,9 +225,11 @@ class Reader:
         parts: for each text, the list of ids that follow what was read of it, at least `count`.
         """
         lengths = [len(part) for part in parts]
-        if max(lengths) > 1:  # a prompt: since the last one, there may be other weights
+        # When a later prompt comes, there may be other weights.
+        if max(lengths) > 1 and not self.is_new:
             with explain_errors("the model has changed: begin another text", PlainError):
                 self.weights = Weights(self.language_model)
+        self.is_new = False
         tokens, texts, positions, kept = [], [], [], []
         for text, (part, start) in enumerate(zip(parts, self.num_read.tolist())):
             tokens += part
@@ -261,14 +259,14 @@ class Reader:
             return
         config = self.weights.config
         capacity = 256 * math.ceil(length / 256)
-        shape = (config.num_blocks, self.num_texts, config.num_kv_heads)
+        shape = (config.num_blocks, len(self.num_read), config.num_kv_heads)
         keys = np.zeros((*shape, capacity, config.head_dim), np.float32)
         values = np.zeros((*shape, config.head_dim, capacity), np.float32)
         if self.capacity:
             keys[..., : self.capacity, :] = self.keys
             values[..., : self.capacity] = self.values
         self.keys, self.values, self.capacity = keys, values, capacity
-        self.cache = Cache(keys.ctypes.data, values.ctypes.data, self.num_texts, capacity)
+        self.cache = Cache(keys.ctypes.data, values.ctypes.data, len(self.num_read), capacity)
 
 
 def ints(numbers):

@@ -68,14 +68,12 @@ def test_logits_are_those_of_plain_mlx(values, step):
     quick = step.make_reader(model)
     plain = PlainReader(model)
     begin = 0
-    for end in (1, 2, 5, 21, 250, 257, 258, 699, 700):
+    for end in (1, 2, 5, 21, 86, 250, 257, 258, 699, 700):
         count = min(3, end - begin)
         part = [text[begin:end]]
         assert_same(quick.read(part, count), plain.read(part, count))
         begin = end
-    quick.restart()
-    plain.restart()
-    assert_same(quick.read([text]), plain.read([text]))
+    assert_same(step.make_reader(model).read([text]), PlainReader(model).read([text]))
 
 
 @pytest.mark.parametrize("values", SHAPES[:5], ids=str)
@@ -260,6 +258,7 @@ def test_another_model_is_sampled_in_plain_mlx(change, step, capsys):
     """Which is said once; and a text that has begun is refused, as it was read otherwise."""
     model = make_model()
     begun = step.make_reader(model)
+    begun.read([[1, 2]])
     change(model)
     step.said.clear()
     for _ in range(2):
