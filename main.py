@@ -1318,6 +1318,9 @@ class Reader:
         return self.model(mx.array(parts), self.caches, logits_to_keep=count)
 
 
+TOKENS_PER_PASS = 1024  # of a prompt: attention takes memory for each pair of them
+
+
 class Decoder:
     """A model that continues a text.
 
@@ -1325,8 +1328,6 @@ class Decoder:
     When the text outgrows the context, its last context_size // 2 tokens are read again. So logits
     equal those of a pass without a cache over ids[window_start:].
     """
-
-    tokens_per_pass = 1024  # of a prompt: attention takes memory for each pair of them
 
     def __init__(self, model, ids):
         self.model = model
@@ -1342,21 +1343,23 @@ class Decoder:
         """Forgets what was read; the next pass reads the text from index `start`."""
         self.window_start = start
         self.num_read = start  # of the text
-        self.reader = Reader(self.model)
+        self.reader = None  # made when it is needed: until then, the model may change
 
     def read(self, end):
         """Logits [1, V] of the token that follows ids[:end], after reading up to there."""
-        part = self.ids[self.num_read : end]
+        if self.reader is None:
+            self.reader = Reader(self.model)
+        logits = self.reader.read([self.ids[self.num_read : end]])[:, 0]
         self.num_read = end
-        return self.reader.read([part])[:, 0]
+        return logits
 
     def read_prompt(self):
         """Reads a long text but for its end; yields after each pass, so that a loop can stop it."""
         context_size = self.model.config.context_size
         if len(self.ids) - self.window_start > context_size:
             self.begin_window(len(self.ids) - max(1, context_size // 2))
-        while len(self.ids) - self.num_read > self.tokens_per_pass:
-            mx.eval(self.read(self.num_read + self.tokens_per_pass))
+        while len(self.ids) - self.num_read > TOKENS_PER_PASS:
+            mx.eval(self.read(self.num_read + TOKENS_PER_PASS))
             yield
 
     def next_token_logits(self):

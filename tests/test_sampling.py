@@ -104,13 +104,13 @@ def test_a_long_prompt_is_read_in_parts(context_size, monkeypatch):
     model = make_model(context_size)
     prompt = np.random.default_rng(1).integers(31, size=50).tolist()
     at_once = tokens_of(model, prompt, 30)
-    monkeypatch.setattr(main.Decoder, "tokens_per_pass", 3)
+    monkeypatch.setattr(main, "TOKENS_PER_PASS", 3)
     assert tokens_of(model, prompt, 30) == at_once
 
 
 def test_a_signal_ends_a_long_prompt(monkeypatch):
     """After the part that is read; the text goes on from there."""
-    monkeypatch.setattr(main.Decoder, "tokens_per_pass", 8)
+    monkeypatch.setattr(main, "TOKENS_PER_PASS", 8)
     given = flags(max_tokens=5, temperature=0)
     conversation = main.Conversation(ByteTokenizer(), make_model(64, vocab_size=257))
     reply = conversation.reply("x" * 40, given, 0, Namespace(stop_signal=2))

@@ -119,21 +119,24 @@ class BatchDecoder:
 
     def begin_windows(self):
         """Forgets what was read; the next pass reads the texts from their beginnings."""
-        B = len(self.texts)
-        self.window_starts = np.zeros(B, np.int64)
-        quick = fast.quick_reader(self.model, B) if fast else None
-        self.reader = quick or BatchReader(self.model, B)
+        self.window_starts = np.zeros(len(self.texts), np.int64)
+        self.reader = None  # made when it is needed: until then, the model may change
 
     def truncate(self, length):
         """Truncates the texts to `length`, which lies within their windows."""
         for text in self.texts:
             del text[length:]
-        num_read = self.reader.num_read
-        num_read[:] = np.minimum(num_read, length - self.window_starts)
+        if self.reader is not None:
+            num_read = self.reader.num_read
+            num_read[:] = np.minimum(num_read, length - self.window_starts)
 
     def next_token_logits(self, count=1):
         """Next-token logits [B, count, V] after each of the last `count` tokens of every text."""
-        for row in range(len(self.texts)):
+        B = len(self.texts)
+        if self.reader is None:
+            quick = fast.quick_reader(self.model, B) if fast else None
+            self.reader = quick or BatchReader(self.model, B)
+        for row in range(B):
             self.place_window(row, count)
         begins = self.window_starts + self.reader.num_read
         return self.reader.read([text[i:] for text, i in zip(self.texts, begins)], count)

@@ -32,6 +32,7 @@ Shapes: B rows of a batch, L positions, D model dimension, H query heads, K key 
 head dimension, V vocabulary, N any number.
 """
 
+import ast
 import contextlib
 import ctypes
 import importlib.metadata
@@ -46,6 +47,7 @@ import site
 import struct
 import subprocess
 import sys
+import textwrap
 from functools import lru_cache, partial, reduce
 from pathlib import Path
 
@@ -71,26 +73,26 @@ from support.machine import (
 # hash_of_code of main.py's plain versions. Where a test finds that one has changed, compare it with
 # the fast one, then enter the new hash.
 PLAIN_HASHES = {
-    "bfloat16_products": "3d37bc61aee3d24bee734998785b88025c92db38dc51788bb3244bfec04f79bf",
-    "rotate": "1fb880b53c2b9083019d24ae287c91d5023415b0d2742cfcca929f75be8edf0c",
-    "attend": "3db8e0ebf9095ee74f9bb8a443834c2a2c4f24d8f9a10c1139c2fbe7a87ac895",
-    "relu2": "f20b5f618b46fe3f27dffeb8574128a74ab530958d9d2d9261ef107f6797e903",
-    "checkpoint_block": "6f062f86dd0f89a76181da54a6f8c6b822cbaec3cca451f0ecb7ab0a058ca74b",
+    "bfloat16_products": "1a7b8cade7a86dd4d9af1c9bf17ccc11d0bbe5817be028d58f2ff7283cc6f25a",
+    "rotate": "973a6a3bbaeb4fc1879d6d21f12b90cf61a5344d3fa9b00e0b6b35fa265ea3f7",
+    "attend": "cb3f723fb8537df0ff87d500d302f7144148d7ed1fca5c8ac11bf8ec330d6071",
+    "relu2": "26ba362f71b69ddad5ef1aef06faf5b5672d61289478e9d7be3cff4baa29f6f2",
+    "checkpoint_block": "c542fa5f10983e213d0f4058c427a0faa6ebcc3ffaa9d1170b85963991536ba9",
     "LanguageModel": "58ef908f6330460c05b5dd7fe49409460ef9071e60ebadbe75ad0dafcdf767b0",
-    "training_loss": "fe94e8e68ae6523e457f4e08d8784f3c3ef9c343ea9ca9aa43d0a54542e69727",
-    "token_metrics": "7fd42002885d6be279be16e3f04bb7d81dd7b6f0221881e6738b772457c6e160",
-    "sum_over_shards": "c1c958baf78c81fdd29b5d875b6e001a39add730bf8470a9a79e92badf4c1b8d",
-    "clip_grad_norm": "0c8fde6feb41b8a56564a6e7994890144d22fb6a1bd1f702258ce1c2d5ae46d8",
+    "training_loss": "8e43a2883e22e7723c3945067592c3ed2ba811b0d731768cf065ebe4598e3a93",
+    "token_metrics": "50c28f004144b4be3429e298e96b6547a42062a9854e51a6ba3f6e9032772195",
+    "sum_over_shards": "0bd6f0e1ff71aea9cedc6168f2a99260ab8c34cb7c6e420a33682a65be18aa7f",
+    "clip_grad_norm": "75b1fa4cbb8ef8ef0c69a1e40ae310a6db6ffbc9591366f2efbe88d0824d7e2a",
     "Muon": "592dd79087cc7b99efdf1c04643fe59e1ea0d40337a72354b509ec5105c0db81",
-    "parallelize": "5bcf5213bf4e69b0781cd138d94fb27781514de467dc06a752b28abca81688a8",
+    "parallelize": "401bba3139d79f1d87c66f61df66ae07523d545cb7b9ba2cae0fead32722fdf4",
     "Attention": "0c6e19ea3c40ad217efa0512c47f87fa7c70642f7e1469fc0adb9f5e3471eccc",
     "MLP": "57d2c173ba4dec2f1c5cf4cf991a3e0d6076e6e4b6010ee0045c46cde423ce61",
     "Block": "6bf4424e94d17c103c3ef7bcbe8c6dece2a610f0abaff4acd0201add852d6e45",
     "Transformer": "13368491c0e9c9daf0dcee6fcbf931fbb9958efa345544a372207726e83ae9af",
     "KVCache": "676f412ee5eab4755065385119a5b501abac00a1b94b5a77275310a97cd3972f",
-    "Reader": "c500d4e8b5c69ae4c753df0487462f7770fd813581274fd2a2a02c2e1b9d123a",
+    "Reader": "bcff8887b40e1f2abc524c3c20ccb99158ff471564df576777bc23b4941f2e74",
     "dropout": "0f2cec29e034d17e932bc59453486aa462421bc44356f66e77957f299e7d9b1f",
-    "sample_tokens": "85f8c060f1346ca700605c80f36ca53ba9a0c3b68023ccc5177d22fc5561c0cb",
+    "sample_tokens": "bf2b915b6e866fbe36a8812caa0ae3e92ea904e503561ce71b8f0b1cabdf35b3",
     "sample_token": "8337586102b7b2a4b48a12a245140bb371bd6353457d389ff032f5dfa0d8751e",
     "is_greedy": "cc839b1479f58129bfc61d2b44a704c5fbfbf8c56c39af94dc7d78a10dd2b73e",
     "process_logits": "4c34fad2482483765ce85d7b994e6bf1f0c1443a459d61f794a2512cdba1dd04",
@@ -98,11 +100,13 @@ PLAIN_HASHES = {
     "keep_top_k": "4978547399e1e393d5e8f136b5773fe0db6999bb45576b66fae0fe74d14d8b45",
     "keep_top_p": "c9dff4d4628ca10172688feb7454ecfaad547d25c5b8f10236a7cdb686d5558c",
     "keep_min_p": "b6f26f7d7cd7feba66af2d25418981084eafed75643ee016dd509cb264e39b79",
+    "Decoder": "f00c60c52e84b08ae1e55e793e389914405d1af108c20dc991b1867ef16f8fc8",
 }
 # {a function here: what else it stands for}
+# Decoder is not replaced, but step.py's logits are NumPy's.
 SAMPLING = ["Attention", "MLP", "Block", "Transformer", "LanguageModel", "KVCache", "Reader"]
-SAMPLING += ["attend", "rotate", "relu2", "dropout", "sample_tokens", "sample_token", "is_greedy"]
-SAMPLING += ["process_logits", "penalize", "keep_top_k", "keep_top_p", "keep_min_p"]
+SAMPLING += ["Decoder", "attend", "rotate", "relu2", "dropout", "sample_tokens", "sample_token"]
+SAMPLING += ["is_greedy", "process_logits", "penalize", "keep_top_k", "keep_top_p", "keep_min_p"]
 STANDS_FOR = {
     "training_loss": ["LanguageModel"],
     "token_metrics": ["LanguageModel"],
@@ -113,10 +117,21 @@ STANDS_FOR = {
 REPLACED = {}  # {name: main.py's function}
 
 
-def source_of_definition(name, source):
-    """The source of a function or class, without decorators; of two of them, both."""
-    lines = rf"^(?:def|class) {name}\b[\s\S]*?(?=^[^\s)]|\Z)"  # to the next statement
-    return "".join(re.findall(lines, source, flags=re.MULTILINE))
+@lru_cache(maxsize=1)
+def sources_of_definitions(source):
+    """{name: source} of functions and classes, with decorators; of several of a name, all."""
+    lines = source.splitlines(keepends=True)
+    sources = {}
+    nodes = [ast.parse(source)]
+    for node in nodes:  # which grows: by what may define a name of the module
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                begin = min([child.lineno, *[part.lineno for part in child.decorator_list]])
+                text = textwrap.dedent("".join(lines[begin - 1 : child.end_lineno]))
+                sources[child.name] = sources.get(child.name, "") + text
+            elif isinstance(child, (ast.stmt, ast.excepthandler)):
+                nodes.append(child)
+    return sources
 
 
 def fast_version(function):
@@ -127,7 +142,7 @@ def fast_version(function):
     """
     names = [function.__name__, *STANDS_FOR.get(function.__name__, [])]
     for name in names:
-        source = source_of_definition(name, LOADED_SOURCES["main.py"])
+        source = sources_of_definitions(LOADED_SOURCES["main.py"]).get(name, "")
         if hash_of_code(source) != PLAIN_HASHES[name] and name not in EDITED_NAMES:
             EDITED_NAMES.append(name)
     # extras.versus compares an edited function with its original in plain MLX, as the fast version

@@ -64,7 +64,7 @@ typedef int ints __attribute__((vector_size(4 * WIDTH)));
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define PAD 16  // rows of buffers have a multiple of this length
-#define TOKENS_PER_PASS 512  // at most, as each needs memory
+#define MOST_TOKENS 512  // at most, as each needs memory
 #define FEW 16  // rows of x that are multiplied here; more, as of a prompt, by a BLAS
 
 typedef struct {
@@ -145,7 +145,7 @@ static void multiply(const Model* model, Matrix x, Matrix w, float* out, long st
   }
 }
 
-// Where this thread's share of n rows begins; `next`: 1 for where it ends.
+// Where this thread's share of n rows begins or, if `next` is 1, that of the next thread: its end.
 static long share(long n, int next) {
   long t = omp_get_thread_num() + next, threads = omp_get_num_threads();
   return t == threads ? n : n / PAD * t / threads * PAD;
@@ -186,12 +186,13 @@ static void linear(const Model* model, const float* weight, const float* bias, l
 INLINE float exp_of(float x) {  // of x <= 0, within 5e-7 of the result
   unsigned bits;
   memcpy(&bits, &x, 4);
-  bits = bits < 0xC2AE0000 ? bits : 0xC2AE0000;  // x is at least -87: more bits, less than 0
+  // The bits of numbers below 0 grow as they fall: these are those of -87.
+  bits = bits < 0xC2AE0000 ? bits : 0xC2AE0000;
   memcpy(&x, &bits, 4);
   int whole = (int) (x * 1.44269504f - 0.5f);
   float f = x - whole * 0.693147181f;
   float p = 1 + f * (1 + f * (0.5f + f * (1.f / 6 + f * (1.f / 24 + f * (1.f / 120 + f / 720)))));
-  bits = (whole + 127) << 23;  // of 2 to the `whole`
+  bits = (unsigned) (whole + 127) << 23;  // of 2 to the `whole`
   float power;
   memcpy(&power, &bits, 4);
   return p * power;
@@ -310,10 +311,10 @@ static void attend(const Model* model, const Cache* cache, long layer, const Sta
   for (long i = 0; i < rows; i++) {
     long seen = piece.position + i / shared + 1;
     softmax(scores + i * stride, seen);
-    memset(scores + i * stride + seen, 0, (stride - seen) * sizeof(float));
+    memset(scores + i * stride + seen, 0, (positions - seen) * sizeof(float));
   }
-  Matrix of_scores = {scores, rows, stride, stride};
-  Matrix of_values = {values, d, stride, cache->capacity};
+  Matrix of_scores = {scores, rows, positions, stride};
+  Matrix of_values = {values, d, positions, cache->capacity};
   multiply(model, of_scores, of_values, sums, d);
   for (long i = 0; i < rows; i++) {
     long n = piece.begin + i / shared, h = head * shared + i % shared;
@@ -419,7 +420,7 @@ static int read_some(const Model* model, const Cache* cache, long N, const int* 
   Meeting meeting = {0};
   #pragma omp parallel num_threads(model->threads)
   {
-    float* normed = rest + omp_get_thread_num() * own;
+    float* normed = rest + omp_get_thread_num() * own;  // at the end, of the tokens `kept`
     float* buffer = normed + padded(N * D);
     run_blocks(model, cache, N, &state, pieces, num_pieces, &meeting, normed, buffer);
     for (long i = 0; i < num_kept; i++)
@@ -431,17 +432,17 @@ static int read_some(const Model* model, const Cache* cache, long N, const int* 
   return 1;
 }
 
-// Reads N tokens, those of a text one after the other: token n has an id, `tokens`, the index of its
-// text, `texts`, and a position in it, up to which the text was read. Adds their keys and values to
-// the cache; writes logits [num_kept, V] after the tokens `kept`, which ascend. Returns whether there
-// was enough memory.
+// Reads N tokens, those of a text one after the other: token n has an id, `tokens`, the index of
+// its text, `texts`, and a position in it, up to which the text was read. Adds their keys and values
+// to the cache; writes logits [num_kept, V] after the tokens `kept`, which ascend. Returns whether
+// there was enough memory.
 int read_tokens(const Model* model, const Cache* cache, long N, const int* tokens,
                 const int* texts, const int* positions, long num_kept, const int* kept,
                 float* logits) {
-  int here[TOKENS_PER_PASS];
+  int here[MOST_TOKENS];
   long num_done = 0;
-  for (long begin = 0; begin < N; begin += TOKENS_PER_PASS) {
-    long end = begin + TOKENS_PER_PASS < N ? begin + TOKENS_PER_PASS : N, count = 0;
+  for (long begin = 0; begin < N; begin += MOST_TOKENS) {
+    long end = begin + MOST_TOKENS < N ? begin + MOST_TOKENS : N, count = 0;
     for (; num_done + count < num_kept && kept[num_done + count] < end; count++)
       here[count] = kept[num_done + count] - begin;
     if (!read_some(model, cache, end - begin, tokens + begin, texts + begin, positions + begin,
@@ -484,6 +485,7 @@ static void sift_down(float* heap, long size, long i) {
 }
 
 // From i on, the index in x [n] of the next number that is at least `least`; n: there is none.
+// Blocks of 64 are passed over at once.
 static long next_of(const float* x, long i, long n, float least) {
   for (;;) {
     while (i % 64 == 0 && n - i >= 64 && largest_of(x + i, 64) < least) i += 64;

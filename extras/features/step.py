@@ -77,6 +77,7 @@ def require_functions():
             function = getattr(function, "fget", function)  # of a property
             code = getattr(function, "__code__", None)
             is_own = code and (function.__qualname__, code.co_filename) == (full_name, file)
+            is_own = is_own and full_name.endswith(code.co_name)  # or it wraps the other one
             require(is_own or function in known, f"{full_name} was replaced")
 
 
@@ -105,8 +106,9 @@ def parameters_of(model):
             is_plain &= layer.is_gated == (config.mlp == "swiglu")
         elif kind is main.Attention and is_plain:
             is_plain = layer.head_dim == config.head_dim
+            is_plain &= np.shape(layer.frequencies) == (config.head_dim // 2,)
             is_plain &= np.array_equal(layer.frequencies, frequencies_of(model))
-        require(is_plain, f"{name}, a {type(layer).__name__}, is not as main.py makes it")
+        require(is_plain, f"{name or 'it'}, a {type(layer).__name__}, is not as main.py makes it")
         others = [key for key in layer if key != "layers" and not isinstance(layer[key], nn.Module)]
         parameters |= {f"{name}.{key}": layer[key] for key in others}
     return parameters
@@ -166,7 +168,7 @@ class Weights:
         num_bytes = sum(array.nbytes for array in self.arrays)
         threads = max(1, min(count_cores(), num_bytes // 2**20))
         self.layers = (ADDRESS * len(layers))(*layers)
-        self.frequencies = frequencies_of(language_model).astype(np.float64)
+        self.frequencies = np.array(frequencies_of(language_model), np.float64)
         sizes = [config.vocab_size, config.dim, config.num_heads, config.num_kv_heads]
         sizes += [config.head_dim, config.mlp_dim, config.num_blocks]
         sizes += [[*ACTIVATIONS].index(config.mlp), threads]
@@ -216,7 +218,7 @@ class Reader:
         self.language_model = model
         self.weights = Weights(model)
         self.is_new = True
-        self.capacity = 0  # positions for which there is memory
+        self.cache = Cache(capacity=0)
         self.num_read = np.zeros(num_texts, np.int64)
 
     def read(self, parts, count=1):
@@ -225,7 +227,9 @@ class Reader:
         parts: for each text, the list of ids that follow what was read of it, at least `count`.
         """
         lengths = [len(part) for part in parts]
-        # When a later prompt comes, there may be other weights.
+        if not 1 <= count <= min(lengths) or self.num_read.min() < 0:
+            raise ValueError(f"{count} ids or more are needed for each text")
+        # Since the last prompt, the weights may have changed.
         if max(lengths) > 1 and not self.is_new:
             with explain_errors("the model has changed: begin another text", PlainError):
                 self.weights = Weights(self.language_model)
@@ -237,8 +241,7 @@ class Reader:
             positions += range(start, start + len(part))
             kept += range(len(tokens) - count, len(tokens))
         V = self.weights.config.vocab_size
-        if not 0 <= min(tokens) <= max(tokens) < V:
-            raise UsageError(f"the tokenizer has ids that are not among the model's {V:,}")
+        check_ids(tokens, V)
         with explain_errors("shorten the prompt", MemoryError, raises=RunError):
             self.reserve(max(positions) + 1)
             logits = np.empty((len(kept), V), np.float32)
@@ -255,18 +258,25 @@ class Reader:
 
     def reserve(self, length):
         """Makes room for `length` tokens of each text. Raises MemoryError."""
-        if length <= self.capacity:
+        old = self.cache
+        if length <= old.capacity:
             return
         config = self.weights.config
         capacity = 256 * math.ceil(length / 256)
         shape = (config.num_blocks, len(self.num_read), config.num_kv_heads)
         keys = np.zeros((*shape, capacity, config.head_dim), np.float32)
         values = np.zeros((*shape, config.head_dim, capacity), np.float32)
-        if self.capacity:
-            keys[..., : self.capacity, :] = self.keys
-            values[..., : self.capacity] = self.values
-        self.keys, self.values, self.capacity = keys, values, capacity
-        self.cache = Cache(keys.ctypes.data, values.ctypes.data, len(self.num_read), capacity)
+        if old.capacity:
+            keys[..., : old.capacity, :], values[..., : old.capacity] = old.arrays
+        cache = Cache(keys.ctypes.data, values.ctypes.data, len(self.num_read), capacity)
+        cache.arrays = keys, values
+        self.cache = cache
+
+
+def check_ids(ids, V):
+    """Raises UsageError for ids that are none of V."""
+    if not 0 <= min(ids) <= max(ids) < V:
+        raise UsageError(f"the tokenizer has ids that are not among the model's {V:,}")
 
 
 def ints(numbers):
@@ -275,13 +285,16 @@ def ints(numbers):
 
 def sample_tokens(logits, flags, windows, keys):
     """main.py's sample_tokens, of a Reader's logits."""
-    logits = np.ascontiguousarray(logits)
+    logits = np.ascontiguousarray(logits, np.float32)
     B, V = logits.shape
     rules = [V, flags.temperature, flags.top_k, flags.top_p, flags.min_p, flags.repetition_penalty]
     buffer = (ctypes.c_float * (2 * V))()
     ids = []
     for i in range(B):
-        penalized = ints(windows[i] if flags.repetition_penalty != 1 else [])
+        penalized = ints([])
+        if flags.repetition_penalty != 1:
+            check_ids(windows[i], V)
+            penalized = ints(windows[i])
         address = logits.ctypes.data + 4 * V * i
         key = (ctypes.c_uint * 2)(*keys[i])
         words = [penalized, len(penalized), key, buffer]

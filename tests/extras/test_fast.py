@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, TINY, copy_program, load_module, log_rows, run, start, write_script
 from mlx.utils import tree_flatten
 
-from extras.features.fast import source_of_definition
+from extras.features.fast import sources_of_definitions
 from support.code import EDITED_NAMES, LOADED_SOURCES, hash_of_code
 from extras.features import fast
 
@@ -81,7 +81,7 @@ def assert_near(found, expected, tolerance):
 @pytest.mark.upkeep
 @pytest.mark.parametrize("name", fast.PLAIN_HASHES)
 def test_it_stands_for_the_plain_function_as_it_is_now(name, plain):
-    digest = hash_of_code(source_of_definition(name, LOADED_SOURCES["main.py"]))
+    digest = hash_of_code(sources_of_definitions(LOADED_SOURCES["main.py"])[name])
     assert name not in EDITED_NAMES, (
         f"{name} in main.py has changed, so that main.py no longer uses the quick one: compare it "
         f"with {name} in fast.py, change that accordingly, and then enter "

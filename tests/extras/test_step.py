@@ -3,6 +3,8 @@
 And whose model is sampled: what was edited, or replaced while the program runs, is not step.c's.
 """
 
+import functools
+import re
 import shutil
 import sys
 
@@ -16,6 +18,7 @@ from conftest import TINY, copy_program, flags, make_model, run, run_folders
 from mlx.utils import tree_map
 
 from extras.features import fast
+from extras.features.decode import BatchDecoder, SpeculativeDecoder
 from support.cli import UsageError
 from support.code import EDITED_NAMES, LOADED_SOURCES
 
@@ -102,10 +105,46 @@ def test_weights_are_those_of_the_model_at_each_prompt(step):
     plain = PlainReader(model)
     for part in ([[1, 2, 3]], [[4]]):
         assert_same(quick.read(part), plain.read(part))
-    model.update(tree_map(lambda weight: weight * 1.5, model.parameters()))
+    change_weights(model, 1.5)
     assert_same(quick.read([[5, 6]]), plain.read([[5, 6]]))
     model.model.layers[0].mlp.up_proj.weight[:, 3] = 0
     assert_same(quick.read([[7, 8]]), plain.read([[7, 8]]))
+
+
+def change_weights(model, factor):
+    model.update(tree_map(lambda weight: weight * factor, model.parameters()))
+
+
+DECODERS = {
+    "alone": lambda model, text: main.Decoder(model, text),
+    "batch": lambda model, text: BatchDecoder(model, [text]),
+    "draft": lambda model, text: SpeculativeDecoder(model, model, text),
+}
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_weights_may_change_before_a_text_and_between_prompts(kind, monkeypatch):
+    """Also where the text was cut, as by --stop, or outgrows the context."""
+
+    def continuations():
+        model = make_model(context_size=16)
+        text = [1, 2, 3]
+        decoder = DECODERS[kind](model, text)
+        for factor, prompt in ((1.3, []), (-1, [4, 5]), (0.7, [6] * 12), (1.2, None)):
+            change_weights(model, factor)
+            if prompt is None:
+                decoder.truncate(5)
+            text += prompt or []
+            seeds = [0] if kind == "batch" else 0
+            [*decoder.generate(9, flags(temperature=1.0), seeds)]
+        return text
+
+    quick = continuations()
+    monkeypatch.setattr(fast, "quick_reader", lambda *arguments: None)
+    plain = continuations()
+    if kind == "draft":  # which keeps what it has read of a text by the weights before
+        quick, plain = quick[:12], plain[:12]
+    assert quick == plain
 
 
 def test_an_id_that_the_model_lacks_is_refused(step):
@@ -113,6 +152,12 @@ def test_an_id_that_the_model_lacks_is_refused(step):
     for token in (31, -1, 2**31 - 1):
         with pytest.raises(UsageError, match="not among the model's 31"):
             reader.read([[1, token]])
+        with pytest.raises(UsageError, match="not among the model's 31"):
+            rules = flags(repetition_penalty=1.5)
+            step.sample_tokens(np.zeros((1, 31)), rules, [[1, token]], [[0, 1]])
+    for parts, count in (([[1]], 2), ([[1]], 0), ([[1, 2], []], 1), ([[]], 1)):
+        with pytest.raises(ValueError, match="ids or more are needed"):
+            step.Reader(make_model(), len(parts)).read(parts, count)
 
 
 def test_memory_that_is_not_there(step, monkeypatch):
@@ -167,11 +212,16 @@ def test_logits_that_are_no_numbers_give_an_id(step):
 def test_an_edited_function_is_sampled_in_plain_mlx(name, monkeypatch):
     """Whichever it is, of the model, the cache or the sampling; or one more of the same name."""
     source = LOADED_SOURCES["main.py"]
-    definition = fast.source_of_definition(name, source)
+    [first_line] = re.findall(rf"^(?:def|class) {name}\b.*\n", source, re.M)
+    definition = fast.sources_of_definitions(source)[name].removeprefix("@fast_version\n")
     edited = [
-        source.replace(definition, definition.rstrip() + "\n    pass\n\n\n"),
-        source + f"\n\ndef {name}():\n    pass\n",
+        source.replace(definition, definition + "\n    extra = 1\n"),
+        source.replace(first_line, f"@mine\n{first_line}"),
+        source + f"\n\nif True:\n    def  {name}():\n        pass\n",
+        source + f"\n\ntry:\n    class {name}({name}):\n        pass\nfinally:\n    pass\n",
     ]
+    if f"@fast_version\n{first_line}" in source:
+        edited.append(source.replace(f"@fast_version\n{first_line}", first_line))
     for text in edited:
         assert text != source
         monkeypatch.setitem(LOADED_SOURCES, "main.py", text)
@@ -221,6 +271,11 @@ def rotation(model):
     model.model.layers[1].self_attn.frequencies = np.zeros(2)
 
 
+def no_rotation(model):
+    for block in model.model.layers:
+        block.self_attn.frequencies = np.zeros(0)
+
+
 def eps(model):
     model.model.norm.eps = 0.5
 
@@ -249,8 +304,8 @@ def other_shape(model):
     model.model.layers[0].mlp.up_proj.weight = mx.zeros((25, 16))
 
 
-CHANGES = [gain, layer, dropout, subclass, other_layer, own_method, activation, rotation, eps]
-CHANGES += [bias, one_block_more, one_block_less, no_mlp, bfloat16, other_shape]
+CHANGES = [gain, layer, dropout, subclass, other_layer, own_method, activation, rotation]
+CHANGES += [no_rotation, eps, bias, one_block_more, one_block_less, no_mlp, bfloat16, other_shape]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -282,10 +337,15 @@ def test_a_replaced_function_is_sampled_in_plain_mlx(name, step, monkeypatch):
     def replacement(*arguments):
         return None
 
-    for own_name in ("mine", name):
-        replacement.__qualname__ = own_name
+    def wrapper(*arguments):  # as if main.py itself had wrapped it
+        return None
+
+    functools.update_wrapper(wrapper, getattr(owner, member, replacement))
+    wrapper.__code__ = wrapper.__code__.replace(co_filename=main.__file__)
+    for own_name, function in (("mine", replacement), (name, replacement), (name, wrapper)):
+        function.__qualname__ = own_name
         with monkeypatch.context() as patch:
-            patch.setattr(owner, member, replacement, raising=False)
+            patch.setattr(owner, member, function, raising=False)
             assert step.make_reader(make_model()) is None
     assert step.make_reader(make_model())
 
