@@ -57,7 +57,6 @@ def test_what_is_drawn_has_the_right_distribution(rules, weights):
 @pytest.mark.parametrize("context_size", [1, 7, 16])
 @pytest.mark.parametrize("rules", [
     dict(),
-    dict(temperature=1.0),
     dict(temperature=0.7, repetition_penalty=1.5, top_p=0.9),
 ])  # fmt: skip
 def test_texts_together_are_continued_like_each_alone(context_size, rules):
@@ -101,7 +100,6 @@ def speculated(model, draft, prompt, count, seed=0, **values):
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("context_size, draft_context, prompt_length", [
     (1, 8, 1),
-    (2, 2, 20),
     (7, 4, 8),
     (8, 1, 8),
     (8, 16, 20),

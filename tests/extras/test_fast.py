@@ -367,13 +367,12 @@ def test_matrix_products_are_right(cold_start, tmp_path):
 
 @needs_forwarder
 @needs_compiler
-@pytest.mark.parametrize("part", [0, 0.1, 0.99])
-def test_a_library_that_is_cut_off_is_made_again(part, cold_start):
+def test_a_library_that_is_cut_off_is_made_again(cold_start):
     """It would end the process by a signal."""
     folder, _ = cold_start
     [library] = folder.glob("cache/*/*/fast-*.so")
     data = library.read_bytes()
-    library.write_bytes(data[: int(part * len(data))])
+    library.write_bytes(data[:-9000])
     path = f"{folder / 'bin'}:{os.environ['PATH']}"  # the same compiler
     assert blas_of(folder / "cache", PATH=path) == fast.BLAS
     assert len(library.read_bytes()) == len(data)

@@ -183,12 +183,12 @@ RULES = [
 
 
 @pytest.mark.parametrize("rules", RULES, ids=str)
-@pytest.mark.parametrize("vocab_size", [1, 2, 31, 64, 1000, 4097])
+@pytest.mark.parametrize("vocab_size", [1, 2, 64, 4097])
 def test_ids_are_those_of_plain_mlx(rules, vocab_size, step):
     """MLX's random numbers; where there are ties, the same ids are left."""
     given = flags(**rules)
     random = np.random.default_rng(vocab_size)
-    rows = 60
+    rows = 30
     logits = random.normal(0, 3, (rows, vocab_size)).astype(np.float32)
     logits[: rows // 3] = logits[: rows // 3].round()
     logits[-1] = 1
@@ -208,29 +208,34 @@ def test_logits_that_are_no_numbers_give_an_id(step):
 
 
 # ---- Whose model is sampled ---------------------------------------------------------------------
-@pytest.mark.parametrize("name", fast.SAMPLING)
-def test_an_edited_function_is_sampled_in_plain_mlx(name, monkeypatch):
-    """Whichever it is, of the model, the cache or the sampling; or one more of the same name."""
+def edits_of(name):
+    """Sources of main.py with an edit of one function or class."""
     source = LOADED_SOURCES["main.py"]
     [first_line] = re.findall(rf"^(?:def|class) {name}\b.*\n", source, re.M)
     definition = fast.sources_of_definitions(source)[name].removeprefix("@fast_version\n")
-    edited = [
-        source.replace(definition, definition + "\n    extra = 1\n"),
-        source.replace(first_line, f"@mine\n{first_line}"),
-        source + f"\n\nif True:\n    def  {name}():\n        pass\n",
-        source + f"\n\ntry:\n    class {name}({name}):\n        pass\nfinally:\n    pass\n",
-    ]
+    yield source.replace(definition, f"{definition.rstrip()}\n    extra = 1\n\n\n")
+    yield source.replace(definition, f"{definition.rstrip()}\n\n# A remark\n    extra = 1\n\n\n")
+    yield source.replace(first_line, f"@mine\n{first_line}")
     if f"@fast_version\n{first_line}" in source:
-        edited.append(source.replace(f"@fast_version\n{first_line}", first_line))
-    for text in edited:
-        assert text != source
-        monkeypatch.setitem(LOADED_SOURCES, "main.py", text)
-        for function in (fast.REPLACED["Reader"], fast.REPLACED["sample_tokens"]):
-            try:
-                assert fast.fast_version(function) is function
-                assert name in EDITED_NAMES
-            finally:
-                EDITED_NAMES.remove(name)
+        yield source.replace(f"@fast_version\n{first_line}", first_line)
+    # Another one of this name.
+    yield f"{source}\n\nif True:\n    def  {name}():\n        pass\n"
+    yield f"{source}\n\ntry:\n    class {name}({name}):\n        pass\nfinally:\n    pass\n"
+
+
+@pytest.mark.parametrize("name", fast.SAMPLING)
+def test_an_edited_function_is_sampled_in_plain_mlx(name, monkeypatch):
+    """Whichever it is, of the model, the cache or the sampling."""
+    for source in edits_of(name):
+        assert source != LOADED_SOURCES["main.py"]
+        with monkeypatch.context() as patch:
+            patch.setitem(LOADED_SOURCES, "main.py", source)
+            for function in (fast.REPLACED["Reader"], fast.REPLACED["sample_tokens"]):
+                try:
+                    assert fast.fast_version(function) is function
+                    assert name in EDITED_NAMES
+                finally:
+                    EDITED_NAMES.remove(name)
 
 
 def gain(model):
