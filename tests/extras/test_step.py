@@ -4,6 +4,7 @@ And whose model is sampled: what was edited, or replaced while the program runs,
 """
 
 import functools
+import json
 import re
 import shutil
 import sys
@@ -14,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY, copy_program, flags, make_model, run, run_folders
+from conftest import TINY, copy_program, flags, make_model, run, run_folder, run_folders
 from mlx.utils import tree_map
 
 from extras.features import fast
@@ -368,23 +369,23 @@ def test_a_changed_table_of_activations(step, monkeypatch):
 
 
 def test_an_edit_is_sampled_at_once(trained, text, tmp_path):
-    """From a checkpoint, in training, and in a notebook's way; the screen says so."""
-    softcap = {anchors.LOGITS: "        return -output_layer(hidden).astype(mx.float32)\n"}
-    program = ["-B", copy_program(tmp_path / "copy", softcap)]
+    """From a checkpoint, and in training; the screen says so."""
+    negative = {anchors.LOGITS: "        return -output_layer(hidden).astype(mx.float32)\n"}
+    program = ["-B", copy_program(tmp_path / "copy", negative)]
     *_, folder = run_folders(trained)
     line = ["--prompt", "the ", "--temperature=0", "--save_dir", trained]
     line += ["--identifier", folder.name, "--max_tokens=30"]
-    out, err = run(*line)
-    assert "plain" not in err
     edited, err = run(*line, program=program)
-    plain, _ = run(*line, program=program, env={"DISABLE_FAST": "1"})
-    assert edited == plain != out
     assert "edited   LanguageModel: computed by main.py" in err
-    line = ["--text", text, *TINY, "--num_iters=2", "--save_dir"]
-    samples = []
-    for name, env in (("quick", {}), ("plain", {"DISABLE_FAST": "1"})):
-        out, _ = run(*line, tmp_path / name, program=program, env=env)
-        [folder] = run_folders(tmp_path / name)
-        samples.append((folder / "samples.jsonl").read_text())
-        assert ("edited   LanguageModel" in out) == (name == "quick")
-    assert samples[0] == samples[1]
+    plain, _ = run(*line, program=program, env={"DISABLE_FAST": "1"})
+    unedited, err = run(*line)
+    assert edited == plain != unedited
+    assert "plain" not in err and "edited" not in err
+    line = ["--text", text, *TINY, "--num_iters=2", "--temperature=0", "--save_dir", tmp_path]
+    out, _ = run(*line, program=program)
+    assert "edited   LanguageModel" in out
+    [sample] = (run_folder(tmp_path) / "samples.jsonl").read_text().splitlines()
+    sample = json.loads(sample)
+    line = ["--prompt", sample["prompt"], "--temperature=0", "--max_tokens=8"]
+    plain, _ = run(*line, "--save_dir", tmp_path, program=program, env={"DISABLE_FAST": "1"})
+    assert plain == sample["text"] + "\n"
