@@ -406,7 +406,7 @@ def rms_norm(layer, x):
 
 
 @mx.custom_function
-@mx.compile  # for a cached pass, in which its callers are not: three operations instead of eleven
+@mx.compile  # for a cached pass, in which its callers are not: fewer operations
 def normalize(x, weight, eps):
     """RMSNorm of x [N, D], and the factors [N, 1] that normalize the rows."""
     squares = row_sums(x * x)

@@ -64,7 +64,7 @@ typedef int ints __attribute__((vector_size(4 * WIDTH)));
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #define PAD 16  // rows of buffers have a multiple of this length
-#define MOST_TOKENS 512  // at most, as each needs memory
+#define MOST_TOKENS 512  // of a pass, as each needs memory
 #define FEW 16  // rows of x that are multiplied here; more, as of a prompt, by a BLAS
 
 typedef struct {

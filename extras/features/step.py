@@ -297,6 +297,6 @@ def sample_tokens(logits, flags, windows, keys):
             penalized = ints(windows[i])
         address = logits.ctypes.data + 4 * V * i
         key = (ctypes.c_uint * 2)(*keys[i])
-        words = [penalized, len(penalized), key, buffer]
-        ids.append(library.sample_token(address, *rules, *words))
+        token = library.sample_token(address, *rules, penalized, len(penalized), key, buffer)
+        ids.append(token)
     return ids
